@@ -56,6 +56,7 @@ SLOW = {
     "compare_two_bits": f"compare_two_bits.py {MOE} --steps 2 --samples 2 --out {{tmp}}/2 output_dir={{tmp}}/run",
     "compare_qat": f"compare_qat.py {MOE} batch_size=1 max_evaluate_steps=1 --steps 1 --more 1 --schemes w8a8 "
     "--out {tmp}/qat",
+    "compare_optimizers": f"compare_optimizers.py {MOE} --steps 2 --rates 1e-3 --out {{tmp}}/optimizers",
     "compare_moments": f"compare_moments.py {MOE} --steps 2 --out {{tmp}}/moments batch_size=1 max_seq_len=64",
     "compare_layouts, cost": "compare_layouts.py --cost dense-dp2",
     "make_pretrain_corpus": "make_pretrain_corpus.py --out {tmp}/corpus.jsonl --max-bytes 20000",

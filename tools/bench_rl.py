@@ -218,17 +218,23 @@ def measure(args: argparse.Namespace, directory: str) -> None:
             rows[worker.side] += worker.ask(2)["rows"]
     for worker in workers:
         worker.close()
+    report(args, rows, {worker.side: worker.peak_mb for worker in workers})
+
+
+def report(args: argparse.Namespace, rows: dict[str, list[list[float]]], peaks: dict[str, float]) -> None:
+    """Print a line for each side, and the ratio of both."""
+    count = args.prompts * args.generations
     print(
         f"{args.model}: {args.prompts} prompts x {args.generations} completions of up to {args.tokens} tokens, "
         f"{args.threads} threads, {args.rounds} rounds of 2 steps, load {os.getloadavg()[0]:.1f}"
     )
-    for worker in workers:
-        seconds, processor, length = (statistics.median(row[i] for row in rows[worker.side]) for i in range(3))
+    for side, of_side in rows.items():
+        seconds, processor, length = (statistics.median(row[i] for row in of_side) for i in range(3))
         print(
-            f"{worker.side:5} {count / seconds:8.1f} samples/s  length {length:.1f}  {processor:.2f} s of processor "
-            f"time a step  peak {worker.peak_mb:.0f} MB"
+            f"{side:5} {count / seconds:8.1f} samples/s  length {length:.1f}  {processor:.2f} s of processor "
+            f"time a step  peak {peaks[side]:.0f} MB"
         )
-    if len(workers) == 2:
+    if len(rows) == 2:
         ratios = [theirs[0] / mine[0] for mine, theirs in zip(rows["ours"], rows["trl"], strict=True)]
         used = [statistics.median(row[1] for row in rows[side]) for side in ("trl", "ours")]
         print(

@@ -210,6 +210,34 @@ def serve_static() -> None:
         answer({"rate": static.run(job["tokens"])})
 
 
+def measure(args: argparse.Namespace, model: str, tables: dict[str, list[dict]]) -> int:
+    """Fill a table for each kind of load -> the tokens of a prompt."""
+    settings = {"requests at a time": [(count, None) for count in args.concurrency]}
+    settings |= {"requests a second": [(None, rate) for rate in args.rate]}
+    warm = max([1, *args.concurrency])
+    args.requests, requests = 2 * warm, args.requests
+    asyncio.run(load(args, model, warm, None, -1))
+    args.requests = requests
+    prompt = 0
+    for kind, loads in ((kind, loads) for kind, loads in settings.items() if loads):
+        tables[kind] = []
+        for at_a_time, rate in loads:
+            begun = time.monotonic()
+            results = asyncio.run(load(args, model, at_a_time, rate, len(tables) * 10 + len(tables[kind])))
+            name = f"{rate:g}" if rate else f"{at_a_time}"
+            tables[kind].append(line(name, results, time.monotonic() - begun))
+            prompt = prompt or results[0].prompt_tokens
+    return prompt
+
+
+def show(tables: dict[str, list[dict]]) -> None:
+    """Print the tables."""
+    for kind, rows in tables.items():
+        print(f"\n| {kind} | " + " | ".join(list(rows[0])[1:]) + " |\n|" + "---|" * len(rows[0]))
+        for row in rows:
+            print("| " + " | ".join(map(str, row.values())) + " |")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--url", default="http://127.0.0.1:8188")
@@ -236,25 +264,8 @@ def main() -> None:
     tables: dict[str, list[dict]] = {}
     try:
         model = args.model or first_model(args)
-        settings = {"requests at a time": [(count, None) for count in args.concurrency]}
-        settings |= {"requests a second": [(None, rate) for rate in args.rate]}
-        warm = max([1, *args.concurrency])
-        args.requests, requests = 2 * warm, args.requests
-        asyncio.run(load(args, model, warm, None, -1))
-        args.requests = requests
-        prompt = 0
-        for kind, loads in ((kind, loads) for kind, loads in settings.items() if loads):
-            tables[kind] = []
-            for at_a_time, rate in loads:
-                begun = time.monotonic()
-                results = asyncio.run(load(args, model, at_a_time, rate, len(tables) * 10 + len(tables[kind])))
-                name = f"{rate:g}" if rate else f"{at_a_time}"
-                tables[kind].append(line(name, results, time.monotonic() - begun))
-                prompt = prompt or results[0].prompt_tokens
-        for kind, rows in tables.items():
-            print(f"\n| {kind} | " + " | ".join(list(rows[0])[1:]) + " |\n|" + "---|" * len(rows[0]))
-            for row in rows:
-                print("| " + " | ".join(map(str, row.values())) + " |")
+        prompt = measure(args, model, tables)
+        show(tables)
         if args.against:
             compare(args, model, prompt)
     finally:

@@ -25,7 +25,7 @@ from erniekit.checkpoint.reshard import Shares
 from erniekit.lora import state_of
 from erniekit.models.config import FORMATS, Format
 from erniekit.models.products import held_weights
-from erniekit.models.weights import Logical, logical_tensors
+from erniekit.models.weights import Logical, is_output_head, logical_tensors
 from erniekit.nn.product import Product
 from erniekit.nn.shard import WHOLE, ShardSpec, named_shard_specs, shard
 from erniekit.utils import atomic
@@ -71,7 +71,7 @@ def fill_weights(
     for param, logicals in groupby(source.logicals, key=lambda logical: logical.param):
         tensor = tensors.get(param)
         if tensor is None and param not in stored_product:
-            is_left_out = model.config.has_score_head and param.startswith("lm_head.")
+            is_left_out = model.config.has_score_head and is_output_head(param)
             assert part != WHOLE or is_left_out, f"the model has no {param}, which its configuration asks for"
             continue
         spec = shard_specs.get(param)

@@ -140,10 +140,16 @@ def part_sizes(config: ModelConfig) -> dict[tuple[str, str], tuple[int, int, int
     return sizes
 
 
+def _others(values: dict[str, float], usual: float) -> dict[str, float]:
+    return {name: value for name, value in values.items() if value != usual}
+
+
 def _config_json(state: LoraState, config: ModelConfig) -> dict[str, Any]:
     options, named = state.options, _named_targets(state, config)
-    rank, alpha = Counter((slot.rank, _alpha(slot, options)) for slot, _ in named.values()).most_common(1)[0][0]
-    parameters = [name for name, (_, is_parameter) in named.items() if is_parameter]
+    alphas = {name: _alpha(slot, options) for name, (slot, _) in named.items()}
+    ranks: dict[str, float] = {name: slot.rank for name, (slot, _) in named.items()}
+    rank, alpha = Counter(zip(ranks.values(), alphas.values(), strict=True)).most_common(1)[0][0]
+    parameters, modules = ([name for name, target in named.items() if target[1] is kind] for kind in (True, False))
     return {
         "peft_type": "LORA",
         "task_type": "SEQ_CLS" if config.has_score_head else "CAUSAL_LM",
@@ -157,12 +163,10 @@ def _config_json(state: LoraState, config: ModelConfig) -> dict[str, Any]:
         "bias": "none",
         "fan_in_fan_out": False,
         "init_lora_weights": True,
-        "target_modules": [name for name, (_, is_parameter) in named.items() if not is_parameter],
+        "target_modules": modules,
         "target_parameters": parameters or None,
-        "rank_pattern": {name: slot.rank for name, (slot, _) in named.items() if slot.rank != rank},
-        "alpha_pattern": {
-            name: _alpha(slot, options) for name, (slot, _) in named.items() if _alpha(slot, options) != alpha
-        },
+        "rank_pattern": _others(ranks, rank),
+        "alpha_pattern": _others(alphas, alpha),
         "modules_to_save": sorted({peft_path(name.rpartition(".")[0], config) for name in state.saved}) or None,
         "ensure_weight_tying": any(_ties_head(param, config) for param in state.saved),
     }

@@ -302,19 +302,23 @@ def _complete_paths(values: dict[str, Any], state: "_State") -> None:
     state.notes.append(f"train_dataset_path: empty, so {given}, because text_dataset_path is given")
 
 
+def _complete_evaluation(values: dict[str, Any], notes: list[str]) -> None:
+    if values.get("evaluation_strategy", "no") != "no":
+        if values.get("do_eval") is False:
+            strategy = values["evaluation_strategy"]
+            notes.append(f"do_eval: False: no effect: evaluation_strategy: {strategy} evaluates")
+        values["do_eval"] = True
+    if values.get("evaluation_strategy") == "steps" and values.get("eval_steps") is None:
+        values["eval_steps"] = values.get("logging_steps", 500)
+        notes.append(f"eval_steps: not given, so {values['eval_steps']} (logging_steps, or ERNIEKit's 500)")
+
+
 def _finish(state: _State, path: str | None, command: str) -> Config:
     _quantisation_of_base(state, command)
     values = {name: given.value for name, given in state.given.items()}
     if command == "eval":
         values.setdefault("temperature", 0.0)  # scores are deterministic unless the user sets a temperature
-    if values.get("evaluation_strategy", "no") != "no":
-        if values.get("do_eval") is False:
-            strategy = values["evaluation_strategy"]
-            state.notes.append(f"do_eval: False: no effect: evaluation_strategy: {strategy} evaluates")
-        values["do_eval"] = True
-    if values.get("evaluation_strategy") == "steps" and values.get("eval_steps") is None:
-        values["eval_steps"] = values.get("logging_steps", 500)
-        state.notes.append(f"eval_steps: not given, so {values['eval_steps']} (logging_steps, or ERNIEKit's 500)")
+    _complete_evaluation(values, state.notes)
     _complete_pretraining(values, state.notes)
     _complete_lora(values, state.notes)
     _complete_qat(values, command, state.notes)

@@ -17,6 +17,7 @@ import time
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from erniekit.generation.choosing import choose_next
 from erniekit.generation.pictures import PromptPictures, num_shared
@@ -232,17 +233,23 @@ class Engine:
         longest = min(self.prefill_tokens, prompts.stepper.piece_tokens)
         pieces = [rest[:longest] if is_single else rest for rest in prompts.rest]
         rest = [rest[len(piece) :] for rest, piece in zip(prompts.rest, pieces, strict=True)]
-        states = None
-        with rows_of(self.model, [members[0].request.adapter if members else None for members in prompts.members]):
-            if self.drafting is None:
-                scores = prompts.stepper.extend(pieces, prompts.pictures, prompts.fed)
-            else:
-                scores, states = self.drafting.read(prompts.stepper, pieces, [next(iter(row), None) for row in rest])
+        scores, states = self._fed(prompts, pieces, rest)
         prompts.fed += len(pieces[0]) if is_single else 0
         prompts.rest = rest
         if any(len(rest) for rest in prompts.rest):
             return []
         self._reading = None
+        return self._begin_answers(prompts, scores, states)
+
+    def _fed(self, prompts: _Prompts, pieces: list[Sequence[int]], rest: list[Sequence[int]]) -> tuple[Any, Any]:
+        """Feed a piece of each prompt -> (scores of the next tokens, hidden states for the drafts)."""
+        with rows_of(self.model, [members[0].request.adapter if members else None for members in prompts.members]):
+            if self.drafting is None:
+                return prompts.stepper.extend(pieces, prompts.pictures, prompts.fed), None
+            return self.drafting.read(prompts.stepper, pieces, [next(iter(row), None) for row in rest])
+
+    def _begin_answers(self, prompts: _Prompts, scores: Any, states: Any) -> list[Generation]:
+        """Choose the first token of prompts that are read whole; their rows join the running ones."""
         rows = [member for members in prompts.members for member in members]
         places = [place for place, members in enumerate(prompts.members) for _ in members]
         if places != list(range(len(prompts.members))):

@@ -290,6 +290,11 @@ def logical_tensors(config: ModelConfig) -> list[Logical]:
     return table.rows
 
 
+def is_output_head(param: str) -> bool:
+    """Whether a parameter is of the output head, which a model with a score head does not have."""
+    return param.startswith("lm_head.")
+
+
 def our_shapes(config: ModelConfig) -> dict[str, Shape]:
     """Name -> shape of our parameters and persistent buffers, stacked experts as [E, in, out]."""
     shapes = {}

@@ -61,12 +61,14 @@ def _value(node: ast.expr, depth: int) -> Number:
     if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.UAdd | ast.USub):
         value = _value(node.operand, depth + 1)
         return -value if isinstance(node.op, ast.USub) else value
-    if isinstance(node, ast.BinOp):
-        left, right = _value(node.left, depth + 1), _value(node.right, depth + 1)
-        if isinstance(node.op, ast.Pow):
-            return _bounded(_power(left, right))
-        if type(node.op) in _BINARY:
-            return _bounded(_BINARY[type(node.op)](left, right))
+    if isinstance(node, ast.BinOp) and (isinstance(node.op, ast.Pow) or type(node.op) in _BINARY):
+        apply = _power if isinstance(node.op, ast.Pow) else _BINARY[type(node.op)]
+        return _bounded(apply(_value(node.left, depth + 1), _value(node.right, depth + 1)))
+    return _named_value(node, depth)
+
+
+def _named_value(node: ast.expr, depth: int) -> Number:
+    """The value of a constant's name, or of a call of a function."""
     if isinstance(node, ast.Name) and node.id in _CONSTANTS:
         return _CONSTANTS[node.id]
     if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and not node.keywords:

@@ -1,19 +1,18 @@
 """The evaluator of methods that train on judged answers (KTO)."""
 
-from collections.abc import Iterable, Sequence
-
 import numpy as np
 import paddle
 
-from erniekit.data.packed_batch import PackedBatch
+from erniekit.config.schema import Config
+from erniekit.data.loader import Loader
 from erniekit.parallel import comm
-from erniekit.training.evaluators import EvaluatedModel, Scores
+from erniekit.training.evaluators import EvaluatedModel, Scores, batch_groups
 from erniekit.training.recipes.kto import divergence, judged_losses
 from erniekit.training.reference import PairScorer
 from erniekit.utils.errors import DataError
 
 
-def judged_scores(evaluated: EvaluatedModel, groups: Iterable[Sequence[PackedBatch]]) -> Scores:
+def judged_scores(evaluated: EvaluatedModel, loader: Loader) -> Scores:
     """The KTO loss over all judged answers together, kl, the mean implicit rewards of good and of bad answers where
     there are such, their difference "margin", and "accuracy", the share of answers whose implicit reward is on the side
     of the judgement (above kl for good ones). How answers are batched and divided over ranks changes nothing.
@@ -23,7 +22,7 @@ def judged_scores(evaluated: EvaluatedModel, groups: Iterable[Sequence[PackedBat
     """
     cfg, model, reference = evaluated.cfg, evaluated.model, evaluated.reference
     mesh, scorer = evaluated.mesh, PairScorer(cfg.loss_subbatch_seqlen)
-    batches = [batch for group in groups for batch in group]
+    batches = [batch for group in batch_groups(evaluated, loader) for batch in group]
     kl = divergence(cfg, model, scorer, reference, batches) if cfg.kto_loss_type == "kto" else 0.0
     columns: list[list[list[float]]] = []
     of_references = [0.0] * len(batches) if reference is None else reference.log_probs(batches)
@@ -36,16 +35,20 @@ def judged_scores(evaluated: EvaluatedModel, groups: Iterable[Sequence[PackedBat
         raise DataError("eval_dataset_path: no judged answer is left to evaluate. Hint: raise max_seq_len.")
     ratios, is_good, kls = (np.concatenate([np.array(x) for x in column]) for column in zip(*gathered, strict=True))
     is_good = is_good.astype(bool)
-    losses = judged_losses(cfg, paddle.to_tensor(ratios.astype(np.float32)), paddle.to_tensor(is_good), float(kls[0]))
+    return Scores(_metrics(cfg, ratios, is_good, float(kls[0])), {"num_samples": len(ratios)})
+
+
+def _metrics(cfg: Config, ratios: np.ndarray, is_good: np.ndarray, kl: float) -> dict[str, float]:
+    losses = judged_losses(cfg, paddle.to_tensor(ratios.astype(np.float32)), paddle.to_tensor(is_good), kl)
     rewards = cfg.beta * ratios
     metrics = {
         "loss": float(losses.mean()),
-        "accuracy": float((((ratios - kls[0]) > 0) == is_good).mean()),
-        "kl": float(kls[0]),
+        "accuracy": float((((ratios - kl) > 0) == is_good).mean()),
+        "kl": kl,
     }
     for name, chosen in (("reward_good", is_good), ("reward_bad", ~is_good)):
         if chosen.any():
             metrics[name] = float(rewards[chosen].mean())
     if is_good.any() and not is_good.all():
         metrics["margin"] = metrics["reward_good"] - metrics["reward_bad"]
-    return Scores(metrics, {"num_samples": len(ratios)})
+    return metrics

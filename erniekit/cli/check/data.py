@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from erniekit import hub
-from erniekit.cli.check import preview, prompts, survey
+from erniekit.cli.check import preview, survey
 from erniekit.cli.check.contact_sheet import Tile, write_sheet
 from erniekit.cli.check.model import ModelFacts
 from erniekit.cli.check.report import Level, Report, Section, count_of
@@ -77,6 +77,8 @@ def inspect(report: Report, cfg: Config, command: str, facts: ModelFacts, wishes
         if tokenizer is None:
             _check_records(section, cfg, split, opened)
         elif cfg.method.records is Records.PROMPTS:
+            from erniekit.cli.check import prompts  # imports Paddle
+
             found = prompts.inspect(report, section, cfg, split, facts)
             steps.total = steps.total or found
         else:

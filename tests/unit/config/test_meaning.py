@@ -345,7 +345,7 @@ def test_values_that_ask_for_nothing():
     ("given", "expected"),
     [
         ({"beta": 0.2}, ["beta: no effect: read only with stage: DPO, VL-DPO or KTO"]),
-        ({"max_prompt_len": 9}, ["max_prompt_len: no effect: read only with stage: DPO, RL or VL-RL"]),
+        ({"max_prompt_len": 9}, ["max_prompt_len: no effect: read only with stage: DPO, RM, RL or VL-RL"]),
         ({"stage": "DPO", "beta": 0.2}, []),
         ({"stage": "DPO", "num_nextn_predict_layers": 1}, ["num_nextn_predict_layers: no effect: stage DPO: prefer"]),
         (

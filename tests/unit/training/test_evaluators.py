@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -153,4 +154,4 @@ def test_weights_that_are_not_finite_are_named_in_both(workspace: Path, tmp_path
 def test_data_without_anything_to_score_are_named_in_the_words_of_the_method(evaluator: Evaluator, message: str):
     model = tiny_model()
     with pytest.raises(DataError, match=message):
-        evaluator(EvaluatedModel("m", Config(), model), [])
+        evaluator(EvaluatedModel("m", Config(), model), SimpleNamespace(batches=lambda most: (batch for batch in ())))

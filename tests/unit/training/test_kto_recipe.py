@@ -1,5 +1,8 @@
 """The KTO recipe against the loss written out over separate rows: its loss, its divergence, its gradients."""
 
+from types import SimpleNamespace
+from typing import Any, cast
+
 import numpy as np
 import paddle
 import pytest
@@ -124,7 +127,8 @@ def test_the_evaluation_is_the_loss_over_all_answers():
     recipe = recipe_of(model, reference, beta=0.3)
     whole = run_step(recipe.cfg, model, recipe, [batch_of([0], [1], [2], [3])])
     evaluated = EvaluatedModel("m", recipe.cfg, model, recipe.reference)
-    scores = judged_scores(evaluated, [[batch_of([0, 1])], [batch_of([2])], [batch_of([3])]])
+    batches = [batch_of([0, 1]), batch_of([2]), batch_of([3])]
+    scores = judged_scores(evaluated, cast(Any, SimpleNamespace(batches=lambda most: (batch for batch in batches))))
     assert scores.metrics["loss"] == pytest.approx(whole.loss, rel=1e-5)
     for name in ("kl", "reward_good", "reward_bad"):
         assert scores.metrics[name] == pytest.approx(whole.metrics[name], rel=1e-4, abs=1e-6)
