@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from erniekit.cli.commands import ALIASES, COMMANDS, NOT_HERE
+from erniekit.cli.commands import ALIASES, COMMANDS
 
 ROOT = Path(__file__).parents[1]
 LINES = re.sub(r"\\\n\s*", "", (ROOT / "Dockerfile").read_text(encoding="utf-8")).splitlines()
@@ -72,7 +72,7 @@ def test_services_have_a_stage_and_a_command_that_exist(name: str):
     for argument in service["build"].get("args", {}):
         assert argument in arguments("ARG")
     command = service.get("command", ["help"])[0]
-    assert command in {*COMMANDS, *ALIASES, *NOT_HERE}
+    assert command in {*COMMANDS, *ALIASES}
     assert set(service.get("secrets", [])) <= set(COMPOSE["secrets"])
     for port in service.get("ports", []):
         host, _, inside = port.split(":")

@@ -13,6 +13,7 @@ from erniekit.serve.server_engine import Job
 from erniekit.serve.server_errors import ApiError
 from erniekit.serve.server_state import Served
 from erniekit.serve.server_text import AnswerReader, Piece, Reading
+from erniekit.serve.server_wait import within
 from erniekit.utils import log
 
 KEEP_ALIVE = 15.0  # seconds after which a silent stream gets a comment, so that proxies keep it open
@@ -84,7 +85,7 @@ class Run:
                 408, f"the answer takes more than {cfg.request_timeout:g} seconds (request_timeout).", code="timeout"
             )
         try:
-            return await asyncio.wait_for(self.job.events.get(), max(0.001, min(KEEP_ALIVE, left)))
+            return await within(max(0.001, min(KEEP_ALIVE, left)), self.job.events.get())
         except asyncio.TimeoutError:
             return -1, Event()
 

@@ -7,10 +7,11 @@ from collections.abc import AsyncGenerator
 from typing import Any
 
 from starlette.responses import Response
-from starlette.types import Receive, Scope, Send
+from starlette.types import Message, Receive, Scope, Send
 
 from erniekit.serve.server_errors import ApiError, to_json
 from erniekit.serve.server_responses import error_response
+from erniekit.serve.server_wait import within
 from erniekit.utils import log
 
 WRITE_SECONDS = 30.0  # that a client has to take a piece
@@ -44,7 +45,7 @@ class EventStream(Response):
 
     async def _send(self, scope: Scope, receive: Receive, send: Send) -> None:
         async def write(kind: str, **values: Any) -> None:
-            await asyncio.wait_for(send({"type": kind, **values}), WRITE_SECONDS)
+            await within(WRITE_SECONDS, _sent(send, {"type": kind, **values}))
 
         first: dict[str, Any] | None = None
         try:
@@ -68,6 +69,10 @@ class EventStream(Response):
 
 def _event(piece: dict[str, Any]) -> bytes:
     return b"data: " + to_json(piece) + b"\n\n"
+
+
+async def _sent(send: Send, message: Message) -> None:
+    await send(message)
 
 
 async def _left(receive: Receive) -> None:

@@ -119,6 +119,7 @@ def test_a_video_beyond_the_context_is_refused_before_it_is_decoded(
 def test_without_the_package_it_says_so(server: Asking, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     content = write_video(tmp_path / "v.mp4", frames=4).read_bytes()
     monkeypatch.delitem(sys.modules, "erniekit.data.vision.video_file", raising=False)
+    monkeypatch.delattr("erniekit.data.vision.video_file", raising=False)
     monkeypatch.setattr("erniekit.data.vision.video_file", None, raising=False)
     monkeypatch.setitem(sys.modules, "av", None)
     from erniekit.data import vision

@@ -102,8 +102,8 @@ def test_the_last_checkpoint_is_saved_before_an_evaluation_can_fail(directory: P
     cfg = config.load(None, keys_of(directory, tmp_path / "out", do_eval=True, max_steps=2, save_steps=100), "train")
     run = build_run(cfg, Mesh.single())
 
-    def broken(evaluated, groups) -> Scores:
-        list(groups)
+    def broken(evaluated, loader) -> Scores:
+        list(loader.batches())
         return Scores({"loss": float("nan")}, {})
 
     run.method = dataclasses.replace(run.method, evaluator=broken)

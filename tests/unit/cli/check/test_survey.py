@@ -175,6 +175,7 @@ def test_thousands_of_records_take_seconds(given):
 def test_a_missing_decoder_is_one_error(given, tmp_path, monkeypatch, on_bad_line):
     monkeypatch.setitem(sys.modules, "av", None)
     monkeypatch.delitem(sys.modules, "erniekit.data.vision.video_file", raising=False)
+    monkeypatch.delattr("erniekit.data.vision.video_file", raising=False)
     (tmp_path / "clip.mp4").write_bytes(b"...")
     videos = [row("<video>What?", videos=["clip.mp4"])] * 3
     errors = findings(given([*GOOD, *videos], on_bad_line=on_bad_line), "error")
