@@ -108,7 +108,7 @@ _UNREAD_BY_POLICIES = {
 _SAMPLING = ("temperature", "top_p", "top_k", "repetition_penalty", "enable_thinking")
 _RL = MethodFacts(
     "RL",
-    "reinforcement learning from rewards that are computed",
+    "reinforcement learning",
     Records.PROMPTS,
     options=(RLArgs, RewardArgs, CurriculumArgs, RolloutToolArgs),
     also_reads=("max_prompt_len", *_SAMPLING),
@@ -128,14 +128,14 @@ METHODS: dict[str, MethodFacts] = {
         MethodFacts("SFT", "fine-tuning", Records.CONVERSATIONS),
         MethodFacts(
             "PT",
-            "pretraining, or ernie_pretrain",
+            "pretraining",
             Records.TEXT,
             token_files=True,
             unread={"truncation": "a text that is longer than max_seq_len is split, and nothing of it is lost"},
         ),
         MethodFacts(
             "DPO",
-            "pairs of answers",
+            "pairs",
             Records.PAIRS,
             options=(PreferenceArgs,),
             unread=_UNREAD_BY_PREFERENCES,
@@ -165,7 +165,7 @@ METHODS: dict[str, MethodFacts] = {
         ),
         MethodFacts(
             "KTO",
-            "answers that are judged one by one",
+            "judged answers",
             Records.JUDGED,
             options=(KtoArgs,),
             also_reads=("beta",),
@@ -173,7 +173,7 @@ METHODS: dict[str, MethodFacts] = {
         ),
         MethodFacts(
             "GKD",
-            "distillation from a teacher, also on the model's own answers",
+            "distillation",
             Records.CONVERSATIONS,
             options=(GkdArgs,),
             also_reads=("max_new_tokens", "temperature", "top_p", "top_k", "repetition_penalty"),
@@ -201,11 +201,12 @@ OPTIONS_OF_VISION = frozenset([*option_names(VisionArgs), *option_names(MixtureA
 
 def stage_doc() -> str:
     """The documentation of the key `stage`."""
-    built = [f"{name} ({METHODS[name].title})" for name in BUILT]
+    built = [METHODS[name] for name in BUILT]
+    texts = [f"{facts.name} ({facts.title})" for facts in built if not facts.vision]
+    pictures = ", ".join(facts.name for facts in built if facts.vision)
     later = [name for name in METHODS if name not in BUILT]
-    verb = "is" if len(later) == 1 else "are"
-    unbuilt = f"; {join_names(later, 'and')} {verb} known but not built yet" if later else ""
-    return f"The method: {join_names(built, 'or')}{unbuilt}."
+    unbuilt = f"; not built yet: {', '.join(later)}" if later else ""
+    return f"Method: {join_names(texts, 'or')}; with pictures {pictures}{unbuilt}."
 
 
 def join_names(names: Sequence[str], word: str) -> str:

@@ -40,7 +40,7 @@ class RewardArgs:
 
     reward_funcs: tuple[str, ...] = list_of(
         str,
-        "The functions that score a completion: names of docs/rewards.md, or path.py:name with the signature of TRL's.",
+        f"What scores a completion (docs/rewards.md): {', '.join(REWARD_FUNCS)}, or your own path.py:name.",
         ("accuracy", "format"),
     )
     reward_weights: tuple[float, ...] = list_of(

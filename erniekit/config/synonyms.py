@@ -132,7 +132,7 @@ _OTHERWISE: dict[str, str] = {
     "media_dir image_dir image_folder": "paths of pictures are relative to the data file's directory",
     "use_mora lora_use_mixer pissa pissa_init": "adapters are LoRA, rsLoRA (rslora) or DoRA (use_dora)",
     "export_quantization_bit export_quantization_dataset": "quantization names the scheme of exported weights",
-    "reward_model ref_model_adapters": f"{_STAGES}; reward models and PPO are not built",
+    "reward_model": "stage: RM trains one; stage: RL uses it with reward_funcs: reward_model and reward_model_path",
     "disable_shuffling": "random_shuffle: False keeps the order of the files",
     "plot_loss": "remove it: loss.png is always drawn",
     "overwrite_cache": "remove it: there is no cache of encoded data",
@@ -140,7 +140,7 @@ _OTHERWISE: dict[str, str] = {
     "streaming": "remove it: data is always read as it is needed",
     "max_samples max_train_samples": "max_steps limits training, max_evaluate_steps evaluation",
     "task train_task rlhf_type trainer trainer_type training_stage": _STAGES,
-    "ref_model ref_model_name_or_path reference_model": (
+    "ref_model ref_model_name_or_path reference_model ref_model_adapters": (
         "the reference is the model as it was before training, or with LoRA the model without its adapter"
     ),
     "precompute_ref_log_probs": "ref_logps_cache names the file for the reference's log-probabilities",

@@ -9,13 +9,13 @@ import time
 import urllib.error
 import urllib.request
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from erniekit.config.schema_rewards import RewardArgs
-from erniekit.rewards.sample import Sample
+from erniekit.rewards.sample import Sample, text_of
 from erniekit.utils import log, runtime, user_files
 from erniekit.utils.errors import ConfigError
 
@@ -83,7 +83,7 @@ class Judge:
         return known
 
     def _question(self, sample: Sample) -> str:
-        prompt = "\n\n".join(f"{message['role']}: {_text(message.get('content'))}" for message in sample.prompt)
+        prompt = "\n\n".join(f"{message['role']}: {text_of(message.get('content'))}" for message in sample.prompt)
         answer = sample.fields.get(self._cfg.answer_key)
         texts = {
             "{max_score}": f"{self._cfg.judge_max_score:g}",
@@ -183,12 +183,6 @@ def _seconds(text: str | None) -> float | None:
     except ValueError:
         return None
     return seconds if math.isfinite(seconds) and seconds >= 0 else None
-
-
-def _text(content: Any) -> str:
-    if isinstance(content, list):
-        return " ".join(part.get("text", "") if isinstance(part, Mapping) else str(part) for part in content)
-    return str(content or "")
 
 
 def _read_instruction(path: Path) -> str:

@@ -71,3 +71,10 @@ class ScoreTable:
     seconds: dict[str, float]
     metrics: dict[str, float] = field(default_factory=dict)
     extras: dict[str, list[Any]] = field(default_factory=dict)
+
+
+def text_of(content: Any) -> str:
+    """The text of a message's content, which is a text or, with pictures, a list of parts."""
+    if isinstance(content, list):
+        return " ".join(part.get("text") or "" if isinstance(part, Mapping) else str(part) for part in content)
+    return str(content or "")

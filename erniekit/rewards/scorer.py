@@ -61,7 +61,7 @@ class Scorer:
         if "code" in self.names:
             _check_sandbox(cfg)
         self._judge = Judge(cfg) if "judge" in self.names else None
-        self._workers = Workers(_reward_args(cfg), base_dir or Path.cwd())
+        self._workers = Workers(_reward_args(cfg), base_dir or Path.cwd()) if self._in_workers else None
 
     def __enter__(self) -> "Scorer":
         return self
@@ -77,7 +77,7 @@ class Scorer:
         wanted = self._wanted(fields, place)
         for name in wanted:
             builtin = BUILTINS.get(name)
-            needed = builtin.fields if builtin else self._workers.fields.get(name, ())
+            needed = builtin.fields if builtin else self._workers.fields.get(name, ()) if self._workers else ()
             if builtin and builtin.reads_answer:
                 needed = (self._cfg.answer_key, *needed)
             empty: tuple[object, ...] = (None, "") if builtin and builtin.may_be_empty else (None, "", [])
@@ -129,7 +129,8 @@ class Scorer:
 
     def close(self) -> None:
         """End all processes."""
-        self._workers.close()
+        if self._workers:
+            self._workers.close()
         if self._judge:
             self._judge.close()
 
@@ -139,7 +140,8 @@ class Scorer:
         if self._judge:
             judged = [i for i, sample in enumerate(samples) if "judge" in self._wanted(sample.fields, sample.place)]
             asked = dict(zip(judged, self._judge.ask([samples[i] for i in judged]), strict=True))
-        yield from self._workers.run(self._chunks(samples), step)
+        if self._workers:
+            yield from self._workers.run(self._chunks(samples), step)
         for name, function in self._given.items():
             start = time.perf_counter()
             chosen = [i for i, sample in enumerate(samples) if name in self._wanted(sample.fields, sample.place)]

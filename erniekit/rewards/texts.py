@@ -10,7 +10,7 @@ from erniekit.config.schema_rewards import RewardArgs
 from erniekit.generation.thinking import CLOSE, OPEN
 from erniekit.rewards.picture_answers import option_of
 from erniekit.rewards.right_answer import final_answer, normalised, right_answers
-from erniekit.rewards.sample import Sample
+from erniekit.rewards.sample import Sample, text_of
 
 NGRAM, MAX_REPETITION_PENALTY = 3, -1.0  # the values of arXiv 2502.03373, appendix
 RANGE_WRONG, RANGE_RIGHT = (-1.0, -0.5), (0.5, 1.0)
@@ -113,7 +113,7 @@ def language(sample: Sample, cfg: RewardArgs) -> float | None:
     """
     wanted = cfg.reward_language
     if wanted == "prompt":
-        text = " ".join(str(message.get("content") or "") for message in sample.prompt if message["role"] == "user")
+        text = " ".join(text_of(message.get("content")) for message in sample.prompt if message["role"] == "user")
         chinese, latin = _counts(text)
         if not chinese + latin:
             return None
