@@ -83,7 +83,7 @@ def test_every_key_is_documented_in_a_line():
 
 
 def keys_read() -> set[str]:
-    """Every `cfg.name` and `self.cfg.name` in the package outside config, and what the properties of Config among them
+    """Every `cfg.name`, `self.cfg.name` and `args.name` in the package outside config, and what the properties of Config among them
     read.
     """
     package, found = read_package(REPOSITORY), set[str]()
@@ -91,7 +91,7 @@ def keys_read() -> set[str]:
         for node in ast.walk(module.tree) if module.unit != "config" else ():
             if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name | ast.Attribute):
                 owner = node.value.id if isinstance(node.value, ast.Name) else node.value.attr
-                if owner.lstrip("_") == "cfg":
+                if owner.lstrip("_") in ("cfg", "args"):
                     found.add(node.attr)
     for node in ast.walk(package["erniekit.config.schema"].tree):
         if isinstance(node, ast.FunctionDef) and node.name in found:

@@ -11,6 +11,7 @@ from typing import Any
 
 from erniekit.config import checks
 from erniekit.config.schema import Config
+from erniekit.config.schema_kto import KtoArgs
 from erniekit.config.schema_preference import ALIASES, REFERENCE_FREE, PreferenceArgs
 from erniekit.models.config import ModelConfig
 from erniekit.models.pipeline_layout import check_layout, cut_layers, schedule_of
@@ -178,14 +179,18 @@ class Job:
     def has_reference(self) -> bool:
         """Whether the loss compares with a reference model or a teacher, which costs a forward pass more."""
         cfg, loss = self.cfg, ALIASES.get(self.cfg.loss_type, self.cfg.loss_type)
-        if self.is_distilled:
+        if self.is_distilled or KtoArgs in cfg.method.options:
             return True
         return self.has_pairs and not cfg.reference_free and loss not in REFERENCE_FREE
 
     @property
     def is_distilled(self) -> bool:
-        """Whether the loss has a teacher: the model before training, without quantisation."""
+        """Whether the loss has a teacher: the model before training, without quantisation, or another one, which is
+        counted as large as the model that is trained.
+        """
         cfg = self.cfg
+        if cfg.method.reads("teacher_model_name_or_path"):
+            return True
         return cfg.qat != "none" and cfg.qat_distill_weight > 0 and cfg.method.reads("qat_distill_weight")
 
     @property

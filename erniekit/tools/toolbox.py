@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from erniekit.config.schema_rollout_tools import CALCULATOR, DOCUMENTS, ZOOM, RolloutToolArgs
+from erniekit.data.records.errors import BadRecord
 from erniekit.data.vision.encode import VisionSpec
 from erniekit.tools.calculator import calculate
 from erniekit.tools.documents import DocumentSearch
@@ -65,7 +66,7 @@ class Toolbox:
             else:
                 names = [tool["function"]["name"] for tool in self.descriptions]
                 raise BadCall(f"there is no tool {name!r:.80}; the tools are {', '.join(names)}")
-        except BadCall as error:
+        except (BadCall, BadRecord) as error:  # a picture that cannot be read is a BadRecord
             return failure(str(error))
         return ToolResult(text, text[:80])
 

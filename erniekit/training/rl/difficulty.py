@@ -68,7 +68,7 @@ class PromptSampler:
         self._order: tuple[tuple[int, int], np.ndarray] | None = None  # (stage, epoch) and its order
 
     @property
-    def stage(self) -> int:
+    def stage_number(self) -> int:
         """The number of the stage, from 1 on."""
         return self._stage + 1
 
@@ -151,7 +151,7 @@ class PromptSampler:
         rates = np.array([record.pass_rate for record in records if record.pass_rate is not None], np.float64)
         args, count = self._args, len(members)
         result = {
-            "difficulty/stage": float(self.stage),
+            "difficulty/stage": float(self.stage_number),
             "difficulty/seen": sum(record.num_groups > 0 for record in records) / count,
             "difficulty/pausing": sum(record.back_at > self._rollout for record in records) / count,
         }
@@ -183,7 +183,7 @@ class PromptSampler:
         self._records = {int(index): PromptRecord(*values) for index, values in state["prompts"].items()}
 
     def _of_stage(self) -> str:
-        return f" of stage {self.stage}" if self._args.rl_stages else ""
+        return f" of stage {self.stage_number}" if self._args.rl_stages else ""
 
     def _members(self) -> np.ndarray:
         """The numbers of the prompts of the stage, ascending."""

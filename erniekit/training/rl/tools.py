@@ -90,7 +90,9 @@ class ToolLoop:
 
     def begin(self, prompt: Prompt) -> Dialogue:
         """The dialogue of a new completion of a prompt."""
-        return Dialogue(list(prompt.messages), len(prompt.messages), self._opens_thought(prompt.ids))
+        directory = Path(prompt.place.rpartition(":")[0] or prompt.place).parent
+        messages = [_with_absolute_paths(message, directory) for message in prompt.messages]
+        return Dialogue(messages, len(messages), self._opens_thought(prompt.ids))
 
     def after_turn(self, dialogue: Dialogue, ids: Sequence[int], has_ended: bool) -> Continuation | None:
         """Add a turn of the model, its ids without the end token, to the dialogue, and the results of its calls. None:
@@ -167,6 +169,19 @@ class ToolLoop:
         if len(ids) <= limit:
             return result.content
         return tokenizer.decode(ids[:limit]) + " ... (cut)"
+
+
+def _with_absolute_paths(message: dict[str, Any], directory: Path) -> dict[str, Any]:
+    """A message whose images have paths that do not depend on the record's directory."""
+    if not isinstance(message["content"], list):
+        return message
+    parts = []
+    for part in message["content"]:
+        source = part.get("image")
+        if isinstance(source, str) and (directory / source).is_file():
+            part = {**part, "image": str((directory / source).resolve())}
+        parts.append(part)
+    return {**message, "content": parts}
 
 
 def _without_calls(text: str) -> str:

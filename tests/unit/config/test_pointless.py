@@ -23,6 +23,9 @@ GPTQ = {"quantization_algorithm": "gptq"}
 MEASURED = {**W4, "quantization_eval": True, "eval_dataset_path": "e", "eval_dataset_type": "erniekit"}
 SMOOTH = {**CALIBRATED, "quantization": "w8a8", "quantization_algorithm": "smoothquant"}
 LORA = {"fine_tuning": "LoRA"}
+KTO: dict[str, Any] = {"stage": "KTO"}
+GKD: dict[str, Any] = {"stage": "GKD", "teacher_model_name_or_path": "t"}
+RL: dict[str, Any] = {"stage": "RL"}
 
 # (command, keys with their values, where they are pointless, where they are not); facts are under "facts".
 # None instead of the last: there is no configuration of this command in which they do something.
@@ -214,6 +217,32 @@ CASES: list[tuple[str, dict[str, Any], dict[str, Any], dict[str, Any] | None]] =
     ("eval", {"stream": True}, {**EVAL, "predict_with_generate": True}, None),
     ("chat", {"data_parallel_degree": 2}, {}, None),
     ("chat", {"top_p": 0.9, "top_k": 4}, {"temperature": 0}, {}),
+    ("train", {"kto_loss_type": "apo_zero_unpaired", "desirable_weight": 2.0, "undesirable_weight": 2.0}, {}, KTO),
+    ("train", {"beta": 0.2}, GKD, KTO),
+    *(
+        ("train", {"num_nextn_predict_layers": 1, "token_balance_loss": "sample", "z_loss_lambda": 0.1}, stage, {})
+        for stage in (KTO, GKD, RL)
+    ),
+    *(("train", {"qat_distill_weight": 0.5}, {**stage, "qat": "w8a8"}, {"qat": "w8a8"}) for stage in (KTO, GKD, RL)),
+    ("train", {"teacher_model_name_or_path": "t", "gkd_beta": 0.1, "lmbda": 0.1}, {}, GKD),
+    ("train", {"max_new_tokens": 9, "top_p": 0.9, "top_k": 4, "repetition_penalty": 1.1}, {**GKD, "lmbda": 0}, GKD),
+    (
+        "train",
+        {"max_resample_times": 2, "difficulty_low": 0.1, "difficulty_high": 0.9, "difficulty_pause": 2},
+        RL,
+        {**RL, "dynamic_sample": True},
+    ),
+    (
+        "train",
+        {"difficulty_momentum": 0.1, "difficulty_floor": 0.1},
+        RL,
+        {**RL, "difficulty_weighting": "variance"},
+    ),
+    ("train", {"max_turns": 3, "max_tool_calls": 2, "max_tool_tokens": 9}, RL, {**RL, "tools": "calculator"}),
+    ("train", {"tool_timeout": 3}, {**RL, "tools": "calculator"}, {**RL, "tools": "a.py:f"}),
+    ("train", {"document_search_path": "d"}, {**RL, "tools": "calculator"}, {**RL, "tools": "document_search"}),
+    ("train", {"dynamic_sample": True, "difficulty_weighting": "variance", "difficulty_metric": "exact"}, {}, RL),
+    ("train", {"tools": "calculator"}, {}, RL),
 ]
 
 

@@ -123,7 +123,7 @@ def test_stages_draw_from_their_own_data_sets():
     drawn = {step: rollout(prompts, 3, step) for step in range(0, 12, 2)}
     assert all(i < 3 for step in (0, 2) for i in drawn[step])
     assert sorted(i for step in (4, 6, 8) for i in drawn[step]) == list(range(3, 12))
-    assert prompts.stage == 2 and prompts.metrics()["difficulty/stage"] == 2.0
+    assert prompts.stage_number == 2 and prompts.metrics()["difficulty/stage"] == 2.0
 
 
 def groups(rates):

@@ -75,7 +75,7 @@ def always_calls(monkeypatch: pytest.MonkeyPatch):
 def test_pictures_are_the_same_in_generating_and_training(pictures):
     steps, lines = run(pictures)
     assert len(steps) == 2 and all(step["rollout/logp_difference/max"] < CLOSE for step in steps)
-    assert {len(line["prompt"][0]["content"]) for line in lines} > {2, 3}
+    assert {len(line["prompt"][0]["content"]) for line in lines} == {2, 3}  # one picture and text, or two
     small, _ = run(pictures, batch_size=16, output_dir=pictures["output_dir"] + "2")
     assert small[0]["loss"] == pytest.approx(steps[0]["loss"], abs=1e-5)
     assert small[0]["grad_norm"] == pytest.approx(steps[0]["grad_norm"], rel=1e-3)
@@ -98,9 +98,12 @@ def test_turns_and_results_are_the_same_in_generating_and_training(tmp_path, alw
     assert sum(step["num_supervised"] for step in steps) == sum(line["length"] for line in lines)
 
 
+@pytest.mark.slow
 def test_a_zoomed_picture_is_the_same_in_generating_and_training(pictures, always_calls):
     always_calls({"name": "image_zoom_in_tool", "arguments": {"bbox_2d": [100, 100, 700, 800]}})
-    changes = {"tools": "image_zoom_in_tool", "max_turns": 3, "max_completion_length": 120, "max_seq_len": 600}
-    steps, _ = run(pictures, **changes, steps_per_generation=1, chat_template="vl_thinking", max_steps=1)
+    changes = {"tools": "image_zoom_in_tool", "max_turns": 3, "max_completion_length": 120, "max_seq_len": 3000}
+    steps, _ = run(
+        pictures, **changes, steps_per_generation=1, rollout_batch_size=2, chat_template="vl_thinking", max_steps=1
+    )
     assert all(step["rollout/logp_difference/max"] < CLOSE for step in steps)
     assert steps[0]["num_tokens"] > steps[0]["num_supervised"] * 2
