@@ -81,18 +81,8 @@ FOREIGN = {
 }
 # Run by hand. The demos replace what an earlier demo left; the commands they are made of are those of tests/e2e. The
 # tables of the planner take minutes; tests/distributed/test_plan_memory.py and tests/unit/plan call what they call.
-<<<<<<< HEAD
 DEMOS = {"demo.py", "demo_align.py", "demo_pretrain.py", "demo_rl.py", "demo_vl.py"}
 BY_HAND = {"plan_truth.py", "plan_minimum.py"} | DEMOS
-=======
-BY_HAND = {"plan_truth.py", "plan_minimum.py"} | {
-    "demo.py",
-    "demo_align.py",
-    "demo_pretrain.py",
-    "demo_rl.py",
-    "demo_vl.py",
-}
->>>>>>> r3
 # No scripts.
 HELPERS = {"bench_worker.py", "comparison.py", "published_runs.py"}
 
