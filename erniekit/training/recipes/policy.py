@@ -18,7 +18,6 @@ from erniekit.training.rl.reference import PolicyReference, build_reference
 from erniekit.training.rl.token_scores import TokenScorer
 from erniekit.training.trainable import trained_tensors
 
-_CAPS = {"tis": "tis_cap", "mis": "mis_cap"}  # the key of the largest weight of a correction; of the others icepop_beta
 
 _TERMS = {"policy": "policy", "kl": "kl_penalty", "entropy": "entropy_bonus"}  # names that no metric has
 
@@ -36,7 +35,7 @@ def policy_options(cfg: Config) -> dict[str, Any]:
         "kl_bias_correction": cfg.kl_bias_correction,
         "correction": cfg.rollout_correction,
         "correction_low": cfg.icepop_alpha,
-        "correction_high": vars(cfg)[_CAPS.get(cfg.rollout_correction, "icepop_beta")],
+        "correction_high": {"tis": cfg.tis_cap, "mis": cfg.mis_cap}.get(cfg.rollout_correction, cfg.icepop_beta),
         "off_policy_threshold": cfg.off_policy_mask_threshold,
         "entropy_coef": cfg.entropy_coef,
         "max_completion_length": cfg.max_completion_length,
