@@ -185,7 +185,7 @@ def test_it_is_named_after_its_model_and_length(name):
     length = re.search(r"_(\d+)k\.yaml", name)
     if length:
         assert cfg.max_seq_len == int(length.group(1)) * 1024
-    stage = {"pt": "PT", "pretrain": "PT", "dpo": "DPO", "rl": "RL"}.get(name.split("/")[1], "SFT")
+    stage = {"pt": "PT", "pretrain": "PT", "dpo": "DPO", "rl": "RL", "rm": "RM"}.get(name.split("/")[1], "SFT")
     if "-VL-" in name and command_of(name) in ("train", "eval"):
         stage = f"VL-{stage}"
     assert cfg.stage == stage

@@ -18,7 +18,6 @@ from erniekit.training.rl.reference import PolicyReference, build_reference
 from erniekit.training.rl.token_scores import TokenScorer
 from erniekit.training.trainable import trained_tensors
 
-
 _TERMS = {"policy": "policy", "kl": "kl_penalty", "entropy": "entropy_bonus"}  # names that no metric has
 
 
