@@ -12,7 +12,7 @@ async def within(seconds: float, work: Coroutine[Any, Any, T]) -> T:
 
     asyncio.wait_for is not used because before Python 3.12 it returns the result, and forgets the cancellation, where
     both come in the same turn of the event loop. With tokens that come every few milliseconds that is often, and the
-    answer to a client that has left would go on to its end.
+    answer to a client that has left would be computed to its end.
     """
     task = asyncio.ensure_future(work)
     try:
