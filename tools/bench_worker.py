@@ -65,9 +65,12 @@ class Worker:
 
 
 class OurStep:
-    """A training step of erniekit, timed by part, of the model in the job. A subclass gives the `loss` of a batch."""
+    """A training step of erniekit, timed by part, of the model in the job. A subclass gives the `loss` of a batch.
+    `environment` of the job: variables that are set before anything is imported.
+    """
 
     def __init__(self, job: dict[str, Any]) -> None:
+        os.environ.update(job.get("environment", {}))
         sys.path.insert(0, str(ROOT))
         from erniekit.utils import runtime
 

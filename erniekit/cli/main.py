@@ -141,7 +141,8 @@ def _function(command: Command) -> Callable[..., Any]:
     import importlib
 
     module_name, _, function_name = command.target.partition(":")
-    function: Callable[..., Any] = vars(importlib.import_module(module_name))[function_name]
+    with runtime.importing():
+        function: Callable[..., Any] = vars(importlib.import_module(module_name))[function_name]
     return function
 
 

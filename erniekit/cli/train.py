@@ -30,7 +30,7 @@ def run(args: list[str]) -> int:
             "max_restarts: no effect: erniekit did not start this process, so nothing restarts it; run the same "
             "command to resume"
         )
-    with stop_signals.sigterm_waits():
+    with stop_signals.sigterm_waits(), runtime.importing():
         from erniekit.training import run as training  # imports Paddle, which takes seconds
 
         stop_signals.listen()

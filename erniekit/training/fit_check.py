@@ -5,10 +5,8 @@ import paddle
 from erniekit.config.schema import Config
 from erniekit.models.config import ModelConfig
 from erniekit.parallel.mesh import Mesh
-from erniekit.plan import advice
 from erniekit.plan.job import CPU, Cluster, make_job
 from erniekit.plan.memory import plan_memory
-from erniekit.plan.report import gigabytes
 from erniekit.training.outline import drop_outlines, outline_stage
 from erniekit.utils import log
 from erniekit.utils.host_memory import host_memory
@@ -37,6 +35,10 @@ def _warn(cfg: Config, model: ModelConfig, mesh: Mesh) -> None:
     plan = plan_memory(job, capacity, outline_stage)
     if plan.fits:
         return
+    # imported late: most runs fit
+    from erniekit.plan import advice
+    from erniekit.plan.report import gigabytes
+
     cure = advice.cheapest_fit(advice.changes(plan, capacity, outline_stage))
     hint = "`erniekit plan` shows what takes it" if cure is None else f"it would fit with {cure.text}"
     worst = plan.worst

@@ -16,6 +16,7 @@ New kinds of records also need a reader in data/records/. No other code tests fo
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from erniekit.build import PreparedModel
 from erniekit.config.methods import METHODS as FACTS
@@ -25,17 +26,13 @@ from erniekit.data.chat.tokenizer import Tokenizer
 from erniekit.data.loader import StepSource
 from erniekit.losses.preference import wants_reference
 from erniekit.training.data import DataContext, open_evaluation_rows, open_rows
-from erniekit.training.evaluators import EvaluationData, Evaluator, label_scores, pair_scores
+from erniekit.training.evaluators import EvaluatedModel, EvaluationData, Evaluator, Scores, label_scores, pair_scores
 from erniekit.training.judged_evaluator import judged_scores
 from erniekit.training.recipes.base import Recipe, RecipeContext
 from erniekit.training.recipes.distilled import causal_recipe
-from erniekit.training.recipes.gkd import GkdRecipe, require_teacher
 from erniekit.training.recipes.kto import KtoRecipe
-from erniekit.training.recipes.policy import PolicyRecipe
 from erniekit.training.recipes.preference import PreferenceRecipe
 from erniekit.training.recipes.reward_model import RewardModelRecipe, reward_model_scores
-from erniekit.training.rl.evaluate import open_evaluation_prompts, reward_scores
-from erniekit.training.rl.loader import open_prompts
 
 
 def _no_reference(cfg: Config) -> bool:
@@ -48,6 +45,46 @@ def _has_reference(cfg: Config) -> bool:
 
 def _nothing_to_check(cfg: Config, prepared: PreparedModel, tokenizer: Tokenizer) -> None:
     return
+
+
+# What generates (models of rewards, conversations, decoding) is imported by the runs that do: it takes a tenth of a
+# second.
+
+
+def _policy_recipe(context: RecipeContext) -> Recipe:
+    from erniekit.training.recipes.policy import PolicyRecipe
+
+    return PolicyRecipe.build(context)
+
+
+def _open_prompts(context: DataContext) -> StepSource:
+    from erniekit.training.rl.loader import open_prompts
+
+    return open_prompts(context)
+
+
+def _open_evaluation_prompts(context: DataContext) -> EvaluationData:
+    from erniekit.training.rl.evaluate import open_evaluation_prompts
+
+    return open_evaluation_prompts(context)
+
+
+def _reward_scores(evaluated: EvaluatedModel, data: Any) -> Scores:
+    from erniekit.training.rl.evaluate import reward_scores
+
+    return reward_scores(evaluated, data)
+
+
+def _gkd_recipe(context: RecipeContext) -> Recipe:
+    from erniekit.training.recipes.gkd import GkdRecipe
+
+    return GkdRecipe.build(context)
+
+
+def _require_teacher(cfg: Config, prepared: PreparedModel, tokenizer: Tokenizer) -> None:
+    from erniekit.training.recipes.gkd import require_teacher
+
+    require_teacher(cfg, prepared, tokenizer)
 
 
 @dataclass(frozen=True)
@@ -77,21 +114,21 @@ METHODS: dict[str, Method] = {
         Method(FACTS["RM"], RewardModelRecipe.build, reward_model_scores),
         Method(
             FACTS["RL"],
-            PolicyRecipe.build,
-            reward_scores,
-            open_data=open_prompts,
-            open_evaluation_data=open_evaluation_prompts,
+            _policy_recipe,
+            _reward_scores,
+            open_data=_open_prompts,
+            open_evaluation_data=_open_evaluation_prompts,
         ),
         Method(
             FACTS["VL-RL"],
-            PolicyRecipe.build,
-            reward_scores,
-            open_data=open_prompts,
-            open_evaluation_data=open_evaluation_prompts,
+            _policy_recipe,
+            _reward_scores,
+            open_data=_open_prompts,
+            open_evaluation_data=_open_evaluation_prompts,
         ),
         Method(FACTS["VL-DPO"], PreferenceRecipe.build, pair_scores, wants_reference),
         Method(FACTS["KTO"], KtoRecipe.build, judged_scores, _has_reference),
-        Method(FACTS["GKD"], GkdRecipe.build, label_scores, check=require_teacher),
+        Method(FACTS["GKD"], _gkd_recipe, label_scores, check=_require_teacher),
     )
 }
 
