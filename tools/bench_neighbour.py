@@ -133,7 +133,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int)
     parser.add_argument("--seq", type=int)
     parser.add_argument("--variants", nargs="+", default=[PRODUCT], help="the first is what the others compare with")
-    parser.add_argument("--spinning", type=int, nargs="+", default=[1, 4], help="numbers of spinning programs")
+    parser.add_argument("--spinning", type=int, nargs="*", default=[1, 4], help="numbers of spinning programs")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=3.0, help="of a turn alone")
     parser.add_argument("--json", type=Path, help="also write the results here")

@@ -45,18 +45,23 @@ CONFIG = {
 }
 
 
+def build() -> tuple[CausalLM, AdamW, GradientSync]:
+    """The model with what trains it."""
+    runtime.ensure_threads()
+    paddle.seed(0)
+    model = CausalLM(ModelConfig.from_dict(CONFIG))
+    rules = {name: ParamRule(1.0, 0.0) for name, _ in model.named_parameters()}
+    parameters = ShardedParameters.single(model.named_parameters())
+    return model, AdamW(parameters, rules, 0.9, 0.95, 1e-8), GradientSync(parameters)
+
+
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--directory", help="where to write (default: the system's temporary directory)")
     parser.add_argument("--rounds", type=int, default=5)
     args = parser.parse_args()
-    paddle.seed(0)
-    model = CausalLM(ModelConfig.from_dict(CONFIG))
-    rules = {name: ParamRule(1.0, 0.0) for name, _ in model.named_parameters()}
-    parameters = ShardedParameters.single(model.named_parameters())
-    sync = GradientSync(parameters)
-    optimizer = AdamW(parameters, rules, 0.9, 0.95, 1e-8)
+    model, optimizer, sync = build()
     count = sum(p.size for p in model.parameters())
     print(f"{count / 1e6:.0f} M parameters, {3 * 4 * count / 1e9:.2f} GB a checkpoint")
     with tempfile.TemporaryDirectory(dir=args.directory) as directory:
