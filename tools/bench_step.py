@@ -68,6 +68,22 @@ PRESETS: dict[str, tuple[dict[str, Any], int, int]] = {
 }
 
 
+def product_flops(config: dict[str, Any], tokens: int, lengths: np.ndarray) -> float:
+    """FLOPs of all matrix products of a step, forward and backward: projections, experts that a token goes to, head,
+    and the causal half of attention in documents of these lengths. The router's are left out.
+    """
+    size, heads, dim = config["hidden_size"], config["num_attention_heads"], config["head_dim"]
+    layers, sparse = config["num_hidden_layers"], 0
+    attention = size * dim * 2 * (heads + config["num_key_value_heads"])
+    if "moe_num_experts" in config:
+        sparse = config["moe_layer_end_index"] - config["moe_layer_start_index"] + 1
+    experts = config.get("moe_k", 0) + config.get("moe_num_shared_experts", 0)
+    blocks = (layers - sparse) * config["intermediate_size"] + sparse * experts * config.get("moe_intermediate_size", 0)
+    weights = layers * attention + 3 * size * blocks + size * config["vocab_size"]
+    pairs = (lengths.astype(float) ** 2).sum() / 2
+    return 3 * (2 * tokens * weights + layers * 4 * heads * dim * pairs)
+
+
 def documents_in_row(seq: int, count: int) -> np.ndarray:
     """Segment ids 1..count [seq] of documents of uneven length, the same on both sides."""
     cuts = np.random.default_rng(1).choice(np.arange(1, seq), size=count - 1, replace=False)
@@ -134,6 +150,7 @@ class Side(Worker):
     def __init__(self, side: str, job: dict[str, Any], script: str) -> None:
         super().__init__(script, side, job)
         self.rows: list[list[float]] = []
+        self.rates: list[float] = []  # FLOP/s of a matrix product, beside each turn
 
     def turn(self, steps: int) -> float:
         """Run some steps; their median time in seconds."""
@@ -159,6 +176,7 @@ def bench(
         for worker in workers if number % 2 == 0 else reversed(workers):
             time.sleep(PAUSE)
             medians[worker.side].append(worker.turn(steps[worker.side]))
+            worker.rates.append(worker.ask("rate")["rate"])
     result = report(name, job, workers, medians)
     for worker in workers:
         if profile:
@@ -176,16 +194,27 @@ def report(name: str, job: dict[str, Any], workers: list[Side], medians: dict[st
         f"{workers[0].about['threads']} threads, {len(medians[workers[0].side])} rounds, load {os.getloadavg()[0]:.2f}"
     )
     heads = ("tokens/s", 10), ("(min-max)", 16), ("forward", 10), ("backward", 10), ("update", 9), ("step ms", 9)
-    print(" " * 8 + "".join(head.rjust(width) for head, width in (*heads, ("CPU ms", 9), ("peak MB", 9))))
+    print(
+        " " * 8
+        + "".join(
+            head.rjust(width) for head, width in (*heads, ("CPU ms", 9), ("peak MB", 9), ("GFLOP/s", 9), ("share", 7))
+        )
+    )
+    flops, shares = job.get("flops", float("nan")), dict[str, float]()
     for worker in workers:
         times = medians[worker.side]
         forward, backward, update, cpu = (1e3 * statistics.median(row[i] for row in worker.rows) for i in (1, 2, 3, 4))
+        shares[worker.side] = statistics.median(
+            flops / seconds / rate for seconds, rate in zip(times, worker.rates, strict=True)
+        )
         rates = f"{tokens / max(times):.0f}-{tokens / min(times):.0f}"
         print(
             f"{worker.side:8}{tokens / statistics.median(times):10.0f}{rates:>16}{forward:10.1f}{backward:10.1f}"
             f"{update:9.1f}{1e3 * statistics.median(times):9.1f}{cpu:9.1f}{worker.peak_mb:9.0f}"
+            f"{statistics.median(worker.rates) / 1e9:9.0f}{shares[worker.side]:7.2f}"
         )
     result: dict[str, Any] = {"preset": name, "about": {w.side: w.about | {"peak_mb": w.peak_mb} for w in workers}}
+    result["share"] = shares
     result |= {"tokens_per_second": {s: tokens / statistics.median(t) for s, t in medians.items()}}
     if len(workers) == 2:
         ratios = [other / mine for mine, other in zip(medians["ours"], medians["torch"], strict=True)]
@@ -230,6 +259,8 @@ def main() -> None:
     results = []
     for name, (config, batch, seq) in cases.items():
         job = {"config": config, "batch": args.batch or batch, "seq": args.seq or seq, "documents": args.documents}
+        lengths = np.bincount(documents_in_row(job["seq"], args.documents)).repeat(job["batch"])
+        job["flops"] = product_flops(config, job["batch"] * job["seq"], lengths)
         job |= {"warmup": args.warmup, "threads": args.threads, "contents": f"{args.documents} documents a row"}
         results.append(bench(name, job, sides, args.rounds, args.profile))
     if args.json:

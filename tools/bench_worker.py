@@ -64,6 +64,16 @@ class Worker:
         self.process.wait()
 
 
+def best_rate(product: Callable[[], Any], size: int, seconds: float = 0.2) -> float:
+    """FLOP/s of the fastest product of two fp32 matrices [size, size] within so many seconds."""
+    end, best = time.perf_counter() + seconds, float("inf")
+    while time.perf_counter() < end:
+        began = time.perf_counter()
+        product()
+        best = min(best, time.perf_counter() - began)
+    return 2 * size**3 / best
+
+
 class OurStep:
     """A training step of erniekit, timed by part, of the model in the job. A subclass gives the `loss` of a batch.
     `environment` of the job: variables that are set before anything is imported.
@@ -125,6 +135,11 @@ class OurStep:
         times.append(time.perf_counter())
         return loss.item(), times
 
+    def rate(self, size: int) -> float:
+        """See best_rate."""
+        x, y = (self.paddle.randn([size, size]) for _ in range(2))
+        return best_rate(lambda: self.paddle.matmul(x, y), size)
+
     def profile(self, run: Callable[[], Any]) -> None:
         """Time by operator over `run`, on stderr. The times are on the host and include a node's children."""
         from paddle import profiler
@@ -169,6 +184,11 @@ class TorchStep:
         times.append(time.perf_counter())
         return loss.item(), times
 
+    def rate(self, size: int) -> float:
+        """See best_rate."""
+        x, y = (self.torch.randn(size, size) for _ in range(2))
+        return best_rate(lambda: self.torch.matmul(x, y), size)
+
     def profile(self, run: Callable[[], Any]) -> None:
         """Time by operator over `run`, on stderr."""
         with self.torch.profiler.profile() as recorder:
@@ -184,7 +204,9 @@ def serve_steps(
     warmup: int,
     about: dict[str, Any],
 ) -> None:
-    """In the worker: warm up and answer `about`; then each command is a number of steps to run, or "profile"."""
+    """In the worker: warm up and answer `about`; then each command is a number of steps to run, "rate" for that of a
+    matrix product, or "profile".
+    """
 
     def run(steps: int) -> list[list[float]]:
         rows = []
@@ -201,5 +223,7 @@ def serve_steps(
         if command == "profile":
             side.profile(lambda: run(3))
             answer({})
+        elif command == "rate":
+            answer({"rate": side.rate(1024)})
         else:
             answer({"rows": run(command)})

@@ -3,14 +3,17 @@
     python tools/compare_optimizers.py examples/configs/tiny/sft/run_sft_dense.yaml --steps 200
     python tools/compare_optimizers.py x.yaml --rates 1e-3 3e-3 1e-2 batch_size=4
 
-Every run has the same data in the same order, the same schedule and the same start. The times are those of the clock,
-so that they are of use on a quiet machine only.
+Every run has the same data in the same order, the same schedule and the same start. Prints a table and draws
+optimizers.png: the evaluation losses over the learning rates, and the training losses of the best run of each. The
+times are those of the clock, so that they are of use on a quiet machine only.
 """
 
 import argparse
 import json
 from pathlib import Path
 
+import comparison
+import numpy as np
 from compare_qat import ROOT, evaluate, run
 
 
@@ -35,6 +38,25 @@ def loss_of(config: str, words: list[str], target: Path, steps: int, optim: str,
     return loss, json.loads((target / "summary.json").read_text())["step_seconds"]
 
 
+def draw(rows: list[tuple[str, float, float, float]], curves: dict[str, np.ndarray], path: Path) -> None:
+    """Evaluation losses over learning rates on the left; on the right the training losses of the best run of each
+    optimizer, averaged over a fortieth of the steps.
+    """
+    figure = comparison.figure_of(9, 3.6)
+    left, right = figure.subplots(1, 2)
+    for optim in dict.fromkeys(row[0] for row in rows):
+        mine = sorted(row[1:3] for row in rows if row[0] == optim)
+        left.plot(*zip(*mine, strict=True), marker="o", markersize=4, linewidth=1, label=optim)
+    for name, curve in curves.items():
+        right.plot(*comparison.averaged(curve, max(1, len(curve) // 40)), linewidth=1, label=name)
+    left.set(xscale="log", xlabel="learning rate", ylabel="evaluation loss")
+    right.set(xlabel="optimizer step", ylabel="training loss", yscale="log")
+    for axes in (left, right):
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.legend(frameon=False)
+    figure.savefig(path)
+
+
 def main() -> None:
     """Parse the arguments, train, print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -50,6 +72,12 @@ def main() -> None:
         for optim in args.optims:
             target = ROOT / args.out / f"{optim}-{rate:g}"
             rows.append((optim, rate, *loss_of(args.config, args.keys, target, args.steps, optim, rate)))
+    best = {optim: min((row for row in rows if row[0] == optim), key=lambda row: row[2]) for optim in args.optims}
+    curves = {
+        f"{optim}, {row[1]:g}": comparison.losses(ROOT / args.out / f"{optim}-{row[1]:g}")
+        for optim, row in best.items()
+    }
+    draw(rows, curves, ROOT / args.out / "optimizers.png")
     print(f"\n{args.steps} steps\n| optim | learning_rate | evaluation loss | seconds |\n|---|---|---|---|")
     for optim, rate, loss, seconds in sorted(rows):
         print(f"| {optim} | {rate:g} | {loss:.4f} | {seconds:.0f} |")
