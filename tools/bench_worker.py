@@ -93,6 +93,7 @@ class OurStep:
         from erniekit.parallel.grad_sync import GradientSync
         from erniekit.parallel.zero import ShardedParameters
         from erniekit.training.adamw import AdamW, parameter_rules
+        from erniekit.utils.thread_waits import ThreadWaits
 
         self.threads = runtime.set_threads(job["threads"])
         paddle.seed(0)
@@ -104,6 +105,7 @@ class OurStep:
         self.sync = GradientSync(parameters)
         self.optimizer = AdamW(parameters, parameter_rules(self.model, Config(weight_decay=0.01)), 0.9, 0.999, 1e-8)
         self.num_parameters = sum(int(np.prod(p.shape)) for _, p in named)
+        self.waits = ThreadWaits()
 
     def loss(self, *batch: Any) -> Any:
         """The mean loss of a batch, every position of which has a label."""
@@ -132,6 +134,7 @@ class OurStep:
         clip_(gradients, global_norm(gradients, self.sync.parameters.entries, ALONE), 1.0)
         self.optimizer.step(gradients, 1e-4)
         self.sync.clear()
+        self.waits.after_step()
         times.append(time.perf_counter())
         return loss.item(), times
 

@@ -34,6 +34,7 @@ from erniekit.training.state import TrainState
 from erniekit.utils import heartbeat, log, stop_signals
 from erniekit.utils.errors import TrainError
 from erniekit.utils.spans import span
+from erniekit.utils.thread_waits import ThreadWaits
 from erniekit.utils.user_files import read_json_object
 
 # Keys of the values that are fetched together with a stage's sums.
@@ -61,6 +62,7 @@ class Trainer:
         self.scaler = LossScaler(self.cfg.scale_loss) if run.model.residual_dtype == paddle.float16 else None
         self._fp8_shares = Fp8Shares(run.model, self.cfg.fp8_statistics_steps)
         self._ranges = MovingRanges(run.model, run.mesh)
+        self._waits = ThreadWaits()
         self._saved_step: int | None = None
         self._stopped_by: signal.Signals | None = None
         self._data_ended = False
@@ -148,6 +150,7 @@ class Trainer:
         waited = time.perf_counter() - began
         report = self.run.loader.report_step()
         metrics = self.train_step(batches)
+        self._waits.after_step()
         metrics = replace(
             metrics, data_seconds=waited, parts=metrics.parts | report.metrics, samples=tuple(report.samples)
         )
