@@ -8,13 +8,14 @@ and each with the files out of the kernel's cache ("cold"), then in it ("warm").
 """
 
 import argparse
+import json
 import os
 import statistics
 import tempfile
 import time
 from pathlib import Path
 
-from bench_save import build
+from bench_save import CONFIG, build
 
 from erniekit.checkpoint.manager import CheckpointManager
 from erniekit.checkpoint.model_io import load_weights, model_rank_files, write_model_configs
@@ -49,8 +50,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--directory", help="where to write (default: the system's temporary directory)")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--layers", type=int, default=CONFIG["num_hidden_layers"])
+    parser.add_argument("--json", type=Path, help="also write the results here")
     args = parser.parse_args()
-    model, optimizer, _ = build()
+    model, optimizer, _ = build(args.layers)
     with tempfile.TemporaryDirectory(dir=args.directory) as directory:
         portions = [model_rank_files(model, Shares.alone(), "pt"), optimizer_rank_files(optimizer, Shares.alone())]
         manager = CheckpointManager(Path(directory), None)
@@ -71,13 +74,17 @@ def main() -> None:
                     ways[name](checkpoint)
                     rates.setdefault((cache, name), []).append(size / (time.perf_counter() - began) / 1e9)
     print(f"{size / 1e9:.2f} GB, {args.rounds} rounds, load {os.getloadavg()[0]:.2f}")
+    result = {}
     for cache in ("cold", "warm"):
         disk, resuming = rates[cache, "the disk"], rates[cache, "resuming"]
         share = statistics.median(mine / other for mine, other in zip(resuming, disk, strict=True))
+        result[cache] = {"resuming": statistics.median(resuming), "share": share}
         print(
             f"{cache}: the disk {statistics.median(disk):.2f} GB/s ({min(disk):.2f}-{max(disk):.2f}), resuming "
             f"{statistics.median(resuming):.2f} GB/s ({min(resuming):.2f}-{max(resuming):.2f}): {share:.0%} of it"
         )
+    if args.json:
+        args.json.write_text(json.dumps(result, indent=2) + "\n")
 
 
 if __name__ == "__main__":

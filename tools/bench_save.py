@@ -13,6 +13,7 @@ import statistics
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 from erniekit.utils import runtime
 
@@ -31,7 +32,7 @@ from erniekit.parallel.zero import ShardedParameters  # noqa: E402
 from erniekit.training.adamw import AdamW, ParamRule  # noqa: E402
 from erniekit.training.state import optimizer_rank_files  # noqa: E402
 
-CONFIG = {
+CONFIG: dict[str, Any] = {
     "model_type": "ernie4_5",
     "num_hidden_layers": 12,
     "hidden_size": 768,
@@ -45,11 +46,11 @@ CONFIG = {
 }
 
 
-def build() -> tuple[CausalLM, AdamW, GradientSync]:
+def build(layers: int = CONFIG["num_hidden_layers"]) -> tuple[CausalLM, AdamW, GradientSync]:
     """The model with what trains it."""
     runtime.ensure_threads()
     paddle.seed(0)
-    model = CausalLM(ModelConfig.from_dict(CONFIG))
+    model = CausalLM(ModelConfig.from_dict(CONFIG | {"num_hidden_layers": layers}))
     rules = {name: ParamRule(1.0, 0.0) for name, _ in model.named_parameters()}
     parameters = ShardedParameters.single(model.named_parameters())
     return model, AdamW(parameters, rules, 0.9, 0.95, 1e-8), GradientSync(parameters)
