@@ -58,12 +58,12 @@ class Heads:
         """softmax(scale * q k^T + mask) v, as q lies. `keep`: the weights wait for `backward`, which otherwise computes
         them again.
         """
-        out, scratch, self._kept = paddle.empty_like(self.q), self._scratch(), []
+        out, scratch, self._kept = cpu_ops.unfilled_like(self.q), self._scratch(), []
         for unit in range(self.num_units):
             v = self._of_unit(self.v, unit)
             for block in self.blocks:
                 if keep:
-                    self._kept.append(paddle.empty([block.rows, block.seen], dtype=self.q.dtype))
+                    self._kept.append(cpu_ops.unfilled([block.rows, block.seen], self.q))
                 p = cpu_ops.memory_of(self._kept[-1]) if keep else _part(scratch, block)
                 self._weigh(p, block, unit)
                 sgemm(False, False, block.rows, self.dim, block.seen, _matrix(p), v, self._queries(out, block, unit))
@@ -71,7 +71,7 @@ class Heads:
 
     def backward(self, dout: paddle.Tensor) -> tuple[paddle.Tensor, paddle.Tensor, paddle.Tensor]:
         """The gradients of q, k and v from that of the result; each as its tensor lies."""
-        dq, dk, dv = (paddle.empty_like(x) for x in (self.q, self.k, self.v))
+        dq, dk, dv = (cpu_ops.unfilled_like(x) for x in (self.q, self.k, self.v))
         first, second, dim = self._scratch(), self._scratch(), self.dim
         for unit in range(self.num_units):
             k, v, dk_unit, dv_unit = (self._of_unit(x, unit) for x in (self.k, self.v, dk, dv))

@@ -6,6 +6,7 @@ No function records a gradient: they are parts of autograd nodes. Arguments are 
 """
 
 import math
+from collections.abc import Sequence
 from ctypes import c_float, c_int, c_uint
 from functools import lru_cache
 from threading import get_ident
@@ -44,6 +45,18 @@ def knows(x: paddle.Tensor) -> bool:
     )
 
 
+def unfilled(shape: Sequence[int], like: paddle.Tensor) -> paddle.Tensor:
+    """paddle.empty of the dtype and on the device of a tensor. Paddle's own function checks its arguments for longer
+    than a small operation takes, as Tensor.size takes longer than the product of the shape.
+    """
+    return paddle._C_ops.empty(shape, like.dtype, like.place)
+
+
+def unfilled_like(x: paddle.Tensor) -> paddle.Tensor:
+    """paddle.empty_like; see `unfilled`."""
+    return paddle._C_ops.empty_like(x, x.dtype, x.place)
+
+
 def row_address(matrix: paddle.Tensor, row: int = 0) -> tuple[int, int]:
     """Where a row of a contiguous matrix begins, and the numbers from one row to the next, as onednn.sgemm takes it."""
     size = matrix.shape[-1]
@@ -65,8 +78,8 @@ def softmax(scores: paddle.Tensor) -> paddle.Tensor:
     """
     if not applies(scores):
         return nn.functional.softmax(scores, axis=-1)
-    length, out = scores.shape[-1], paddle.empty_like(scores)
-    _softmax(get_ident(), scores.size // length, length).run(scores.data_ptr(), out.data_ptr())
+    length, out = scores.shape[-1], unfilled_like(scores)
+    _softmax(get_ident(), math.prod(scores.shape) // length, length).run(scores.data_ptr(), out.data_ptr())
     return out
 
 
@@ -75,7 +88,7 @@ def softmax_(scores: paddle.Tensor) -> paddle.Tensor:
     if not applies(scores):
         return nn.functional.softmax_(scores, axis=-1)
     length, address = scores.shape[-1], scores.data_ptr()
-    _softmax(get_ident(), scores.size // length, length).run(address, address)
+    _softmax(get_ident(), math.prod(scores.shape) // length, length).run(address, address)
     return scores
 
 
@@ -84,7 +97,7 @@ def softmax_backward_(dp: paddle.Tensor, p: paddle.Tensor) -> paddle.Tensor:
     if not (applies(dp) and applies(p)):
         return dp.subtract_((p * dp).sum(axis=-1, keepdim=True)).multiply_(p)
     length, address = p.shape[-1], dp.data_ptr()
-    _softmax_backward(get_ident(), p.size // length, length).run(address, address, p.data_ptr())
+    _softmax_backward(get_ident(), math.prod(p.shape) // length, length).run(address, address, p.data_ptr())
     return dp
 
 
@@ -105,7 +118,8 @@ def add_at_(x_TV: paddle.Tensor, columns_T1: paddle.Tensor, values_T1: paddle.Te
 
 def memory_of(x: paddle.Tensor) -> np.ndarray:
     """The memory of a contiguous tensor on the CPU, while that lives."""
-    return np.ctypeslib.as_array((c_float * x.size).from_address(x.data_ptr())).reshape(x.shape)
+    size = math.prod(x.shape)
+    return np.frombuffer((c_float * size).from_address(x.data_ptr()), np.float32).reshape(x.shape)
 
 
 def softmax_rows_(scores: np.ndarray) -> None:
@@ -144,8 +158,8 @@ def swish(x: paddle.Tensor, factor: float = 1.0) -> paddle.Tensor:
     """x * sigmoid(factor * x)."""
     if not applies(x):
         return fast_sigmoid(x, factor).multiply_(x)
-    out = paddle.empty_like(x)
-    _activation(get_ident(), _SWISH, x.size, factor).run(x.data_ptr(), out.data_ptr())
+    out = unfilled_like(x)
+    _activation(get_ident(), _SWISH, math.prod(x.shape), factor).run(x.data_ptr(), out.data_ptr())
     return out
 
 
@@ -155,8 +169,10 @@ def swish_backward(dy: paddle.Tensor, x: paddle.Tensor, factor: float = 1.0) -> 
         # s + factor x s (1 - s) = s (1 + factor x (1 - s))
         sigmoid = fast_sigmoid(x, factor)
         return sigmoid.scale(-factor, bias=factor).multiply_(x).scale_(1.0, bias=1.0).multiply_(sigmoid).multiply_(dy)
-    dx = paddle.empty_like(x)
-    _activation_backward(get_ident(), _SWISH, x.size, factor).run(dx.data_ptr(), dy.data_ptr(), x.data_ptr())
+    dx = unfilled_like(x)
+    _activation_backward(get_ident(), _SWISH, math.prod(x.shape), factor).run(
+        dx.data_ptr(), dy.data_ptr(), x.data_ptr()
+    )
     return dx
 
 
@@ -164,9 +180,9 @@ def swish_times(x: paddle.Tensor, y: paddle.Tensor) -> paddle.Tensor:
     """x * sigmoid(x) * y for tensors of one shape."""
     if not (applies(x) and applies(y)):
         return swish(x).multiply_(y)
-    out = paddle.empty_like(x)
+    out = unfilled_like(x)
     zero = _zero()
-    _swish_times(get_ident(), x.size).run(x.data_ptr(), zero.ctypes.data, out.data_ptr(), y.data_ptr())
+    _swish_times(get_ident(), math.prod(x.shape)).run(x.data_ptr(), zero.ctypes.data, out.data_ptr(), y.data_ptr())
     return out
 
 
@@ -187,8 +203,8 @@ def gelu(x: paddle.Tensor) -> paddle.Tensor:
     """x * P(X <= x) for a standard normal X."""
     if not applies(x):
         return nn.functional.gelu(x)
-    out = paddle.empty_like(x)
-    _activation(get_ident(), _GELU, x.size, 0.0).run(x.data_ptr(), out.data_ptr())
+    out = unfilled_like(x)
+    _activation(get_ident(), _GELU, math.prod(x.shape), 0.0).run(x.data_ptr(), out.data_ptr())
     return out
 
 
@@ -197,8 +213,8 @@ def gelu_backward(dy: paddle.Tensor, x: paddle.Tensor) -> paddle.Tensor:
     if not (applies(dy) and applies(x)):
         density = paddle.exp(x.square().scale_(-0.5)).scale_((2.0 * math.pi) ** -0.5)
         return paddle.erf(x * 0.5**0.5).scale_(0.5, bias=0.5).add_(density.multiply_(x)).multiply_(dy)
-    dx = paddle.empty_like(x)
-    _activation_backward(get_ident(), _GELU, x.size, 0.0).run(dx.data_ptr(), dy.data_ptr(), x.data_ptr())
+    dx = unfilled_like(x)
+    _activation_backward(get_ident(), _GELU, math.prod(x.shape), 0.0).run(dx.data_ptr(), dy.data_ptr(), x.data_ptr())
     return dx
 
 
@@ -206,8 +222,8 @@ def multiply(x: paddle.Tensor, y: paddle.Tensor) -> paddle.Tensor:
     """x * y for tensors of one shape."""
     if not (applies(x) and applies(y)):
         return x * y
-    out = paddle.empty_like(x)
-    _elementwise(get_ident(), _MULTIPLY, x.size).run(x.data_ptr(), y.data_ptr(), out.data_ptr())
+    out = unfilled_like(x)
+    _elementwise(get_ident(), _MULTIPLY, math.prod(x.shape)).run(x.data_ptr(), y.data_ptr(), out.data_ptr())
     return out
 
 
@@ -215,13 +231,13 @@ def multiply_(x: paddle.Tensor, y: paddle.Tensor) -> paddle.Tensor:
     """x * y for tensors of one shape, in place."""
     if not (applies(x) and applies(y)):
         return x.multiply_(y)
-    _elementwise(get_ident(), _MULTIPLY, x.size).run(x.data_ptr(), y.data_ptr(), x.data_ptr())
+    _elementwise(get_ident(), _MULTIPLY, math.prod(x.shape)).run(x.data_ptr(), y.data_ptr(), x.data_ptr())
     return x
 
 
 def add_to_each(x: paddle.Tensor, y: paddle.Tensor) -> paddle.Tensor:
     """x [..., *] + y [*], whose axes are the last ones of x."""
-    return x + y if not (applies(x) and applies(y)) else _add_to_each(x, y, paddle.empty_like(x))
+    return x + y if not (applies(x) and applies(y)) else _add_to_each(x, y, unfilled_like(x))
 
 
 def add_to_each_(x: paddle.Tensor, y: paddle.Tensor) -> paddle.Tensor:
@@ -230,7 +246,9 @@ def add_to_each_(x: paddle.Tensor, y: paddle.Tensor) -> paddle.Tensor:
 
 
 def _add_to_each(x: paddle.Tensor, y: paddle.Tensor, out: paddle.Tensor) -> paddle.Tensor:
-    _broadcast(get_ident(), _ADD, x.size // y.size, y.size).run(x.data_ptr(), y.data_ptr(), out.data_ptr())
+    _broadcast(get_ident(), _ADD, math.prod(x.shape) // math.prod(y.shape), math.prod(y.shape)).run(
+        x.data_ptr(), y.data_ptr(), out.data_ptr()
+    )
     return out
 
 
@@ -244,7 +262,7 @@ def add_(x: paddle.Tensor, y: paddle.Tensor) -> paddle.Tensor:
     """x + y for tensors of one shape, in place."""
     if not (applies(x) and applies(y)):
         return x.add_(y)
-    _elementwise(get_ident(), _ADD, x.size).run(x.data_ptr(), y.data_ptr(), x.data_ptr())
+    _elementwise(get_ident(), _ADD, math.prod(x.shape)).run(x.data_ptr(), y.data_ptr(), x.data_ptr())
     return x
 
 
@@ -252,7 +270,7 @@ def subtract_(x: paddle.Tensor, y: paddle.Tensor) -> paddle.Tensor:
     """x - y for tensors of one shape, in place."""
     if not (applies(x) and applies(y)):
         return x.subtract_(y)
-    _elementwise(get_ident(), _SUBTRACT, x.size).run(x.data_ptr(), y.data_ptr(), x.data_ptr())
+    _elementwise(get_ident(), _SUBTRACT, math.prod(x.shape)).run(x.data_ptr(), y.data_ptr(), x.data_ptr())
     return x
 
 
@@ -282,7 +300,7 @@ def scale_rows(x_TD: paddle.Tensor, factors_T1: paddle.Tensor) -> paddle.Tensor:
     """x times a number for each row."""
     if not (applies(x_TD) and applies(factors_T1)):
         return x_TD * factors_T1
-    out = paddle.empty_like(x_TD)
+    out = unfilled_like(x_TD)
     operands = (x_TD, factors_T1, out)
     _scaled_rows(get_ident(), *x_TD.shape, None).run(*(each.data_ptr() for each in operands))
     return out
@@ -295,7 +313,7 @@ def scale_rows_and_columns(
     if not (applies(x_TD) and applies(of_rows_T1)):
         # Broadcasting is slow: an outer product gives the factors.
         return paddle.matmul(of_rows_T1, of_columns_D.unsqueeze(0)).multiply_(x_TD)
-    out = paddle.empty_like(x_TD)
+    out = unfilled_like(x_TD)
     operands = (x_TD, of_rows_T1, out, of_columns_D)
     _scaled_rows(get_ident(), *x_TD.shape, _MULTIPLY).run(*(each.data_ptr() for each in operands))
     return out
@@ -366,7 +384,7 @@ def layer_norm(
 ) -> tuple[paddle.Tensor, tuple[paddle.Tensor, paddle.Tensor]]:
     """weight * (x - mean) / sqrt(variance + epsilon) + bias over the last axis, and mean and variance [T]."""
     num_tokens, size = x_TD.shape
-    y, mean, variance = paddle.empty_like(x_TD), *(paddle.empty([num_tokens], dtype=x_TD.dtype) for _ in range(2))
+    y, mean, variance = unfilled_like(x_TD), *(paddle.empty([num_tokens], dtype=x_TD.dtype) for _ in range(2))
     operands = (x_TD, y, mean, variance, weight_D, bias_D)
     _layer_norm(get_ident(), num_tokens, size, epsilon).run(*(each.data_ptr() for each in operands))
     return y, (mean, variance)
@@ -381,7 +399,7 @@ def layer_norm_backward(
 ) -> tuple[paddle.Tensor, paddle.Tensor, paddle.Tensor]:
     """The gradients of x, weight and bias."""
     num_tokens, size = x_TD.shape
-    grads = paddle.empty_like(x_TD), paddle.empty_like(weight_D), paddle.empty_like(weight_D)
+    grads = unfilled_like(x_TD), unfilled_like(weight_D), unfilled_like(weight_D)
     # The library asks for the shift, whose value is not used.
     operands = (grads[0], dy_TD, x_TD, *statistics, weight_D, weight_D, *grads[1:])
     _layer_norm_backward(get_ident(), num_tokens, size, epsilon).run(*(each.data_ptr() for each in operands))

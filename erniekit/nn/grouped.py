@@ -55,7 +55,7 @@ def _of_groups(
     if not spans:
         return paddle.zeros([0, columns], dtype=rows.dtype)
     if cpu_ops.applies(rows) and cpu_ops.applies(weight):
-        out = paddle.empty([rows.shape[0], columns], dtype=rows.dtype)
+        out = cpu_ops.unfilled([rows.shape[0], columns], rows)
         inner, stored_columns, size = rows.shape[1], weight.shape[2], weight.shape[1] * weight.shape[2]
         if decoding.is_running() and mkl.is_available():
             groups, begins, ends = np.array(spans, np.uint64).T

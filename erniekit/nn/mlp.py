@@ -74,7 +74,7 @@ class _GatedProducts(PyLayer):
     @staticmethod
     def forward(ctx, rows: paddle.Tensor, weight: paddle.Tensor, counts: Sequence[int]) -> paddle.Tensor:
         wide = weight.shape[-1]
-        gate, up = (paddle.empty([rows.shape[0], wide // 2], dtype=rows.dtype) for _ in range(2))
+        gate, up = (cpu_ops.unfilled([rows.shape[0], wide // 2], rows) for _ in range(2))
         for half, out in enumerate((gate, up)):
             for group, begin, end in row_spans(counts):
                 sizes = end - begin, wide // 2, rows.shape[1]
@@ -92,7 +92,7 @@ class _GatedProducts(PyLayer):
         halves = swish_backward(multiply(dy, up), gate), swish_times(gate, dy)
         drows = dweight = None
         if not rows.stop_gradient:
-            drows = paddle.empty_like(rows)
+            drows = cpu_ops.unfilled_like(rows)
             for half, grad in enumerate(halves):
                 for group, begin, end in spans:
                     places = row_address(grad, begin), _half(weight, group, half), row_address(drows, begin)
