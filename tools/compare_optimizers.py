@@ -17,7 +17,9 @@ import numpy as np
 from compare_qat import ROOT, evaluate, run
 
 
-def loss_of(config: str, words: list[str], target: Path, steps: int, optim: str, rate: float) -> tuple[float, float]:
+def loss_of(
+    config: str, words: list[str], target: Path, steps: int, optim: str, rate: float, reuse: bool
+) -> tuple[float, float]:
     """(evaluation loss, seconds of the training) of one run."""
     keys = {
         "max_steps": steps,
@@ -33,7 +35,9 @@ def loss_of(config: str, words: list[str], target: Path, steps: int, optim: str,
         "disable_tqdm": True,
         "logging_steps": steps,
     }
-    run("train", config, keys, words)
+    done = target / "summary.json"
+    if not (reuse and done.exists() and json.loads(done.read_text())["steps"] == steps):
+        run("train", config, keys, words)
     loss, _ = evaluate(config, words, target, "none", 0)
     return loss, json.loads((target / "summary.json").read_text())["step_seconds"]
 
@@ -66,12 +70,13 @@ def main() -> None:
     parser.add_argument("--rates", type=float, nargs="+", default=[1e-3, 3e-3, 1e-2])
     parser.add_argument("--optims", nargs="+", default=["adamw", "muon"])
     parser.add_argument("--out", type=Path, default=Path("demo_output/optimizers"))
+    parser.add_argument("--reuse", action="store_true", help="do not repeat runs that are complete in --out")
     args = parser.parse_intermixed_args()
     rows = []
     for rate in args.rates:
         for optim in args.optims:
             target = ROOT / args.out / f"{optim}-{rate:g}"
-            rows.append((optim, rate, *loss_of(args.config, args.keys, target, args.steps, optim, rate)))
+            rows.append((optim, rate, *loss_of(args.config, args.keys, target, args.steps, optim, rate, args.reuse)))
     best = {optim: min((row for row in rows if row[0] == optim), key=lambda row: row[2]) for optim in args.optims}
     curves = {
         f"{optim}, {row[1]:g}": comparison.losses(ROOT / args.out / f"{optim}-{row[1]:g}")

@@ -20,6 +20,7 @@ from erniekit.training.build import Run
 from erniekit.training.ema import DIRECTORY as EMA
 from erniekit.training.ema import WeightAverage
 from erniekit.training.moment_codes import CODES, Rounding
+from erniekit.training.muon import MOMENTUM
 from erniekit.training.output_dir import OutputDir
 from erniekit.training.state import (
     OPTIMIZER_DIR,
@@ -220,8 +221,13 @@ class Saver:
         best = None if state.best_step is None else checkpoint_dir(self.output_dir, state.best_step)
         saved = self.manager.save(state.step, add_all, files, keep=best, background=self.cfg.use_async_save)
         if rounding.tensors:
-            log.info(f"ckpt_quant_stage: {self.cfg.ckpt_quant_stage}: {rounding}")
+            log.info(f"ckpt_quant_stage: {self.cfg.ckpt_quant_stage}: {rounding}{self._kept_line()}")
         return saved
+
+    def _kept_line(self) -> str:
+        """What ckpt_quant_stage does not round: its codes are for the ratio of two moments, and Muon has one."""
+        matrices = sum(entry.endswith(f"/{MOMENTUM}") for entry in self.run.optimizer.state_shapes())
+        return f"; the momentum of {matrices} parameters stays in fp32 (optim: muon)" if matrices else ""
 
     def save_final(self, state: TrainState, data_ended: bool = False) -> Path:
         """Write the final model into output_dir: the last step's, or the best checkpoint's with

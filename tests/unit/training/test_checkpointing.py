@@ -121,6 +121,27 @@ def test_a_run_resumed_from_coded_moments_stays_near_the_uninterrupted_one(direc
     assert f"checkpoint-5 holds AdamW's moments in {8 if stage == 'O1' else 4} bits ({stage})" in said[2]
 
 
+def test_coded_moments_beside_the_momentum_of_muon(directory, monkeypatch):
+    """AdamW's moments of embedding and head are coded, Muon's momentum is as it was."""
+    lines, losses = [], []
+    monkeypatch.setattr(checkpointing.log, "info", lines.append)
+
+    class Losses(Callback):
+        def on_step(self, metrics):
+            losses.append(metrics.loss)
+
+    keys = {"max_steps": 3, "save_steps": 1, "learning_rate": 5e-3, "ckpt_quant_stage": "O1", "optim": "muon"}
+    out = fit(directory, "muon-coded", more=[Losses()], **keys)
+    whole, losses[:] = losses[1:], []
+    fit(directory, "muon-coded", more=[Losses()], **keys, resume_from_checkpoint=f"{out}/checkpoint-1")
+    np.testing.assert_allclose(losses, whole, atol=1e-3)
+    assert losses[0] == whole[0] and losses != whole
+    stored = Reader(out / "checkpoint-1" / "optimizer")
+    types = {(name.rpartition("/")[2], stored.info(name).dtype) for name in stored.keys()}  # noqa: SIM118 no mapping
+    assert [kind for field, kind in types if field == "momentum"] == ["F32"] and ("moment1", "I8") in types
+    assert any(line.endswith("parameters stays in fp32 (optim: muon)") for line in lines)
+
+
 def test_a_failure_beside_the_training_ends_the_run(directory, monkeypatch):
     def write(self, root):
         raise OSError(errno.ENOSPC, "No space left on device")
