@@ -74,7 +74,7 @@ class ThreadWaits:
             self._change(True)
             if not self._was_said:
                 log.info(
-                    f"other programs use this machine's cores ({share:.0%} of the time a thread waited for one): "
+                    f"other processes use this machine's cores ({share:.0%} of the time a thread waited for one): "
                     "threads sleep while they wait for one another, until the cores are free again"
                 )
                 self._was_said = True

@@ -38,7 +38,7 @@ def test_threads_sleep_beside_a_neighbour_and_spin_again_without(monkeypatch, ca
     assert machine.blocktimes == [0, 200]
     machine.steps(1, 0.3)
     assert machine.blocktimes == [0, 200, 0]
-    assert capsys.readouterr().err.count("other programs use this machine's cores") == 1
+    assert capsys.readouterr().err.count("other processes use this machine's cores") == 1
 
 
 def test_short_steps_are_seen_together(monkeypatch):
