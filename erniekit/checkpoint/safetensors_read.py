@@ -1,6 +1,7 @@
 """Streaming reader of safetensors files: one tensor at a time, by seek and read, never a whole shard."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -116,6 +117,21 @@ class Reader:
             return to_fp32(out, self.info(name).dtype)
         except CheckpointError as error:
             raise CheckpointError(f"{entry.file}: {name}: {error}") from None
+
+    @contextmanager
+    def rows_from(self, name: str, begin: int = 0) -> Iterator[Callable[[np.ndarray], None]]:
+        """A function that reads the next rows of a tensor, from row `begin` of its first axis on, into a contiguous
+        array of the storage type: for a tensor in parts that stay in a processor's cache.
+        """
+        entry = self._entry(name)
+        with open(entry.file, "rb", buffering=0) as file:
+            file.seek(entry.start + begin * num_bytes(entry.info.dtype, entry.info.shape[1:]))
+
+            def fill(target: np.ndarray) -> None:
+                assert target.dtype == STORAGE[entry.info.dtype] and target.shape[1:] == entry.info.shape[1:], name
+                _read_exactly(file, bytes_of(target), entry.file)
+
+            yield fill
 
     def _entry(self, name: str) -> Entry:
         if name not in self._entries:

@@ -380,7 +380,7 @@ def _clip(values: np.ndarray, spec: CodeSpec) -> None:
 
 
 def _best_of_groups(tiles: np.ndarray, candidates: np.ndarray, spec: CodeSpec) -> np.ndarray:
-    """The best of `candidates` [number, groups] for each group of a channel, [groups]: what the loop of `_search` finds.
+    """The best of `candidates` [number, groups] for each group of a channel, [groups]: what `_search` finds in a loop.
 
     The inputs of a group are the first axis here, so that all operations are on long rows; the sum has the order of
     numpy's own over one row. A candidate is not tried for groups of which a few large weights alone lose more by it, as

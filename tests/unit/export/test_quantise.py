@@ -188,7 +188,7 @@ def test_a_file_that_is_recognised_as_another_scheme_is_not_kept(
 def test_a_changed_bit_is_not_kept(models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, format: str):
     """Of a weight that is not quantised (-PT), and of codes (-Paddle)."""
     ending = "embed_tokens.weight" if format == "pt" else "0.mlp.down_proj.quant_weight"
-    written = Writer.write
+    written = Writer.append
 
     def with_a_changed_bit(writer: Writer, name: str, tensor: np.ndarray) -> None:
         if name.endswith(ending):
@@ -196,7 +196,7 @@ def test_a_changed_bit_is_not_kept(models: Path, tmp_path: Path, monkeypatch: py
             tensor[-1, -1] ^= 1
         written(writer, name, tensor)
 
-    monkeypatch.setattr(Writer, "write", with_a_changed_bit)
+    monkeypatch.setattr(Writer, "append", with_a_changed_bit)
     with pytest.raises(CheckpointError, match=rf"{ending} read again from .* differs from what was written"):
         quantised_model(models, tmp_path / "q", "wint8", format)
     assert not (tmp_path / "q").exists()
