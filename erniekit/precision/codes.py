@@ -185,14 +185,14 @@ def _code_type(spec: CodeSpec) -> type[np.integer]:
 
 
 def _encode_tiles(tiles: np.ndarray, scales: np.ndarray, spec: CodeSpec, codes: np.ndarray) -> None:
-    """Write the codes of tiles, which are overwritten, into `codes` [rows, in]."""
-    np.divide(tiles, _by_tile(scales, tiles), out=tiles)
-    _clip(tiles.reshape(len(tiles) * tiles.shape[1], -1), spec)
+    """Write the codes of tiles into `codes` [rows, in]."""
+    steps = np.divide(tiles, _by_tile(scales, tiles))
+    _clip(steps.reshape(len(tiles) * tiles.shape[1], -1), spec)
     if spec.kind == "int":
-        tiles += _ROUNDING
-        codes[...] = _untiled(tiles.view(np.int32), codes.shape[1])[: len(codes)]  # the last 8 bits
+        steps += _ROUNDING
+        codes[...] = _untiled(steps.view(np.int32), codes.shape[1])[: len(codes)]  # the last 8 bits
     else:
-        codes[...] = fp32_to_e4m3(_untiled(tiles, codes.shape[1])[: len(codes)])
+        codes[...] = fp32_to_e4m3(_untiled(steps, codes.shape[1])[: len(codes)])
 
 
 @_small_buffer()
@@ -294,10 +294,10 @@ def _spans(shape: tuple[int, int], spec: CodeSpec) -> Iterator[tuple[slice, slic
 
 
 def _blocks(weight: np.ndarray, spec: CodeSpec) -> Iterator[tuple[slice, slice, np.ndarray]]:
-    """(rows of the matrix, rows of its scales, a copy of those weights by tiles) of consecutive parts."""
+    """(rows of the matrix, rows of its scales, those weights by tiles, fp32, not to be changed) of consecutive parts."""
     shape = _matrix(weight)
     for span, rows, count in _spans(shape, spec):
-        part = np.array(weight[span], np.float32, order="C")
+        part = np.ascontiguousarray(weight[span], np.float32)
         yield span, rows, _tiles(part, (count, shape[1]) if spec.whole else spec.tile(shape))
 
 
