@@ -226,45 +226,43 @@ def fp32_to_e4m3(values: np.ndarray) -> np.ndarray:
     """The bytes (uint8) of the E4M3 numbers nearest to `values` (fp32, magnitudes at most 448, any shape), ties to
     even, as precision.rounding rounds. Subnormal numbers are multiples of 2^-9.
     """
-    bits = np.ascontiguousarray(values, np.float32).view(np.uint32)
-    magnitude = bits & 0x7FFFFFFF
+    values = np.ascontiguousarray(values, np.float32)
+    bits = values.view(np.uint32)
     # 3 of 23 bits of the mantissa stay: half a unit less one, plus the last bit that stays, carries where rounding is
-    # up. The exponent's bias is 127 there and 7 here.
-    work = magnitude >> 20
+    # up. The exponent's bias is 127 there and 7 here. The sign stays in front.
+    work = bits >> 20
     work &= 1
     work += 0x7FFFF
-    work += magnitude
+    work += bits
     work >>= 20
-    rounded = work.astype(np.int16)
-    rounded -= (127 - 7) << 3
-    # Adding 2^14 to a number below 2^-6 leaves its multiple of 2^-9 in the last bits, rounded to even.
-    np.add(magnitude.view(np.float32), np.float32(2.0**14), out=work.view(np.float32))
-    small = work.astype(np.uint8)
-    small &= 0xF
-    code, is_small = rounded.astype(np.uint8), (rounded < 8).view(np.uint8)
-    small ^= code
-    small &= np.negative(is_small, out=is_small)  # all bits
-    code ^= small
-    sign = np.right_shift(bits, 24, out=work).astype(np.uint8)
-    sign &= 0x80
-    code |= sign
-    return code
+    short = work.astype(np.int16)
+    magnitude = short & 0x7FF
+    magnitude -= (127 - 7) << 3
+    short >>= 4
+    short &= 0x80
+    short |= magnitude
+    codes = short.astype(np.uint8)
+    small = np.flatnonzero(magnitude < 8)  # multiples of 2^-9; few, unless most weights are zeros
+    if len(small):
+        numbers = np.take(values.reshape(-1), small)
+        multiples = np.rint(np.abs(numbers) * np.float32(2.0**9)).astype(np.uint8)
+        codes.reshape(-1)[small] = multiples | np.signbit(numbers).view(np.uint8) << 7
+    return codes
 
 
 def e4m3_to_fp32(codes: np.ndarray) -> np.ndarray:
-    """The numbers (fp32) of E4M3 bytes, exactly; NaN of 0x7F and 0xFF. The shape of `codes`, which is contiguous."""
-    bits = codes.astype(np.uint32)
-    sign = bits >> 7
-    sign <<= 31
-    bits &= 0x7F
+    """The numbers (fp32) of E4M3 bytes (uint8, any shape), exactly; NaN of 0x7F and 0xFF."""
+    codes = np.ascontiguousarray(codes)
+    bits = codes.view(np.int8).astype(np.int32)
     bits <<= 20
+    bits &= -0x78100000  # 0x87F00000: the sign, which fills the front, and the other bits
     bits += (127 - 7) << 23
-    bits |= sign
-    # Subnormal numbers, and NaN. There are few of them, unless most weights are zeros.
+    # Subnormal numbers, and NaN: few, unless most weights are zeros.
     rest = codes & 0x7F
-    rest += 1  # 0x80 where NaN
+    rest += 1
     others = np.flatnonzero((rest < 9) | (rest == 0x80))
-    bits.reshape(-1)[others] = np.take(_e4m3_values(), codes.reshape(-1)[others]).view(np.uint32)
+    if len(others):
+        bits.reshape(-1)[others] = np.take(_e4m3_values(), codes.reshape(-1)[others]).view(np.int32)
     return bits.view(np.float32)
 
 
@@ -294,7 +292,9 @@ def _spans(shape: tuple[int, int], spec: CodeSpec) -> Iterator[tuple[slice, slic
 
 
 def _blocks(weight: np.ndarray, spec: CodeSpec) -> Iterator[tuple[slice, slice, np.ndarray]]:
-    """(rows of the matrix, rows of its scales, those weights by tiles, fp32, not to be changed) of consecutive parts."""
+    """(rows of the matrix, rows of its scales, those weights by tiles in fp32) of consecutive parts. The weights may be
+    those of the matrix, and are not to be changed.
+    """
     shape = _matrix(weight)
     for span, rows, count in _spans(shape, spec):
         part = np.ascontiguousarray(weight[span], np.float32)
