@@ -5,7 +5,7 @@
 
 For each seed: trains the model of the file for --steps; then, from there, for --more steps each: plainly, and with
 `qat` (and, with --distil, with `qat` and distillation). The plain model is exported in the scheme by round to nearest,
-without and with the clip search, and by GPTQ with calibration; the other by round to nearest, so that its codes are
+and by GPTQ with calibration, each without and with the clip search; the other by round to nearest, so that its codes are
 those of its last step. What was exported is evaluated as any command reads it: loss and token accuracy of the given
 answers (the share of their tokens that are the model's first choice), and exact match of the model's own.
 
@@ -33,6 +33,8 @@ AFTERWARDS: dict[str, dict[str, object]] = {
     "afterwards, round to nearest": {"quantization_clip_search": False},
     "afterwards, clip search": {"quantization_clip_search": True},
     "afterwards, GPTQ": CALIBRATION | {"quantization_clip_search": False, "quantization_algorithm": "gptq"},
+    "afterwards, GPTQ with clip search": CALIBRATION
+    | {"quantization_clip_search": True, "quantization_algorithm": "gptq"},
 }
 Keys = dict[str, object]
 # The scores of one model, in the order of NAMES.
@@ -81,8 +83,11 @@ def evaluate(given: argparse.Namespace, model: Path) -> Scores:
 
 
 def one_seed(given: argparse.Namespace, seed: int) -> dict[tuple[str, str], Scores]:
-    """By (scheme, how): the scores of the models of a seed."""
+    """By (scheme, how): the scores of the models of a seed, which are kept in a file for another start."""
     out = ROOT / given.out / f"seed-{seed}"
+    kept = out / "scores.json"
+    if given.reuse and kept.is_file():
+        return {(scheme, how): tuple(values) for scheme, how, values in json.loads(kept.read_text())}
     start = given.start.resolve() if given.start else train(given, out / "start", given.steps, seed)
     further: Keys = {
         "model_name_or_path": start,
@@ -96,7 +101,7 @@ def one_seed(given: argparse.Namespace, seed: int) -> dict[tuple[str, str], Scor
         name, takes_search = scheme.replace("/", "_"), scheme in ("wint4", "wint4/8")
         for how, keys in AFTERWARDS.items():
             keys = keys if takes_search else {k: v for k, v in keys.items() if k != "quantization_clip_search"}
-            if takes_search or how != "afterwards, clip search":
+            if takes_search or not how.endswith("clip search"):
                 target = out / f"{name}-{how.split(', ')[1].replace(' ', '_')}"
                 scores[scheme, how] = evaluate(given, export(given, plain, target, scheme, keys))
         for how, weight in ((QAT, 0.0), (DISTILLED, 0.5))[: 2 if given.distil else 1]:
@@ -105,6 +110,7 @@ def one_seed(given: argparse.Namespace, seed: int) -> dict[tuple[str, str], Scor
             keys = {"qat": scheme} | ({"quantization_clip_search": False} if takes_search else {})
             exported = export(given, trained, out / f"{name}-qat-{weight:g}-export", scheme, keys)
             scores[scheme, how] = evaluate(given, exported)
+    kept.write_text(json.dumps([[*names, values] for names, values in scores.items()], indent=1))
     return scores
 
 
@@ -115,11 +121,7 @@ def shown(value: float, name: str) -> str:
 
 def print_tables(seeds: list[int], found: list[dict[tuple[str, str], Scores]]) -> None:
     """The means over the seeds with the values of each, then what training for the scheme changes."""
-    print(
-        "\n| exported in | model | "
-        + " | ".join(name.replace("_", " ") for name in NAMES)
-        + " |\n|---|---|---|---|---|"
-    )
+    print(f"\n| exported in | model | {HEADS} |\n|---|---|---|---|---|")
     for scheme, how in found[0]:
         cells = []
         for column, name in enumerate(NAMES):
@@ -153,6 +155,7 @@ def main() -> None:
     parser.add_argument("--questions", type=int, default=0, help="held-out questions, drawn anew; 0: the file's data")
     parser.add_argument("--distil", action="store_true", help="also train with distillation")
     parser.add_argument("--start", type=Path, help="a trained model to begin with, instead of --steps")
+    parser.add_argument("--reuse", action="store_true", help="take the scores of finished seeds from --out")
     parser.add_argument("--out", type=Path, default=Path("demo_output/qat"))
     given = parser.parse_intermixed_args()
     given.data = {}
