@@ -4,10 +4,11 @@
         --questions 1000
 
 For each seed: trains the model of the file for --steps; then, from there, for --more steps each: plainly, and with
-`qat` (and, with --distil, with `qat` and distillation). The plain model is exported in the scheme by round to nearest,
-and by GPTQ with calibration, each without and with the clip search; the other by round to nearest, so that its codes are
-those of its last step. What was exported is evaluated as any command reads it: loss and token accuracy of the given
-answers (the share of their tokens that are the model's first choice), and exact match of the model's own.
+`qat` (and, with --distil, with `qat` and distillation). The plain model is exported in the scheme by round to nearest
+and by GPTQ with calibration, each without and with the clip search; the other by round to nearest, so that its codes
+are those of its last step. What was exported is evaluated as any command reads it: loss and token accuracy of the given
+answers (the share of their tokens that are the model's first choice), and exact match of the model's own. What engines
+do to activations is not in the numbers.
 
 With --questions the demo's tasks are drawn anew, with so many held-out questions, none of whose facts is in the
 training set; otherwise the data are those of the file. Differences are by seed: the mean over the seeds and its
