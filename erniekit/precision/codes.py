@@ -159,7 +159,7 @@ def quantise(weight: np.ndarray, spec: CodeSpec, search: bool = False) -> tuple[
         scales[rows] = _stored(largest, spec)
         if search:
             _search(tiles, largest, scales[rows], spec, None)
-        _encode_tiles(tiles, scales[rows], spec, codes[span])
+        _encode_tiles(tiles, scales[rows], spec, codes[span], float((largest / scales[rows]).max(initial=0.0)))
     return codes, scales
 
 
@@ -184,10 +184,12 @@ def _code_type(spec: CodeSpec) -> type[np.integer]:
     return np.uint8 if spec.kind == "e4m3" else np.int8
 
 
-def _encode_tiles(tiles: np.ndarray, scales: np.ndarray, spec: CodeSpec, codes: np.ndarray) -> None:
-    """Write the codes of tiles into `codes` [rows, in]."""
+def _encode_tiles(
+    tiles: np.ndarray, scales: np.ndarray, spec: CodeSpec, codes: np.ndarray, reach: float = np.inf
+) -> None:
+    """Write the codes of tiles into `codes` [rows, in]. `reach`: no weight is more scales away from 0."""
     steps = np.divide(tiles, _by_tile(scales, tiles))
-    _clip(steps.reshape(len(tiles) * tiles.shape[1], -1), spec)
+    _clip(steps.reshape(len(tiles) * tiles.shape[1], -1), spec, reach)
     if spec.kind == "int":
         steps += _ROUNDING
         codes[...] = _untiled(steps.view(np.int32), codes.shape[1])[: len(codes)]  # the last 8 bits
@@ -371,12 +373,16 @@ def _search(
         scales[better] = tried[better]
 
 
-def _clip(values: np.ndarray, spec: CodeSpec) -> None:
-    """Limit contiguous rows to the first and the last code. numpy compares with a single number, as np.clip does, one
-    by one, and waits at every one that is clipped; with a row, many at a time.
+def _clip(values: np.ndarray, spec: CodeSpec, reach: float = np.inf) -> None:
+    """Limit contiguous rows to the first and the last code, if there are magnitudes up to `reach`, which rounding would
+    not bring to these codes. numpy compares with a single number, as np.clip does, one by one, and waits at every one
+    that is clipped; with a row, many at a time.
     """
-    np.minimum(values, np.full(values.shape[1], spec.largest, np.float32), out=values)
-    np.maximum(values, np.full(values.shape[1], spec.lowest, np.float32), out=values)
+    margin = 0.49 if spec.kind == "int" else 15.0  # half of the last step of E4M3 is 16
+    if reach > spec.largest + margin:
+        np.minimum(values, np.full(values.shape[1], spec.largest, np.float32), out=values)
+    if reach > margin - spec.lowest:
+        np.maximum(values, np.full(values.shape[1], spec.lowest, np.float32), out=values)
 
 
 def _best_of_groups(tiles: np.ndarray, candidates: np.ndarray, spec: CodeSpec) -> np.ndarray:
