@@ -10,6 +10,7 @@ from erniekit.checkpoint.mismatch import mismatch_lines
 from erniekit.checkpoint.quantised_codecs import Codec
 from erniekit.checkpoint.quantised_read import QuantisedReader, open_weights
 from erniekit.checkpoint.safetensors_header import Plan, TensorInfo
+from erniekit.checkpoint.safetensors_read import Reader
 from erniekit.models.config import Format, ModelConfig
 from erniekit.models.weights import (
     EMBEDDINGS,
@@ -85,10 +86,10 @@ class ModelReader:
         """Read one tensor as it lies in a file of this directory's layout: as stored, or widened to float32."""
         return self.reader.read(self._stored[piece.name], as_fp32)
 
-    def read_stored(self, name: str) -> np.ndarray:
-        """Read a tensor of the file, by its name there, as it is stored; also codes and scales of quantised weights."""
-        stored = self.reader.stored if isinstance(self.reader, QuantisedReader) else self.reader
-        return stored.read(name)
+    @property
+    def stored(self) -> Reader:
+        """The tensors as they are stored, by their names in the files; also codes and scales of quantised weights."""
+        return self.reader.stored if isinstance(self.reader, QuantisedReader) else self.reader
 
     def codec_of(self, piece: Piece) -> Codec | None:
         """How a matrix is quantised; None if it is not."""

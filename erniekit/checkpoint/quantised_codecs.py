@@ -46,10 +46,19 @@ class Codec(ABC):
         """The tensors that stand for the matrix `name` [out, in] of `shape`, in the order of `stored`."""
 
     @abstractmethod
-    def stored(self, codes: np.ndarray, scales: np.ndarray, input_range: float | None) -> list[np.ndarray]:
+    def stored(
+        self, codes: np.ndarray, scales: np.ndarray, input_range: float | None, num_out: int | None = None
+    ) -> list[np.ndarray]:
         """Their values, from codes and scales (see precision.codes), and the largest magnitude of the inputs if
-        `needs_range`.
+        `needs_range`. `num_out`: of the matrix, where `codes` are some of its rows (see `row_unit`).
         """
+
+    def row_unit(self, shape: Shape) -> int | None:
+        """Rows of a matrix of this shape can be stored by themselves, a multiple of this number or up to the end: what
+        they become are rows of the tensors, in the same order, but for a tensor that has its whole shape for any rows.
+        None: only the whole matrix can.
+        """
+        return None
 
     @abstractmethod
     def unstored(self, read: Read, name: str, shape: Shape) -> Codes:
@@ -110,9 +119,16 @@ class PackQuantized(Codec):
             *zeros,
         ]
 
-    def stored(self, codes: np.ndarray, scales: np.ndarray, input_range: float | None) -> list[np.ndarray]:
+    def stored(
+        self, codes: np.ndarray, scales: np.ndarray, input_range: float | None, num_out: int | None = None
+    ) -> list[np.ndarray]:
         """See Codec."""
-        return [pack_words(codes, self.spec.bits), fp32_to_bf16(scales), np.array(codes.shape, np.int64)]
+        shape = np.array([num_out or codes.shape[0], codes.shape[1]], np.int64)
+        return [pack_words(codes, self.spec.bits), fp32_to_bf16(scales), shape]
+
+    def row_unit(self, shape: Shape) -> int | None:
+        """See Codec."""
+        return None if self.has_zeros or self.spec.whole else self.spec.tile(shape)[0]
 
     def unstored(self, read: Read, name: str, shape: Shape) -> Codes:
         """See Codec."""
@@ -149,7 +165,13 @@ class Unpacked(Codec):
                 return f"{size} is no multiple of {block}, the size of a block, so transformers misreads it. Use w8a8"
         return ""
 
-    def stored(self, codes: np.ndarray, scales: np.ndarray, input_range: float | None) -> list[np.ndarray]:
+    def row_unit(self, shape: Shape) -> int | None:
+        """See Codec."""
+        return None if self.has_zeros or self.spec.whole else self.spec.tile(shape)[0]
+
+    def stored(
+        self, codes: np.ndarray, scales: np.ndarray, input_range: float | None, num_out: int | None = None
+    ) -> list[np.ndarray]:
         """See Codec."""
         return [codes, fp32_to_bf16(scales) if self.spec.scale_type == "bf16" else scales]
 

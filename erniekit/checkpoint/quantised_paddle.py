@@ -39,7 +39,13 @@ class WeightOnly(Codec):
         fits = shape[0] % 16 == 0 and shape[1] % 64 == 0
         return "" if fits else "FastDeploy's kernels need a multiple of 64 inputs and of 16 outputs. Use format: pt"
 
-    def stored(self, codes: np.ndarray, scales: np.ndarray, input_range: float | None) -> list[np.ndarray]:
+    def row_unit(self, shape: Shape) -> int | None:
+        """See Codec."""
+        return 16
+
+    def stored(
+        self, codes: np.ndarray, scales: np.ndarray, input_range: float | None, num_out: int | None = None
+    ) -> list[np.ndarray]:
         """See Codec."""
         return [pack_for_kernels(codes, self.spec.bits), fp32_to_bf16(scales[:, 0])]
 
@@ -77,7 +83,9 @@ class W4A8(Codec):
         unit = W4A8_ROTATION if self.is_rotated else 2
         return "" if shape[1] % unit == 0 else f"w4a8 needs a multiple of {unit} inputs here. Use wint4/8"
 
-    def stored(self, codes: np.ndarray, scales: np.ndarray, input_range: float | None) -> list[np.ndarray]:
+    def stored(
+        self, codes: np.ndarray, scales: np.ndarray, input_range: float | None, num_out: int | None = None
+    ) -> list[np.ndarray]:
         """See Codec. 7 times a bf16 scale is exact in fp32."""
         assert input_range is not None
         return [pack_input_pairs(codes), scales[:, 0] * np.float32(7), np.array([input_range], np.float32)]
@@ -127,7 +135,9 @@ class TensorWiseFp8(Codec):
         fits = shape[1] % FP8_ROTATION == 0
         return "" if fits else f"{shape[1]} inputs do not divide into the engine's blocks of {FP8_ROTATION}"
 
-    def stored(self, codes: np.ndarray, scales: np.ndarray, input_range: float | None) -> list[np.ndarray]:
+    def stored(
+        self, codes: np.ndarray, scales: np.ndarray, input_range: float | None, num_out: int | None = None
+    ) -> list[np.ndarray]:
         """See Codec."""
         assert input_range is not None
         scale = np.array([np.float32(input_range) / np.float32(self.spec.largest)], np.float32)

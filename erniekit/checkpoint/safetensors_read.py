@@ -5,7 +5,8 @@ The kernel is told what comes next in a file, so that the disk is not idle while
 
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -136,6 +137,21 @@ class Reader:
         if end + _AHEAD // 2 > asked:
             os.posix_fadvise(file, asked, end + _AHEAD - asked, os.POSIX_FADV_WILLNEED)
             self._asked[entry.file] = end + _AHEAD
+
+    @contextmanager
+    def rows_from(self, name: str, begin: int = 0) -> Iterator[Callable[[np.ndarray], None]]:
+        """A function that reads the next rows of a tensor, from row `begin` of its first axis on, into a contiguous
+        array of the storage type: for a tensor in parts that stay in a processor's cache.
+        """
+        entry = self._entry(name)
+        with open(entry.file, "rb", buffering=0) as file:
+            file.seek(entry.start + begin * num_bytes(entry.info.dtype, entry.info.shape[1:]))
+
+            def fill(target: np.ndarray) -> None:
+                assert target.dtype == STORAGE[entry.info.dtype] and target.shape[1:] == entry.info.shape[1:], name
+                _read_exactly(file, bytes_of(target), entry.file)
+
+            yield fill
 
     def _entry(self, name: str) -> Entry:
         if name not in self._entries:

@@ -6,6 +6,7 @@ import re
 from collections.abc import Mapping
 from io import FileIO
 from pathlib import Path
+from threading import Thread
 from types import TracebackType
 from typing import Any
 
@@ -18,6 +19,7 @@ from erniekit.utils import atomic
 from erniekit.utils.errors import CheckpointError, disk_is_full
 
 _HEADER_ALIGNMENT = 8
+_SYNC_BYTES = 1 << 26
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 _UNITS.update({"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40})
 
@@ -38,6 +40,9 @@ class Writer:
     an index, or one `model.safetensors`; a tensor larger than `max_shard_size` has a shard of its own. They have
     temporary names until all are complete and on disk. On an error they are removed, and earlier files are
     unchanged.
+
+    A tensor may come in parts (`append`). Every _SYNC_BYTES the system is asked to begin writing them to the disk, in
+    another thread, so that the disk works while the next tensors are computed.
 
     With `numbered` (files of the writers before, files of all writers) these are some of the files of a model that
     several processes write into one new directory; the process that has all weight maps adds the index (`write_index`).
@@ -62,7 +67,11 @@ class Writer:
         self._queue = [(i, *tensor) for i, shard in enumerate(self._shards) for tensor in shard]
         self.num_bytes = sum(num_bytes(dtype, shape) for _, dtype, shape in plan)
         self._next = 0
+        self._part_bytes = 0  # of the next tensor, written
         self._file: FileIO | None = None
+        self._sync: Thread | None = None
+        self._sync_error: OSError | None = None
+        self._unsynced = 0
         self._open_shard = -1
         self._finished = False
         if len({name for name, _, _ in plan}) < len(plan):
@@ -90,19 +99,35 @@ class Writer:
         else:
             self.abort()
 
+    @property
+    def next_name(self) -> str | None:
+        """The tensor that comes next, or whose next part does; None after the last one."""
+        return self._queue[self._next][1] if self._next < len(self._queue) else None
+
     def write(self, name: str, array: np.ndarray) -> None:
         """Write the plan's next tensor. `array` has its shape and the storage type of its dtype (uint16 for BF16)."""
         assert self._next < len(self._queue), f"{name} comes after the end of the plan"
+        shape = self._queue[self._next][3]
+        assert array.shape == shape, (name, array.shape, shape)
+        self.append(name, array)
+
+    def append(self, name: str, part: np.ndarray) -> None:
+        """Write the next rows, along the first axis, of the plan's next tensor, which is complete with its last row."""
+        assert self._next < len(self._queue), f"{name} comes after the end of the plan"
         shard, expected, dtype, shape = self._queue[self._next]
         assert name == expected, f"the plan says {expected}, not {name}"
-        assert array.shape == shape and array.dtype == STORAGE[dtype], (name, array.shape, array.dtype, shape, dtype)
+        fits = part.shape[1:] == shape[1:] and part.dtype == STORAGE[dtype]
+        self._part_bytes += part.nbytes
+        assert fits and self._part_bytes <= num_bytes(dtype, shape), (name, part.shape, part.dtype, shape, dtype)
         try:
             self._switch_to(shard)
             assert self._file is not None
-            _write_all(self._file, bytes_of(np.ascontiguousarray(array)))
+            _write_all(self._file, bytes_of(np.ascontiguousarray(part)))
+            self._sync_early(part.nbytes)
         except OSError as error:  # leaving the `with` block removes the files
             raise self._explain(error) from error
-        self._next += 1
+        if self._part_bytes == num_bytes(dtype, shape):
+            self._next, self._part_bytes = self._next + 1, 0
 
     def close(self) -> None:
         """Sync all files to disk, then give them their names; the index, which makes them a model, comes last."""
@@ -135,6 +160,7 @@ class Writer:
     def abort(self) -> None:
         """Remove the temporary files; earlier files of the directory stay."""
         if self._file is not None:
+            self._wait_for_sync()
             try:
                 self._file.close()
             except OSError:
@@ -158,9 +184,34 @@ class Writer:
 
     def _finish_file(self) -> None:
         if self._file is not None:
+            self._wait_for_sync()
+            if self._sync_error is not None:
+                raise self._sync_error
             os.fsync(self._file.fileno())
             self._file.close()
             self._file = None
+
+    def _sync_early(self, num_bytes: int) -> None:
+        """Begin to write the file to the disk, if enough is new and that is not being done."""
+        self._unsynced += num_bytes
+        if self._unsynced < _SYNC_BYTES or (self._sync is not None and self._sync.is_alive()):
+            return
+        self._wait_for_sync()
+        self._unsynced = 0
+        assert self._file is not None
+        self._sync = Thread(target=self._sync_file, args=(self._file.fileno(),), name="erniekit-sync", daemon=True)
+        self._sync.start()
+
+    def _sync_file(self, descriptor: int) -> None:
+        try:
+            os.fsync(descriptor)
+        except OSError as error:  # the system tells it once; a later fsync may succeed
+            self._sync_error = error
+
+    def _wait_for_sync(self) -> None:
+        if self._sync is not None:
+            self._sync.join()
+            self._sync = None
 
     def _explain(self, error: OSError) -> CheckpointError:
         return write_error(error, self.directory, self.num_bytes)

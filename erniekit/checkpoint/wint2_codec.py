@@ -36,7 +36,9 @@ class Wint2(Codec):
         """See Codec."""
         return "" if shape[1] % PACKED == 0 else f"2-bit codes need a multiple of {PACKED} inputs. Use wint4"
 
-    def stored(self, codes: np.ndarray, scales: np.ndarray, input_range: float | None) -> list[np.ndarray]:
+    def stored(
+        self, codes: np.ndarray, scales: np.ndarray, input_range: float | None, num_out: int | None = None
+    ) -> list[np.ndarray]:
         """See Codec."""
         tensors = to_file(codes, Scales.from_array(scales))
         tensors["super_scales"] = fp32_to_bf16(tensors["super_scales"])

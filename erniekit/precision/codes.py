@@ -8,6 +8,7 @@ would not be the nearest ones. A tile of zeros has scale 1, and so has one whose
 """
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Literal
@@ -16,10 +17,22 @@ import numpy as np
 
 from erniekit.precision import convolutional_code
 from erniekit.precision.rounding import round_to
+from erniekit.utils.arrays import transposed
 
-# Weights a step: with the temporaries of a step they stay in the third cache, and a step of numpy takes 0.1 ms or more,
-# so that threads seldom wait for the interpreter.
-_BLOCK = 1 << 19
+# Weights a step: with the temporaries of a step they stay in the second and third cache, and a step of numpy takes
+# 10 us or more, so that threads seldom wait for the interpreter.
+_BLOCK = 1 << 18
+# Elements of numpy's buffer. It copies what is broadcast, a scale of each row, into the buffer, row after row, if the
+# buffer holds more than a row; that is three times the time of a product.
+_BUFFER = 512
+# Adding it rounds a number below 2^22 to a whole one, ties to even, whose two's complement is in the sum's last bits.
+_ROUNDING = np.float32(1.5 * 2**23)
+# Sizes of groups whose search has the inputs of a group as rows; of how many parts of a group the largest weights are
+# compared with a candidate's last code; and their factor, so that rounding cannot exclude a candidate.
+_LANES = (32, 64, 128)
+_PARTS = 8
+_SLACK = np.float32(1 - 1e-5)
+_NEVER_ALONE = 0.8  # candidates from this share on are worth trying for nearly every group
 # Candidates of the search: shares of a tile's largest magnitude.
 _CLIPS = tuple(float(share) for share in np.arange(1.0, 0.375, -0.05))
 
@@ -78,6 +91,17 @@ FP8_CHANNEL = CodeSpec("e4m3", 8, -448.0, 448.0)
 FP8_TENSOR = CodeSpec("e4m3", 8, -448.0, 448.0, whole=True, scale_type="fp32")
 
 
+@contextmanager
+def _small_buffer() -> Iterator[None]:
+    """Operations with the buffer of _BUFFER, in this thread."""
+    before = np.setbufsize(_BUFFER)
+    try:
+        yield
+    finally:
+        np.setbufsize(before)
+
+
+@_small_buffer()
 def choose_scales(
     weight: np.ndarray, spec: CodeSpec, search: bool = False, importance: np.ndarray | None = None
 ) -> np.ndarray:
@@ -105,6 +129,7 @@ def choose_scales(
     return scales
 
 
+@_small_buffer()
 def encode(weight: np.ndarray, scales: np.ndarray, spec: CodeSpec) -> np.ndarray:
     """The nearest codes of `weight` [out, in] (floating) with `scales` of `choose_scales`: int8 [out, in], or the bytes
     of E4M3 numbers, uint8 [out, in]. What is beyond the largest code becomes the largest; halves go to the even code.
@@ -119,6 +144,7 @@ def encode(weight: np.ndarray, scales: np.ndarray, spec: CodeSpec) -> np.ndarray
     return codes
 
 
+@_small_buffer()
 def quantise(weight: np.ndarray, spec: CodeSpec, search: bool = False) -> tuple[np.ndarray, np.ndarray]:
     """(codes, scales) of `weight`: `choose_scales` and `encode` in one pass over the weights, where scales are not of
     the whole matrix.
@@ -133,10 +159,11 @@ def quantise(weight: np.ndarray, spec: CodeSpec, search: bool = False) -> tuple[
         scales[rows] = _stored(largest, spec)
         if search:
             _search(tiles, largest, scales[rows], spec, None)
-        _encode_tiles(tiles, scales[rows], spec, codes[span])
+        _encode_tiles(tiles, scales[rows], spec, codes[span], float((largest / scales[rows]).max(initial=0.0)))
     return codes, scales
 
 
+@_small_buffer()
 def squared_error(weight: np.ndarray, codes: np.ndarray, scales: np.ndarray, spec: CodeSpec) -> tuple[float, float]:
     """Of `weight` [out, in] fp32 and what codes and scales stand for: the sum of (w' - w)^2, and that of w^2."""
     squared = total = 0.0
@@ -157,17 +184,20 @@ def _code_type(spec: CodeSpec) -> type[np.integer]:
     return np.uint8 if spec.kind == "e4m3" else np.int8
 
 
-def _encode_tiles(tiles: np.ndarray, scales: np.ndarray, spec: CodeSpec, codes: np.ndarray) -> None:
-    """Write the codes of tiles, which are overwritten, into `codes` [rows, in]."""
-    tiles /= scales[:, None, :, None]
-    np.clip(tiles, spec.lowest, spec.largest, out=tiles)
+def _encode_tiles(
+    tiles: np.ndarray, scales: np.ndarray, spec: CodeSpec, codes: np.ndarray, reach: float = np.inf
+) -> None:
+    """Write the codes of tiles into `codes` [rows, in]. `reach`: no weight is more scales away from 0."""
+    steps = np.divide(tiles, _by_tile(scales, tiles))
+    _clip(steps.reshape(len(tiles) * tiles.shape[1], -1), spec, reach)
     if spec.kind == "int":
-        np.rint(tiles, out=tiles)
-        codes[...] = _untiled(tiles, codes.shape[1])[: len(codes)]
+        steps += _ROUNDING
+        codes[...] = _untiled(steps.view(np.int32), codes.shape[1])[: len(codes)]  # the last 8 bits
     else:
-        codes[...] = fp32_to_e4m3(_untiled(tiles, codes.shape[1])[: len(codes)])
+        codes[...] = fp32_to_e4m3(_untiled(steps, codes.shape[1])[: len(codes)])
 
 
+@_small_buffer()
 def decode(codes: np.ndarray, scales: np.ndarray, spec: CodeSpec, zeros: np.ndarray | None = None) -> np.ndarray:
     """The weights [out, in] fp32 that codes and scales stand for: the code times the scale, rounded once. `zeros`: the
     code that stands for 0 in each tile, for asymmetric codes of other tools; the shape of `scales`.
@@ -186,11 +216,11 @@ def _decode_rows(
     codes: np.ndarray, scales: np.ndarray, spec: CodeSpec, shape: tuple[int, int], zeros: np.ndarray | None = None
 ) -> np.ndarray:
     """`decode` of some rows of a matrix [out, in] of `shape`."""
-    values = np.take(_e4m3_values(), codes) if spec.kind == "e4m3" else codes.astype(np.float32)
+    values = e4m3_to_fp32(codes) if spec.kind == "e4m3" else codes.astype(np.float32)
     tiles = _tiles(values, spec.tile(shape))
     if zeros is not None:
         tiles -= zeros[:, None, :, None]
-    tiles *= scales[:, None, :, None]
+    tiles *= _by_tile(scales, tiles)
     return _untiled(tiles, shape[1])[: len(codes)]
 
 
@@ -198,24 +228,44 @@ def fp32_to_e4m3(values: np.ndarray) -> np.ndarray:
     """The bytes (uint8) of the E4M3 numbers nearest to `values` (fp32, magnitudes at most 448, any shape), ties to
     even, as precision.rounding rounds. Subnormal numbers are multiples of 2^-9.
     """
-    bits = np.ascontiguousarray(values, np.float32).view(np.uint32)
-    magnitude = bits & 0x7FFFFFFF
+    values = np.ascontiguousarray(values, np.float32)
+    bits = values.view(np.uint32)
     # 3 of 23 bits of the mantissa stay: half a unit less one, plus the last bit that stays, carries where rounding is
-    # up. The exponent's bias is 127 there and 7 here.
-    code = magnitude >> 20
-    code &= 1
-    code += 0x7FFFF
-    code += magnitude
-    code >>= 20
-    code -= (127 - 7) << 3
-    # Adding 2^14 to a number below 2^-6 leaves its multiple of 2^-9 in the last bits, rounded to even.
-    small = (magnitude.view(np.float32) + np.float32(2.0**14)).view(np.uint32)
-    small &= 0xF
-    np.copyto(code, small, where=magnitude < (127 - 6) << 23)
-    sign = np.right_shift(bits, 24, out=small)
-    sign &= 0x80
-    code |= sign
-    return code.astype(np.uint8)
+    # up. The exponent's bias is 127 there and 7 here. The sign stays in front.
+    work = bits >> 20
+    work &= 1
+    work += 0x7FFFF
+    work += bits
+    work >>= 20
+    short = work.astype(np.int16)
+    magnitude = short & 0x7FF
+    magnitude -= (127 - 7) << 3
+    short >>= 4
+    short &= 0x80
+    short |= magnitude
+    codes = short.astype(np.uint8)
+    small = np.flatnonzero(magnitude < 8)  # multiples of 2^-9; few, unless most weights are zeros
+    if len(small):
+        numbers = np.take(values.reshape(-1), small)
+        multiples = np.rint(np.abs(numbers) * np.float32(2.0**9)).astype(np.uint8)
+        codes.reshape(-1)[small] = multiples | np.signbit(numbers).view(np.uint8) << 7
+    return codes
+
+
+def e4m3_to_fp32(codes: np.ndarray) -> np.ndarray:
+    """The numbers (fp32) of E4M3 bytes (uint8, any shape), exactly; NaN of 0x7F and 0xFF."""
+    codes = np.ascontiguousarray(codes)
+    bits = codes.view(np.int8).astype(np.int32)
+    bits <<= 20
+    bits &= -0x78100000  # 0x87F00000: the sign, which fills the front, and the other bits
+    bits += (127 - 7) << 23
+    # Subnormal numbers, and NaN: few, unless most weights are zeros.
+    rest = codes & 0x7F
+    rest += 1
+    others = np.flatnonzero((rest < 9) | (rest == 0x80))
+    if len(others):
+        bits.reshape(-1)[others] = np.take(_e4m3_values(), codes.reshape(-1)[others]).view(np.int32)
+    return bits.view(np.float32)
 
 
 @lru_cache(maxsize=1)
@@ -244,10 +294,12 @@ def _spans(shape: tuple[int, int], spec: CodeSpec) -> Iterator[tuple[slice, slic
 
 
 def _blocks(weight: np.ndarray, spec: CodeSpec) -> Iterator[tuple[slice, slice, np.ndarray]]:
-    """(rows of the matrix, rows of its scales, a copy of those weights by tiles) of consecutive parts."""
+    """(rows of the matrix, rows of its scales, those weights by tiles in fp32) of consecutive parts. The weights may be
+    those of the matrix, and are not to be changed.
+    """
     shape = _matrix(weight)
     for span, rows, count in _spans(shape, spec):
-        part = np.array(weight[span], np.float32, order="C")
+        part = np.ascontiguousarray(weight[span], np.float32)
         yield span, rows, _tiles(part, (count, shape[1]) if spec.whole else spec.tile(shape))
 
 
@@ -267,10 +319,22 @@ def _untiled(tiles: np.ndarray, num_in: int) -> np.ndarray:
 
 def _largest(tiles: np.ndarray) -> np.ndarray:
     """The largest magnitude of each tile."""
-    largest = np.maximum(tiles.max(axis=(1, 3)), -tiles.min(axis=(1, 3)))
+    magnitudes = np.bitwise_and(tiles.view(np.uint32), 0x7FFFFFFF)  # whole numbers in the order of the magnitudes
+    if tiles.shape[1] > 1:
+        magnitudes = magnitudes.max(axis=1, keepdims=True)
+    largest: np.ndarray = magnitudes[:, 0].max(axis=2).view(np.float32)
     if not np.isfinite(largest).all():
         raise ValueError("a weight is not finite")
     return largest
+
+
+def _by_tile(scales: np.ndarray, tiles: np.ndarray) -> np.ndarray:
+    """Scales [tiles of rows, tiles of inputs] in a shape to multiply `tiles` by. Where tiles have several rows, that is
+    a row of as many numbers as inputs: the operation is then one on whole rows.
+    """
+    if tiles.shape[1] == 1:
+        return scales[:, None, :, None]
+    return np.repeat(scales, tiles.shape[3], axis=1).reshape(len(scales), 1, *tiles.shape[2:])
 
 
 def _stored(largest: np.ndarray, spec: CodeSpec) -> np.ndarray:
@@ -285,15 +349,19 @@ def _search(
     tiles: np.ndarray, largest: np.ndarray, scales: np.ndarray, spec: CodeSpec, importance: np.ndarray | None
 ) -> None:
     """Replace the scales of the tiles by smaller ones where the error is less."""
+    candidates = _stored(largest * np.array(_CLIPS, np.float32)[:, None, None], spec)  # all at once: they are small
+    if importance is None and spec.kind == "int" and tiles.shape[1] == 1 and tiles.shape[3] in _LANES:
+        scales[...] = _best_of_groups(tiles, candidates.reshape(len(_CLIPS), -1), spec).reshape(scales.shape)
+        return
     least = np.full(largest.shape, np.inf, np.float32)
-    for tried in _stored(largest * np.array(_CLIPS, np.float32)[:, None, None], spec):  # all at once: they are small
+    for tried in candidates:
         step = tried[:, None, :, None]
         rounded = tiles / step
-        np.clip(rounded, spec.lowest, spec.largest, out=rounded)
+        _clip(rounded.reshape(len(rounded) * rounded.shape[1], -1), spec)
         if spec.kind == "int":
             np.rint(rounded, out=rounded)
         else:
-            rounded = np.take(_e4m3_values(), fp32_to_e4m3(rounded))
+            rounded = e4m3_to_fp32(fp32_to_e4m3(rounded))
         rounded *= step
         rounded -= tiles
         np.square(rounded, out=rounded)
@@ -303,3 +371,76 @@ def _search(
         better = error < least
         least[better] = error[better]
         scales[better] = tried[better]
+
+
+def _clip(values: np.ndarray, spec: CodeSpec, reach: float = np.inf) -> None:
+    """Limit contiguous rows to the first and the last code, if there are magnitudes up to `reach`, which rounding would
+    not bring to these codes. numpy compares with a single number, as np.clip does, one by one, and waits at every one
+    that is clipped; with a row, many at a time.
+    """
+    margin = 0.49 if spec.kind == "int" else 15.0  # half of the last step of E4M3 is 16
+    if reach > spec.largest + margin:
+        np.minimum(values, np.full(values.shape[1], spec.largest, np.float32), out=values)
+    if reach > margin - spec.lowest:
+        np.maximum(values, np.full(values.shape[1], spec.lowest, np.float32), out=values)
+
+
+def _best_of_groups(tiles: np.ndarray, candidates: np.ndarray, spec: CodeSpec) -> np.ndarray:
+    """The best of `candidates` [number, groups] for each group of a channel, [groups]: what `_search` finds in a loop.
+
+    The inputs of a group are the first axis here, so that all operations are on long rows; the sum has the order of
+    numpy's own over one row. A candidate is not tried for groups of which a few large weights alone lose more by it, as
+    they are beyond its last code, than all weights lose by the best one so far. Where that leaves less than half of the
+    groups, the others are dropped.
+    """
+    size = tiles.shape[3]
+    weight = transposed(tiles.reshape(-1, size))  # [inputs of a group, groups]
+    parts = weight.reshape(_PARTS, size // _PARTS, -1)
+    above, below = parts.max(axis=1), np.negative(parts.min(axis=1))  # two large weights of each part
+    above *= _SLACK
+    below *= _SLACK
+    best, least = candidates[0].copy(), np.full(weight.shape[1], np.inf, np.float32)
+    alive = np.arange(weight.shape[1])  # the groups that are left
+    work = np.empty_like(weight)
+    for share, tried in zip(_CLIPS, candidates, strict=True):
+        step = tried[alive]
+        if share < _NEVER_ALONE:
+            lost = _beyond(above, step * np.float32(spec.largest)) + _beyond(below, step * np.float32(-spec.lowest))
+            worth = lost <= least[alive]
+            count = np.count_nonzero(worth)
+            if count == 0:
+                continue
+            if count < len(alive) / 2:
+                alive, step, weight = alive[worth], step[worth], np.compress(worth, weight, axis=1)
+                above, below, work = above[:, worth], below[:, worth], np.empty_like(weight)
+        np.divide(weight, step, out=work)
+        _clip(work, spec)
+        np.rint(work, out=work)
+        work *= step
+        work -= weight
+        np.square(work, out=work)
+        error = _sum_of_rows(work)
+        better = error < least[alive]
+        least[alive[better]] = error[better]
+        best[alive[better]] = step[better]
+    return best
+
+
+def _beyond(magnitudes: np.ndarray, limit: np.ndarray) -> np.ndarray:
+    """The sum over the first axis of the squares of what exceeds `limit`."""
+    over = magnitudes - limit
+    np.maximum(over, np.zeros_like(limit), out=over)
+    np.square(over, out=over)
+    total: np.ndarray = over.sum(axis=0)
+    return total
+
+
+def _sum_of_rows(values: np.ndarray) -> np.ndarray:
+    """The sum over the first axis, of up to 128 elements, in the order in which numpy sums a contiguous row of as many:
+    8 sums of every eighth one, and those by pairs.
+    """
+    lanes = np.add.reduce(values.reshape(-1, 8, values.shape[1]), axis=0)
+    pairs = lanes[0::2] + lanes[1::2]
+    pairs = pairs[0::2] + pairs[1::2]
+    total: np.ndarray = pairs[0] + pairs[1]
+    return total

@@ -2,6 +2,7 @@
 
 import errno
 import json
+import threading
 
 import numpy as np
 import pytest
@@ -128,6 +129,39 @@ def test_tensors_that_differ_from_the_plan_are_refused(tmp_path):
     with pytest.raises(CheckpointError, match="twice"):
         Writer(tmp_path, [("a", "F32", (2,)), ("a", "F32", (2,))])
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_tensor_in_parts(tmp_path):
+    tensors = some_tensors()
+    plan = [(name, dtype, array.shape) for name, (dtype, array) in tensors.items()]
+    with Writer(tmp_path, plan, 61) as writer:
+        for name, (_, array) in tensors.items():
+            for part in np.array_split(array, 3) if array.ndim and len(array) > 2 else [array]:
+                assert writer.next_name == name
+                writer.append(name, part)
+        assert writer.next_name is None
+    assert_holds(tmp_path, tensors)
+    with pytest.raises(AssertionError), Writer(tmp_path / "more", [("a", "F32", (2, 3))]) as writer:
+        writer.append("a", np.zeros((3, 3), np.float32))
+    with pytest.raises(AssertionError, match="1 planned"), Writer(tmp_path / "less", [("a", "F32", (2, 3))]) as writer:
+        writer.append("a", np.zeros((1, 3), np.float32))
+
+
+def test_an_error_while_the_disk_writes_in_the_background_is_not_lost(tmp_path, monkeypatch):
+    """The system tells it once: to the fsync in the other thread, and not to the last one."""
+    calls, real = [], safetensors_write.os.fsync
+
+    def fsync(descriptor):
+        calls.append(threading.current_thread().name)
+        if len(calls) == 1:
+            raise OSError(errno.EIO, "Input/output error")
+        real(descriptor)
+
+    monkeypatch.setattr(safetensors_write, "_SYNC_BYTES", 1)
+    monkeypatch.setattr(safetensors_write.os, "fsync", fsync)
+    with pytest.raises(CheckpointError, match="Input/output error"):
+        write(tmp_path, {"a": ("F32", np.zeros(4, np.float32))})
+    assert calls == ["erniekit-sync"] and list(tmp_path.iterdir()) == []
 
 
 def test_parse_size():

@@ -20,6 +20,7 @@ from erniekit.checkpoint.peft_attach import save_adapter
 from erniekit.checkpoint.safetensors_read import Reader
 from erniekit.checkpoint.safetensors_write import Writer
 from erniekit.config import load
+from erniekit.export import quantise_job
 from erniekit.export.convert import convert
 from erniekit.export.export import export_checkpoint
 from erniekit.export.quantise import write_quantised
@@ -188,7 +189,7 @@ def test_a_file_that_is_recognised_as_another_scheme_is_not_kept(
 def test_a_changed_bit_is_not_kept(models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, format: str):
     """Of a weight that is not quantised (-PT), and of codes (-Paddle)."""
     ending = "embed_tokens.weight" if format == "pt" else "0.mlp.down_proj.quant_weight"
-    written = Writer.write
+    written = Writer.append
 
     def with_a_changed_bit(writer: Writer, name: str, tensor: np.ndarray) -> None:
         if name.endswith(ending):
@@ -196,7 +197,7 @@ def test_a_changed_bit_is_not_kept(models: Path, tmp_path: Path, monkeypatch: py
             tensor[-1, -1] ^= 1
         written(writer, name, tensor)
 
-    monkeypatch.setattr(Writer, "write", with_a_changed_bit)
+    monkeypatch.setattr(Writer, "append", with_a_changed_bit)
     with pytest.raises(CheckpointError, match=rf"{ending} read again from .* differs from what was written"):
         quantised_model(models, tmp_path / "q", "wint8", format)
     assert not (tmp_path / "q").exists()
@@ -235,13 +236,21 @@ def test_a_few_weights_are_in_memory_at_a_time(tmp_path: Path, num_threads: int,
 
 
 @pytest.mark.parametrize(("name", "format"), SCHEMES)
-def test_the_same_bytes_by_several_threads(models: Path, tmp_path: Path, name: str, format: Any):
+def test_the_same_bytes_by_several_threads(
+    models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, format: Any
+):
+    """Also where a weight is divided into many units, and these into many blocks; the errors are those of the whole."""
+    lost = []
     for num_threads in (1, 3):
         target = tmp_path / str(num_threads)
         report = write_quantised(models, target, format, quantisation(name), "100KB", num_threads=num_threads)
         names = [matrix.name for matrix in report.scheme.every_matrix(ModelReader(models).config)]
         assert [error.name for error in report.errors][: len(names)] == names
+        lost.append([(error.size, error.relative) for error in report.errors])
+        monkeypatch.setattr(quantise_job, "_UNIT", 1 << 13)
+        monkeypatch.setattr(quantise_job, "_BLOCK", 1 << 11)
     one, other = (
         {file.name: file.read_bytes() for file in (tmp_path / num_threads).iterdir()} for num_threads in ("1", "3")
     )
     assert one == other and len(one) > 3
+    np.testing.assert_allclose(lost[0], lost[1], rtol=1e-5)

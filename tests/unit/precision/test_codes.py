@@ -1,5 +1,7 @@
 """Codes of quantised files: published error bounds, scales as stored, tiles of zeros, and the formats' own numbers."""
 
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 
@@ -152,3 +154,17 @@ def test_asymmetric_codes_of_other_tools():
     codes = np.array([[3, 15], [1, 4]], np.int8)
     back = decode(codes, np.array([[0.5], [3.0]], np.float32), spec, zeros=np.array([[2], [4]]))
     assert back.tolist() == [[0.5, 6.5], [-9.0, 0.0]]
+
+
+@pytest.mark.parametrize("group", [32, 64, 128])
+@pytest.mark.parametrize("make", [full_range, symmetric])
+def test_candidates_that_are_left_out_of_the_search_cannot_win(make: Callable[[int, int], CodeSpec], group: int):
+    """The scales are those of a search that tries every candidate for every group: with weights that all count the
+    same, which is the other way through the code. Normal weights, weights with few large ones, and zeros.
+    """
+    rng = np.random.default_rng(6)
+    weight = np.concatenate([rng.normal(size=(40, 384)), rng.standard_t(2, (40, 384)), np.zeros((2, 384))])
+    weight = weight.astype(np.float32)
+    weight[:20] = round_to(weight[:20], "bf16")
+    every = choose_scales(weight, make(4, group), True, importance=np.ones(384, np.float32))
+    np.testing.assert_array_equal(choose_scales(weight, make(4, group), True), every)
