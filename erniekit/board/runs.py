@@ -75,7 +75,9 @@ class Run:
             return {"state": "other"}
         ended = _read_json(self.directory / job.EXIT)
         if ended:
-            names = {0: "done", 128 + signal.SIGTERM: "stopped", 128 + signal.SIGINT: "stopped"}
+            # a training that saved after SIGTERM ends with 0, like one that has made all its steps
+            good = "stopped" if ended.get("asked_to_stop") else "done"
+            names = {0: good, 128 + signal.SIGTERM: "stopped", 128 + signal.SIGINT: "stopped"}
             return {"state": names.get(ended["code"], "failed"), **ended}
         return {"state": "running" if self.pid() else "killed"}
 

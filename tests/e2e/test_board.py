@@ -194,7 +194,10 @@ def test_a_conversation_shows_thoughts_and_calls_and_is_saved(page: Page, board:
     page.wait(saved.exists, "the sample")
     roles = [message["role"] for message in json.loads(saved.read_text("utf-8"))["messages"]]
     assert roles == ["user", "assistant", "tool", "assistant"]
-    page.type("#question", "Again?\n")
+    assert page.problems() == []
     server.shutdown()
     server.server_close()
-    assert page.problems() == []
+    page.type("#question", "Again?\n")
+    page.wait(lambda: "does not answer" in page.text("#panes"), "the error")
+    problems = page.problems()
+    assert len(problems) == 1 and "502" in problems[0]  # Chromium logs the status

@@ -245,12 +245,19 @@ function newPage() {
   const input = (field) => field.querySelector("input, select");
   const own = () => $("own-output")?.checked ?? false;
   const asked = () => ({ yaml: $("yaml").value, command, name: $("name").value, own_output: own() });
-  let [turn, later] = [0, null];
+  let [turn, later, last] = [0, null, Promise.resolve()];
 
-  async function show(change = {}) {
+  /** Checks the text, with a change of a key. One at a time: a change goes into the text that the one before left. */
+  function show(change = {}) {
     const mine = ++turn;
-    const said = await api("form", { ...asked(), ...change });
-    if (!said || mine !== turn) return;
+    last = last.then(() => change.key || mine === turn ? showNow(change) : null);
+  }
+
+  async function showNow(change) {
+    const sent = asked();
+    const said = await api("form", { ...sent, ...change });
+    if (!said) return;
+    if (sent.yaml !== $("yaml").value) return change.key && showNow(change); // it was edited meanwhile
     if (said.yaml !== $("yaml").value) [$("yaml").value = said.yaml, sessionStorage.setItem("draft", said.yaml)];
     for (const field of fields) showField(field, said.values, said.problems[field.dataset.key] ?? []);
     const items = (lines) => lines.map((line) => h("li", {}, line));
