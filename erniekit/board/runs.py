@@ -108,8 +108,7 @@ class Run:
 
     def log(self, offset: int) -> dict[str, Any]:
         """The log from a byte on, or its end where there is more of it."""
-        text, end, skipped = _tail(self.directory / job.LOG, MOST_LOG, offset)
-        return {"text": text, "offset": end, "skipped": skipped}
+        return dict(zip(("text", "offset", "skipped"), _tail(self.directory / job.LOG, MOST_LOG, offset), strict=True))
 
     def metrics(self, mark: str) -> dict[str, Any]:
         """The records after `mark`, which an earlier answer gave; all, with `restart`, where the file is another one
@@ -127,10 +126,10 @@ class Run:
             return {"mark": "", "records": [], "restart": bool(mark), "every": 1}
         whole = data[: data.rfind(b"\n") + 1]
         records = [record for line in whole.decode(errors="replace").splitlines() if (record := _record(line))]
-        every = -(-len(records) // MOST_RECORDS)
-        kept = [record for n, record in enumerate(records) if n % max(every, 1) == 0 or "loss" not in record]
-        mark_now = f"{facts.st_ino}:{offset + len(whole)}"
-        return {"mark": mark_now, "records": kept, "restart": offset == 0, "every": max(every, 1)}
+        every = max(1, -(-len(records) // MOST_RECORDS))
+        kept = [record for n, record in enumerate(records) if n % every == 0 or "loss" not in record]
+        mark = f"{facts.st_ino}:{offset + len(whole)}"
+        return {"mark": mark, "records": kept, "restart": offset == 0, "every": every}
 
     def table(self, name: str, most: int = 200) -> list[dict[str, Any]]:
         """The last objects of a file of JSON lines in its output."""
