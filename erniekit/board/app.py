@@ -21,7 +21,7 @@ from starlette.staticfiles import StaticFiles
 
 from erniekit.board import chat, forms
 from erniekit.board.access import LOGIN, Cookie, cookie_of, digest_of, with_cookies
-from erniekit.board.runs import COMMANDS, Run, Runs, cli, short
+from erniekit.board.runs import COMMANDS, NoRun, Run, Runs, cli, short
 from erniekit.serve.server_access import Gate
 from erniekit.serve.server_body import read_body
 from erniekit.serve.server_errors import ApiError
@@ -296,7 +296,7 @@ async def _chat(board: Board, request: Request) -> Response:
 
 async def _refused(request: Request, error: Exception) -> Response:
     """The answer to what goes wrong: JSON to the script, a page to the user."""
-    status, message = 400, str(error)
+    status, message = 404 if isinstance(error, NoRun) else 400, str(error)
     if isinstance(error, HTTPException):
         status, message = error.status_code, f"{request.scope['path'][:100]}: {error.detail}"
     elif isinstance(error, ApiError):

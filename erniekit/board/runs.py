@@ -31,6 +31,10 @@ _JOB = "job.json"
 _ENTRY = "from erniekit.cli.main import main; sys.exit(main())"
 
 
+class NoRun(UserError):
+    """A name that no run has."""
+
+
 def cli(*words: str) -> tuple[str, ...]:
     """The command that runs `erniekit WORDS`."""
     return runtime.python_command(_ENTRY, *words)
@@ -161,10 +165,10 @@ class Runs:
         return sorted(runs, key=lambda run: -run.created)
 
     def get(self, name: str) -> Run:
-        """A run. Raises UserError for a name that none has."""
+        """A run. Raises NoRun for a name that none has."""
         run = self._read(self.root / name) if _NAME.fullmatch(name) else None
         if run is None:
-            raise UserError(f"there is no run {name[:80]!r}")
+            raise NoRun(f"there is no run {name[:80]!r}")
         return run
 
     def _read(self, directory: Path) -> Run | None:
