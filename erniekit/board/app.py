@@ -21,7 +21,7 @@ from starlette.staticfiles import StaticFiles
 
 from erniekit.board import chat, forms
 from erniekit.board.access import LOGIN, Cookie, cookie_of, digest_of, with_cookies
-from erniekit.board.runs import COMMANDS, Run, Runs, cli, short
+from erniekit.board.runs import COMMANDS, NoRun, Run, Runs, cli, short
 from erniekit.serve.server_access import Gate
 from erniekit.serve.server_body import read_body
 from erniekit.serve.server_errors import ApiError
@@ -114,7 +114,10 @@ async def _page(board: Board, name: str, request: Request) -> Response:
 def _examples() -> list[str]:
     """Configurations to begin with: the shipped ones, where the working directory is a checkout, and those in it."""
     here = Path.cwd()
-    found = [*sorted(here.glob("*.yaml")), *sorted((here / "examples" / "configs").rglob("*.yaml"))]
+    found = [
+        *sorted({*here.glob("*.yaml")} - {here / "compose.yaml"}),
+        *sorted((here / "examples" / "configs").rglob("*.yaml")),
+    ]
     tiny = [path for path in found if "tiny" in path.parts]  # they run on any machine
     return [short(path) for path in (*tiny, *(path for path in found if path not in tiny))]
 
@@ -243,8 +246,7 @@ def _ask(board: Board, text: str, words: list[str], results: tuple[str, ...]) ->
     with forms.draft(text, board.runs) as path:
         files = {name: path.with_name(f"{name}.json") for name in results}
         whole = [words[0], str(path), *words[1:], *(f"{name}={file}" for name, file in files.items())]
-        if words[0] == "check":
-            whole.append(f"sheet={path.with_name('sheet.png')}")
+        whole += [f"sheet={path.with_name('sheet.png')}"] * (words[0] == "check")
         try:
             done = subprocess.run(
                 cli(*whole), capture_output=True, text=True, timeout=_SECONDS, stdin=subprocess.DEVNULL, check=False
@@ -253,12 +255,8 @@ def _ask(board: Board, text: str, words: list[str], results: tuple[str, ...]) ->
             raise UserError(f"`erniekit {words[0]}` takes more than {_SECONDS} seconds here.") from None
         shown = (done.stdout if done.stdout.strip() else done.stderr).replace(str(path), "the YAML")
         read = {name: json.loads(file.read_text("utf-8")) if file.is_file() else None for name, file in files.items()}
-        return {
-            "code": done.returncode,
-            "text": shown,
-            "words": f"erniekit {' '.join([words[0], 'x.yaml', *words[1:]])}",
-            **read,
-        }
+        typed = " ".join(["erniekit", words[0], "x.yaml", *words[1:]])
+        return {"code": done.returncode, "text": shown, "words": typed, **read}
 
 
 def _plan(board: Board, body: Body) -> Body:
@@ -273,12 +271,8 @@ def _records(board: Board, body: Body) -> Body:
     count, first = (body.get(name, 1) for name in ("count", "first"))
     if type(count) is not int or type(first) is not int:
         raise ApiError(400, "count, first: expected whole numbers.", "count")
-    words = [
-        "check",
-        f"preview={max(1, min(count, 50))}",
-        f"first={max(1, first)}",
-        f"command={_command(_text(body, 'command', 'train'))}",
-    ]
+    command = _command(_text(body, "command", "train"))
+    words = ["check", f"preview={max(1, min(count, 50))}", f"first={max(1, first)}", f"command={command}"]
     return _ask(board, _text(body, "yaml"), words, ("json", "records"))
 
 
@@ -302,7 +296,7 @@ async def _chat(board: Board, request: Request) -> Response:
 
 async def _refused(request: Request, error: Exception) -> Response:
     """The answer to what goes wrong: JSON to the script, a page to the user."""
-    status, message = 400, str(error)
+    status, message = 404 if isinstance(error, NoRun) else 400, str(error)
     if isinstance(error, HTTPException):
         status, message = error.status_code, f"{request.scope['path'][:100]}: {error.detail}"
     elif isinstance(error, ApiError):

@@ -36,11 +36,13 @@ def main() -> int:
         child = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT)
 
     def pass_on(number: int, frame: FrameType | None) -> None:
+        asked.append(number)
         child.send_signal(number)
 
     signal.signal(signal.SIGTERM, pass_on)
     if asked:  # it arrived before the command had started
         child.send_signal(signal.SIGTERM)
     code = child.wait()
-    atomic.write_json(directory / EXIT, {"code": code if code >= 0 else 128 - code, "ended": time.time()})
+    facts = {"code": code if code >= 0 else 128 - code, "ended": time.time(), "asked_to_stop": bool(asked)}
+    atomic.write_json(directory / EXIT, facts)
     return code

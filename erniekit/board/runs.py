@@ -31,6 +31,10 @@ _JOB = "job.json"
 _ENTRY = "from erniekit.cli.main import main; sys.exit(main())"
 
 
+class NoRun(UserError):
+    """A name that no run has."""
+
+
 def cli(*words: str) -> tuple[str, ...]:
     """The command that runs `erniekit WORDS`."""
     return runtime.python_command(_ENTRY, *words)
@@ -75,7 +79,9 @@ class Run:
             return {"state": "other"}
         ended = _read_json(self.directory / job.EXIT)
         if ended:
-            names = {0: "done", 128 + signal.SIGTERM: "stopped", 128 + signal.SIGINT: "stopped"}
+            # a training that saved after SIGTERM ends with 0, like one that has made all its steps
+            good = "stopped" if ended.get("asked_to_stop") else "done"
+            names = {0: good, 128 + signal.SIGTERM: "stopped", 128 + signal.SIGINT: "stopped"}
             return {"state": names.get(ended["code"], "failed"), **ended}
         return {"state": "running" if self.pid() else "killed"}
 
@@ -106,8 +112,7 @@ class Run:
 
     def log(self, offset: int) -> dict[str, Any]:
         """The log from a byte on, or its end where there is more of it."""
-        text, end, skipped = _tail(self.directory / job.LOG, MOST_LOG, offset)
-        return {"text": text, "offset": end, "skipped": skipped}
+        return dict(zip(("text", "offset", "skipped"), _tail(self.directory / job.LOG, MOST_LOG, offset), strict=True))
 
     def metrics(self, mark: str) -> dict[str, Any]:
         """The records after `mark`, which an earlier answer gave; all, with `restart`, where the file is another one
@@ -125,10 +130,10 @@ class Run:
             return {"mark": "", "records": [], "restart": bool(mark), "every": 1}
         whole = data[: data.rfind(b"\n") + 1]
         records = [record for line in whole.decode(errors="replace").splitlines() if (record := _record(line))]
-        every = -(-len(records) // MOST_RECORDS)
-        kept = [record for n, record in enumerate(records) if n % max(every, 1) == 0 or "loss" not in record]
-        mark_now = f"{facts.st_ino}:{offset + len(whole)}"
-        return {"mark": mark_now, "records": kept, "restart": offset == 0, "every": max(every, 1)}
+        every = max(1, -(-len(records) // MOST_RECORDS))
+        kept = [record for n, record in enumerate(records) if n % every == 0 or "loss" not in record]
+        mark = f"{facts.st_ino}:{offset + len(whole)}"
+        return {"mark": mark, "records": kept, "restart": offset == 0, "every": every}
 
     def table(self, name: str, most: int = 200) -> list[dict[str, Any]]:
         """The last objects of a file of JSON lines in its output."""
@@ -160,10 +165,10 @@ class Runs:
         return sorted(runs, key=lambda run: -run.created)
 
     def get(self, name: str) -> Run:
-        """A run. Raises UserError for a name that none has."""
+        """A run. Raises NoRun for a name that none has."""
         run = self._read(self.root / name) if _NAME.fullmatch(name) else None
         if run is None:
-            raise UserError(f"there is no run {name[:80]!r}")
+            raise NoRun(f"there is no run {name[:80]!r}")
         return run
 
     def _read(self, directory: Path) -> Run | None:

@@ -186,46 +186,39 @@ class Engine:
         return self._opened(groups) if groups else None
 
     def _opened(self, groups: list[list[Generation]]) -> _Prompts:
-        caches: list[KVCache | None] = []
+        beginnings: list[tuple[KVCache, int] | None] = []
         rest, tables = [], []
         for members in groups:
             request = members[0].request
-            cache, reused = self._reusable(request)
+            beginning = self._reusable(request)
+            reused = 0 if beginning is None else beginning[1]
             self.num_reused += reused * len(members) + (len(request.prompt) - reused) * (len(members) - 1)
             for place, member in enumerate(members):
                 member.num_reused = len(request.prompt) if place else reused
                 member.began = time.monotonic()
-            caches.append(cache)
+            beginnings.append(beginning)
             rest.append(request.prompt[reused:])
             tables.append(request.open_pictures(reused) if request.open_pictures else None)
-        stepper = CachedStepper(self.model, len(groups), self._joined(caches))
+        stepper = CachedStepper(self.model, len(groups))
+        if any(beginnings):
+            stepper.cache.begin_with(beginnings, max(len(members[0].request.prompt) for members in groups))
         has_pictures = any(table is not None for table in tables)
         return _Prompts(groups, stepper, rest, PromptPictures(self.model, tables) if has_pictures else None)
 
-    def _joined(self, caches: list[KVCache | None]) -> KVCache | None:
-        """One cache of all rows, of which some begin with kept keys and values; None where none does."""
-        if not any(caches):
-            return None
-        return KVCache.joined([self.model.new_cache(1) if cache is None else cache for cache in caches])
-
-    def _reusable(self, request: Request) -> tuple[KVCache | None, int]:
-        """(a copy of the kept keys and values of the longest known beginning of a prompt, its length)."""
+    def _reusable(self, request: Request) -> tuple[KVCache, int] | None:
+        """(the kept keys and values of the longest known beginning of a prompt, its length); None: nothing is known."""
         best, length = None, 0
         for kept in self._kept:
             common = _num_common(kept, request)
             if common > length:
                 best, length = kept, common
         if best is None:
-            return None, 0
+            return None
         self._kept.remove(best)
         self._kept.append(best)
         if self.drafting is not None:  # what the prediction block keeps of a token depends on the one behind it
             length -= 1
-        if not length:
-            return None, 0
-        cache = best.cache.copy([0])
-        cache.truncate(length)
-        return cache, length
+        return (best.cache, length) if length else None
 
     def _read(self, prompts: _Prompts) -> list[Generation]:
         """Give the model the next tokens of `prompts` -> the requests whose prompt is now read whole."""

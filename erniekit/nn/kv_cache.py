@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import paddle
@@ -78,8 +79,7 @@ class KVCache:
         """
         needed = int(self.lengths.max()) + num_tokens
         if needed > self.capacity:
-            # A quarter more than needed: a step then rarely copies the cache, and little of it is empty.
-            self._resize(self.num_places, (needed + needed // 4 + 63) // 64 * 64)
+            self._resize(self.num_places, _capacity_for(needed))
         places = self.lengths[:, None] + np.arange(num_tokens)  # [B, n]
         first = self.next_position
         if positions is None:
@@ -168,13 +168,42 @@ class KVCache:
                     target[layer] = kept[:, :, :used].reshape([-1, shape[-1]])
         return copied
 
-    @classmethod
-    def joined(cls, caches: "Sequence[KVCache]") -> "KVCache":
-        """The rows of several caches of one model in the first of them, in their order. All may be changed by it."""
-        whole, *others = caches
-        for place, other in enumerate(others):
-            whole.add_rows(other, sum(cache.batch_size for cache in caches) if place == 0 else None)
-        return whole
+    def begin_with(self, beginnings: "Sequence[tuple[KVCache, int] | None]", room: int) -> None:
+        """Fill a cache that is still empty: row i begins with the first tokens of the first row of another cache of the
+        model, `beginnings[i]` = (the cache, how many); None: with none. `room`: tokens that it is made for.
+        """
+        distinct = list(dict.fromkeys(beginnings))
+        sources = [each for each in distinct if each is not None]
+        used = max(count for _, count in sources)
+        self.capacity = max(self.capacity, _capacity_for(max(used, room)))
+        self.lengths = np.array([0 if each is None else each[1] for each in beginnings], dtype=np.int64)
+        self._next_positions = np.zeros((self.num_places, self.capacity), dtype=np.int64)
+        for row, each in enumerate(beginnings):
+            if each is not None:
+                self._next_positions[row, : each[1]] = each[0]._next_positions[0, : each[1]]
+        # Most rows begin alike, with what the chat template puts before a question.
+        order = None if len(distinct) == self.num_places else paddle.to_tensor([*map(distinct.index, beginnings)])
+        for layer in range(len(self.keys)):
+            if sources[0][0].keys[layer] is not None:
+                self.keys[layer] = self._begun([each and (each[0].keys[layer], *each) for each in distinct], order)
+                self.values[layer] = self._begun([each and (each[0].values[layer], *each) for each in distinct], order)
+
+    def _begun(self, parts: Sequence[Any], order: paddle.Tensor | None) -> paddle.Tensor:
+        """A layer's buffer that begins with (another cache's buffer, the cache, how many tokens) or with nothing."""
+        used, (_, g, _, d) = int(self.lengths.max()), self._shape
+        dtype = next(part[0].dtype for part in parts if part is not None)
+        rows = []
+        for part in parts:
+            count = 0 if part is None else part[2]
+            pieces = [] if part is None else [part[0].reshape(part[1]._shape)[:1, :, :count]]
+            if count < used:
+                pieces.append(paddle.zeros([1, g, used - count, d], dtype=dtype))
+            rows.append(pieces[0] if len(pieces) == 1 else paddle.concat(pieces, axis=2))
+        whole = rows[0] if len(rows) == 1 else paddle.concat(rows)
+        if order is not None:
+            whole = paddle.gather(whole, order)
+        rest = paddle.zeros([self.num_places, g, self.capacity - used, d], dtype=dtype)
+        return paddle.concat([whole, rest], axis=2).reshape([-1, d])
 
     @property
     def _shape(self) -> list[int]:
@@ -227,6 +256,11 @@ class KVCache:
                     parts.append(paddle.zeros([(num_places - batch) * g * capacity, d], dtype=old.dtype))
                 buffers[layer] = parts[0] if len(parts) == 1 else paddle.concat(parts)
         self.num_places, self.capacity, self._slots = num_places, capacity, {}
+
+
+def _capacity_for(needed: int) -> int:
+    """A quarter more than is needed: a step then rarely copies the cache, and little of it is empty."""
+    return (needed + needed // 4 + 63) // 64 * 64
 
 
 class _Step:

@@ -75,7 +75,9 @@ class LLM:
             log.info(note)
         chat_model = open_with_adapters(cfg)
         name = name_of(cfg, chat_model)
-        self._served = ServedModel(cfg, chat_model, context_of(cfg, chat_model), chat_model.limits(cfg), name)
+        self._served = ServedModel(
+            cfg, chat_model, context_of(cfg, chat_model.model.config), chat_model.limits(cfg), name
+        )
         self._engine = engine_of(cfg, chat_model)
         self._lock, self._num_requests = threading.Lock(), 0
 

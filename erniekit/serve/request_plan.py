@@ -106,9 +106,10 @@ def _sampling(values: dict[str, Any], served: ServedModel) -> Sampling:
 
 def _limits(values: dict[str, Any], served: ServedModel, room: int) -> Limits:
     default = served.limits.max_new_tokens if "max_new_tokens" in served.cfg.given else room
-    asked = values.get("max_completion_tokens", values.get("max_tokens", default))
+    name = "max_completion_tokens" if "max_completion_tokens" in values else "max_tokens"
+    asked = values.get(name, default)
     if asked < 1:
-        raise ApiError(400, "max_tokens: expected 1 or more.", "max_tokens", "invalid_value")
+        raise ApiError(400, f"{name}: expected 1 or more.", name, "invalid_value")
     most = min(asked, room)
     least = values.get("min_tokens", min(served.limits.min_new_tokens, most))
     if least > most:

@@ -9,6 +9,7 @@ from erniekit.config import Config
 from erniekit.data.chat.template import say_if_trained_otherwise
 from erniekit.generation.load import ChatModel, PreparedChatModel, find_model
 from erniekit.generation.speculative import require_drafts
+from erniekit.serve.served_model import context_of
 from erniekit.utils import log
 from erniekit.utils.errors import CheckpointError, ConfigError
 
@@ -18,6 +19,7 @@ def open_with_adapters(cfg: Config) -> ChatModel:
     ConfigError that names the key, before weights are read.
     """
     found = find_model(cfg)
+    context_of(cfg, found.prepared.config)
     if cfg.num_speculative_tokens:
         require_drafts(found.prepared.config)
     adapters = _read(cfg, found)

@@ -8,6 +8,7 @@ from erniekit.generation.guided import Grammars
 from erniekit.generation.load import ChatModel
 from erniekit.generation.request import Limits
 from erniekit.lora.several import adapter_set_of
+from erniekit.models.config import ModelConfig
 from erniekit.serve.server_errors import ApiError
 from erniekit.serve.server_text import hidden_ids
 from erniekit.utils.errors import ConfigError
@@ -81,9 +82,9 @@ def name_of(cfg: Config, chat_model: ChatModel) -> str:
     return name
 
 
-def context_of(cfg: Config, chat_model: ChatModel) -> int:
+def context_of(cfg: Config, model: ModelConfig) -> int:
     """Tokens of a prompt and its answer at most. Raises ConfigError for a max_model_len that the model has not."""
-    context = chat_model.model.config.max_position_embeddings
+    context = model.max_position_embeddings
     if cfg.max_model_len is None:
         return context
     if cfg.max_model_len > context:

@@ -58,7 +58,7 @@ def serve(cfg: Config) -> None:
 
 def prepare(cfg: Config, chat_model: ChatModel, keys: tuple[bytes, ...] = ()) -> "Served":
     """What the application needs to serve a model. Raises ConfigError for a max_model_len that the model has not."""
-    context = context_of(cfg, chat_model)
+    context = context_of(cfg, chat_model.model.config)
     thread = EngineThread(engine_of(cfg, chat_model), cfg.max_waiting_requests)
     name = name_of(cfg, chat_model)
     return Served(cfg, chat_model, context, chat_model.limits(cfg), name, thread, Metrics(thread, name), keys)

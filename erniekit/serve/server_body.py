@@ -38,6 +38,7 @@ def parse_body(data: bytes) -> dict[str, Any]:
         raise ApiError(400, "the body is not UTF-8.", code="invalid_json") from None
     except (ValueError, RecursionError) as error:
         reason = "it is nested too deeply" if isinstance(error, RecursionError) else str(error)
+        reason = "a number has too many digits" if "digits" in reason else reason
         raise ApiError(400, f"the body is not valid JSON: {reason[:200]}", code="invalid_json") from None
     _check(body)
     if not isinstance(body, dict):

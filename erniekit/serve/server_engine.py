@@ -12,6 +12,7 @@ from typing import Any
 
 from erniekit.generation.engine import Engine
 from erniekit.generation.request import Event, Generation, Request
+from erniekit.serve.server_wait import Inbox
 from erniekit.utils import log
 from erniekit.utils.errors import UserError
 
@@ -46,7 +47,7 @@ class Job:
     """
 
     answers: list[Answering] = field(default_factory=list)
-    events: "asyncio.Queue[tuple[int, Event]]" = field(default_factory=asyncio.Queue)
+    events: Inbox[tuple[int, Event]] = field(default_factory=Inbox)
     came: float = field(default_factory=time.monotonic)
 
 
@@ -217,4 +218,4 @@ class EngineThread:
             if event.stop and not answer.is_ended:
                 answer.is_ended = True
                 self._open -= 1
-            answer.job.events.put_nowait((answer.index, event))
+            answer.job.events.put((answer.index, event))

@@ -13,7 +13,6 @@ from erniekit.serve.server_engine import Job
 from erniekit.serve.server_errors import ApiError
 from erniekit.serve.server_state import Served
 from erniekit.serve.server_text import AnswerReader, Piece, Reading
-from erniekit.serve.server_wait import within
 from erniekit.utils import log
 
 KEEP_ALIVE = 15.0  # seconds after which a silent stream gets a comment, so that proxies keep it open
@@ -65,6 +64,7 @@ class Run:
                     self._measure_end(index)
                 yield Step(index, pieces)
         finally:
+            self.job.events.close()
             self.served.thread.cancel(self.job.answers)
 
     async def _next(self) -> tuple[int, Event]:
@@ -72,7 +72,7 @@ class Run:
         cfg, age = self.served.cfg, time.monotonic() - self.job.came
         waits = not all(answer.read for answer in self.job.answers)
         left = min(cfg.request_timeout, cfg.queue_timeout if waits else cfg.request_timeout) - age
-        if left <= 0 and self.job.events.empty():
+        if left <= 0 and self.job.events.is_empty:
             if waits and cfg.queue_timeout < cfg.request_timeout:
                 raise ApiError(
                     408,
@@ -84,10 +84,7 @@ class Run:
             raise ApiError(
                 408, f"the answer takes more than {cfg.request_timeout:g} seconds (request_timeout).", code="timeout"
             )
-        try:
-            return await within(max(0.001, min(KEEP_ALIVE, left)), self.job.events.get())
-        except asyncio.TimeoutError:
-            return -1, Event()
+        return await self.job.events.get(max(0.001, min(KEEP_ALIVE, left))) or (-1, Event())
 
     def _measure_token(self, index: int) -> None:
         now, metrics = time.monotonic(), self.served.metrics

@@ -3,15 +3,15 @@ leaves or does not read.
 """
 
 import asyncio
+import time
 from collections.abc import AsyncGenerator
 from typing import Any
 
 from starlette.responses import Response
-from starlette.types import Message, Receive, Scope, Send
+from starlette.types import Receive, Scope, Send
 
 from erniekit.serve.server_errors import ApiError, to_json
 from erniekit.serve.server_responses import error_response
-from erniekit.serve.server_wait import within
 from erniekit.utils import log
 
 WRITE_SECONDS = 30.0  # that a client has to take a piece
@@ -28,12 +28,14 @@ class EventStream(Response):
         super().__init__(None, 200, _HEADERS | headers, media_type="text/event-stream")
         del self.headers["content-length"]
         self._pieces = pieces
+        self._writes_since = 0.0  # the time (time.monotonic) at which the piece that is being written began; 0: none is
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         sending = asyncio.ensure_future(self._send(scope, receive, send))
         leaving = asyncio.ensure_future(_left(receive))
         try:
-            await asyncio.wait((sending, leaving), return_when=asyncio.FIRST_COMPLETED)
+            while not (sending.done() or leaving.done() or self._is_stuck()):
+                await asyncio.wait((sending, leaving), timeout=WRITE_SECONDS / 8, return_when=asyncio.FIRST_COMPLETED)
             if sending.done():
                 sending.result()
         finally:
@@ -43,9 +45,18 @@ class EventStream(Response):
             await asyncio.gather(sending, leaving, return_exceptions=True)
             await self._pieces.aclose()
 
+    def _is_stuck(self) -> bool:
+        """Whether the client has taken nothing for too long. A look now and then costs less than a timer a piece."""
+        is_stuck = self._writes_since > 0 and time.monotonic() - self._writes_since > WRITE_SECONDS
+        if is_stuck:
+            log.info("a client has stopped reading its stream, which ends")
+        return is_stuck
+
     async def _send(self, scope: Scope, receive: Receive, send: Send) -> None:
         async def write(kind: str, **values: Any) -> None:
-            await within(WRITE_SECONDS, _sent(send, {"type": kind, **values}))
+            self._writes_since = time.monotonic()
+            await send({"type": kind, **values})
+            self._writes_since = 0.0
 
         first: dict[str, Any] | None = None
         try:
@@ -63,16 +74,12 @@ class EventStream(Response):
             except ApiError as error:
                 await write("http.response.body", body=_event(error.body), more_body=True)
             await write("http.response.body", body=b"data: [DONE]\n\n", more_body=False)
-        except (asyncio.TimeoutError, OSError):
-            log.info("a client has stopped reading its stream, which ends")
+        except OSError:
+            log.info("a client has closed its stream, which ends")
 
 
 def _event(piece: dict[str, Any]) -> bytes:
     return b"data: " + to_json(piece) + b"\n\n"
-
-
-async def _sent(send: Send, message: Message) -> None:
-    await send(message)
 
 
 async def _left(receive: Receive) -> None:

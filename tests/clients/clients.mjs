@@ -1,10 +1,10 @@
 // Asks a server as users of these packages do, and prints what each client made of the answers as one line of JSON.
 //
-//   node clients.mjs openai|ai-sdk plain|stream|tools|vision|error http://127.0.0.1:8188/v1 [picture.png]
+//   node clients.mjs openai|ai-sdk plain|stream|tools|structured|vision|error http://127.0.0.1:8188/v1 [picture.png]
 
 import { readFileSync } from "node:fs";
 import { createOpenAICompatible } from "@ai-sdk/openai-compatible";
-import { generateText, streamText, tool } from "ai";
+import { generateObject, generateText, streamText, tool } from "ai";
 import OpenAI from "openai";
 import { z } from "zod";
 
@@ -38,6 +38,10 @@ function summary(completion) {
   return { text: message.content, finish: finish_reason, calls, tokens: completion.usage.completion_tokens };
 }
 
+// Small enough that a model which has learnt nothing reaches its end.
+const sum = { type: "object", additionalProperties: false, required: ["sum", "unit"],
+  properties: { sum: { type: "integer", minimum: 0, maximum: 99 }, unit: { type: "string", enum: ["cm", "kg"] } } };
+
 const openaiTasks = {
   plain: async () => summary(await openai.chat.completions.create({ model, messages, max_tokens: 8 })),
   stream: () => streamed({ max_tokens: 8 }),
@@ -45,6 +49,12 @@ const openaiTasks = {
     whole: summary(await openai.chat.completions.create({ model, messages, tools: openaiTools })),
     stream: await streamed({ tools: openaiTools }),
   }),
+  structured: async () => {
+    const response_format = { type: "json_schema", json_schema: { name: "sum", strict: true, schema: sum } };
+    const whole = await openai.chat.completions.create({ model, messages, response_format, max_tokens: 64 });
+    const stream = await streamed({ response_format, max_tokens: 64 });
+    return { whole: JSON.parse(summary(whole).text), stream: JSON.parse(stream.text) };
+  },
   vision: async () => {
     const image = { type: "image_url", image_url: { url: `data:image/png;base64,${base64}` } };
     const asked = [{ role: "user", content: [image, { type: "text", text: question }] }];
@@ -91,6 +101,12 @@ const aiTasks = {
     whole: aiSummary(await generateText({ ...asked, prompt: question, tools: aiTools })),
     stream: await aiStreamed({ tools: aiTools }),
   }),
+  structured: async () => {
+    const schema = z.object({ sum: z.int().min(0).max(99), unit: z.enum(["cm", "kg"]) });
+    const structured = createOpenAICompatible({ name: "erniekit", baseURL, supportsStructuredOutputs: true });
+    const found = await generateObject({ ...asked, model: structured(model), prompt: question, schema, maxOutputTokens: 64 });
+    return { whole: found.object };
+  },
   vision: async () => {
     const content = [
       { type: "file", data: base64, mediaType: "image/png" },

@@ -15,6 +15,7 @@ import pytest
 from support.browser import CHROMIUM, DRIVER, BoardProcess, Page, browser
 from support.source_tree import REPOSITORY
 
+from erniekit.board import job
 from erniekit.board.app import STRINGS
 from erniekit.board.forms import values
 from erniekit.config import load
@@ -66,6 +67,11 @@ def test_every_page_in_both_languages_is_silent_and_asks_this_machine_alone(page
         assert page.text("h1") == STRINGS[language]["new"]
         problems = [line for line in page.problems() if "/run/none" not in line]  # Chromium logs its status, 400
         assert problems == [], language
+    page.driver.set_window_size(600, 900)
+    for link in links:
+        page.open(link)
+        assert page.js("document.documentElement.scrollWidth <= innerWidth"), f"{link} is wider than a narrow window"
+    page.driver.set_window_size(1440, 1000)
     page.click("#language")
     page.click("#theme")
     page.wait(lambda: page.js("document.documentElement.dataset.theme") == "dark", "dark")
@@ -90,6 +96,31 @@ def test_the_form_shows_each_example_and_keeps_it(page: Page, board: BoardProces
     assert load(str(tmp_path / "a.yaml")).max_steps == 7
     page.type("#search", "learning rate at the end")
     page.wait(lambda: page.js("[...document.querySelectorAll('.field')].filter((f) => f.offsetParent).length") < 10)
+    assert page.problems() == []
+
+
+def test_a_run_of_reinforcement_learning(page: Page, board: BoardProcess, root: Path):
+    """Many curves, of which the first are those that matter, values that are no numbers or hardly differ, samples."""
+    output = root / "runs" / "by-hand"
+    output.mkdir()
+    names = ["reward", "eval_reward", "entropy", *(f"rollout/part{number}" for number in range(40))]
+    with open(output / "metrics.jsonl", "w") as file:
+        for step in range(1, 30):
+            same = dict.fromkeys(names, 1 + step % 2 * 2e-16)
+            file.write(json.dumps({"step": step, "loss": float("nan") if step == 7 else 1 / step, **same}) + "\n")
+    samples = [
+        {"step": 1, "prompt": [{"role": "user", "content": "Sort: 3 1"}], "completion": "<i>1 3", "reward": 1 / 3}
+    ]
+    (output / "samples.jsonl").write_text("".join(json.dumps(sample) + "\n" for sample in samples))
+    page.open(f"{board.address}/run/by-hand")
+    page.wait(lambda: page.js("document.querySelectorAll('#more-charts canvas').length") == 32, "the curves")
+    titles = page.js("[...document.querySelectorAll('#charts h3')].map((title) => title.textContent)")
+    assert titles[:4] == ["loss", "reward", "eval_reward", "entropy"] and len(titles) == 12
+    assert "32" in page.text("#more summary") and "step 7" in page.text("#remarks")
+    page.js("($('more').open = true)")
+    page.wait(lambda: page.js("document.querySelector('#more-charts canvas').clientWidth") > 200, "wide curves")
+    cells = page.js("[...document.querySelectorAll('#samples td')].map((cell) => cell.textContent)")
+    assert cells == ["1", "user: Sort: 3 1", "<i>1 3", "0.33333"]
     assert page.problems() == []
 
 
@@ -141,6 +172,18 @@ def test_a_run_by_clicks_outlives_its_tab_and_its_board(root: Path, workspace: P
                 os.killpg(json.loads(process.read_text())["pid"], signal.SIGKILL)
 
 
+def served(root: Path, name: str, port: int) -> None:
+    """A run that serves a model, as its files tell it; its process is that of the tests."""
+    directory = root / "runs" / name
+    directory.mkdir()
+    facts = {"words": ["server", "run.yaml"], "output": str(directory), "created": time.time()}
+    process = {"pid": os.getpid(), "started": job.start_time(os.getpid())}
+    for file, content in (("job.json", facts), (job.PROCESS, process)):
+        (directory / file).write_text(json.dumps(content))
+    (directory / job.LOG).write_text(f"[erniekit] m is served at http://127.0.0.1:{port}/v1\n")
+    (directory / "key").write_text(f"key of {name}\n")
+
+
 class Upstream(BaseHTTPRequestHandler):
     """A model that thinks, calls a tool, and answers when it has the result."""
 
@@ -158,6 +201,8 @@ class Upstream(BaseHTTPRequestHandler):
         deltas = [{"reasoning": "Let me "}, {"reasoning": "look."}, {"tool_calls": [call]}]
         if body["messages"][-1]["role"] == "tool":
             deltas = [{"content": "<b>58</b>"}, {"content": f" yuan, {body['messages'][-1]['content']}"}]
+        if self.headers["authorization"]:
+            deltas = [{"content": f"{self.headers['authorization']}: {len(body['messages'])}"}]
         chunks = [{"choices": [{"index": 0, "delta": delta}]} for delta in deltas]
         chunks.append({"choices": [], "usage": {"completion_tokens": 5}})
         self._say(b"".join(b"data: " + json.dumps(chunk).encode() + b"\n\n" for chunk in chunks) + b"data: [DONE]\n\n")
@@ -194,7 +239,24 @@ def test_a_conversation_shows_thoughts_and_calls_and_is_saved(page: Page, board:
     page.wait(saved.exists, "the sample")
     roles = [message["role"] for message in json.loads(saved.read_text("utf-8"))["messages"]]
     assert roles == ["user", "assistant", "tool", "assistant"]
-    page.type("#question", "Again?\n")
+    # The base beside its adapter: two runs that serve, each with its own key and its own conversation.
+    for name in ("base-x", "serve-x"):
+        served(root, name, server.server_address[1])
+    page.open(f"{board.address}/chat")
+    page.choose("#left", "base-x")
+    page.choose("#right", "serve-x")
+    for count in (1, 3):
+        page.type("#question", "Hello?\n")
+        for place, name in enumerate(("base-x", "serve-x")):
+            last = (
+                f"[...document.querySelectorAll('.pane')][{place}].querySelector('.message:last-child .text').innerText"
+            )
+            page.wait(lambda: page.js(last) == f"Bearer key of {name}: {count}", name)  # noqa: B023
+    assert page.problems() == []
+    page.choose("#right", "")
     server.shutdown()
     server.server_close()
-    assert page.problems() == []
+    page.type("#question", "Again?\n")
+    page.wait(lambda: "does not answer" in page.text("#panes"), "the error")
+    problems = page.problems()
+    assert len(problems) == 1 and "502" in problems[0]  # Chromium logs the status

@@ -92,6 +92,15 @@ def test_calls_of_tools(ask, client: str, server: tuple[str, Any], monkeypatch: 
         assert not answer["text"]
 
 
+def test_answers_in_a_given_form(ask, client: str):
+    """OpenAI's json_schema, whole and streamed, and generateObject, which checks the object by its own schema too."""
+    pytest.importorskip("llguidance")
+    found = ask(client, "structured")
+    for answer in found.values():
+        assert sorted(answer) == ["sum", "unit"] and answer["unit"] in ("cm", "kg") and 0 <= answer["sum"] <= 99
+    assert found.get("stream", found["whole"]) == found["whole"]
+
+
 def test_a_picture(ask, client: str):
     seen, blind = ask(client, "vision"), ask(client, "plain")
     assert seen["tokens"] == 8 and seen["text"] != blind["text"]

@@ -95,7 +95,7 @@ class Page:
             message = json.loads(line["message"])["message"]
             if message["method"] in ("Network.requestWillBeSent", "Network.webSocketCreated"):
                 url = message["params"].get("request", message["params"])["url"]
-                said += [] if url.startswith(("http://127.0.0.1:", "data:", "chrome:")) else [url]
+                said += [] if url.startswith(("http://127.0.0.1:", "data:", "about:")) else [url]
         return said
 
 
@@ -114,6 +114,9 @@ def browser(profile: Path) -> Iterator[Page]:
     options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
     driver = webdriver.Chrome(options=options, service=Service(DRIVER))
     try:
-        yield Page(driver)
+        page = Page(driver)
+        driver.get("about:blank")
+        page.problems()  # those of the browser's own first page
+        yield page
     finally:
         driver.quit()

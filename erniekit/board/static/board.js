@@ -65,7 +65,8 @@ function onClick(id, act) {
   });
 }
 
-const badge = (run) => h("span", { class: `badge ${run.state}` }, say(run.state), run.code > 0 ? ` (${run.code})` : "");
+const badge = (run) => h("span", { class: `badge ${run.state}` }, say(run.state),
+  run.state === "failed" ? ` (${run.code})` : "");
 const sizeOf = (bytes) => Math.abs(bytes) >= 1e9 ? `${(bytes / 1e9).toFixed(1)} GB` : `${(bytes / 1e6).toFixed(0)} MB`;
 
 const isLong = (value) => Math.abs(value) >= 1e5 || (value !== 0 && Math.abs(value) < 1e-3);
@@ -110,17 +111,20 @@ function runsPage() {
 // One run, or several to compare
 
 const COLOURS = ["#3b6fe0", "#e0733b", "#2a9d6f", "#a04fd0", "#d0457e", "#8a7a2e", "#2f9fc0", "#777"];
-const FIRST = ["loss", "eval_loss", "learning_rate", "grad_norm", "tokens_per_second"];
+const FIRST = ["loss", "eval_loss", "reward", "eval_reward", "accuracy", "eval_accuracy", "entropy",
+  "completions/mean_length", "learning_rate", "grad_norm", "tokens_per_second"];
 
-const smoothed = (values, share, mean = null) =>
-  values.map((value) => value == null ? null : mean = share * (mean ?? value) + (1 - share) * value);
+// Six digits: an axis of values that differ in their last bits alone would have ticks without end.
+const smoothed = (values, share, mean = null) => values.map(
+  (value) => value == null ? null : +(mean = share * (mean ?? value) + (1 - share) * value).toPrecision(6));
 
 class Charts {
   constructor(ids) {
     [this.ids, this.data, this.plots] = [ids, new Map(ids.map((id) => [id, []])), new Map()];
     on("smooth", "input", () => this.draw(false));
     on("log-scale", "input", () => this.draw(true));
-    new ResizeObserver(() => this.plots.forEach((plot, name) => plot.setSize(this.size(name)))).observe($("charts"));
+    const observer = new ResizeObserver(() => this.plots.forEach((plot, name) => plot.setSize(this.size(name))));
+    for (const id of ["charts", "more-charts"]) observer.observe($(id));
   }
 
   add(id, news) {
@@ -132,18 +136,21 @@ class Charts {
   }
 
   size(name) {
-    return { width: $(`chart-${name}`).clientWidth, height: 190 };
+    return { width: $(`chart-${name}`).clientWidth || 300, height: 190 };
   }
 
   draw(again) {
     const names = new Set([...this.data.values()].flatMap((records) => records.flatMap(Object.keys)));
     names.delete("step");
-    const place = (name) => FIRST.includes(name) ? FIRST.indexOf(name) : FIRST.length;
+    const place = (name) => FIRST.includes(name) ? FIRST.indexOf(name) : FIRST.length + name.includes("/");
     $("charts-part").hidden = !names.size;
-    for (const name of [...names].sort((a, b) => place(a) - place(b) || a.localeCompare(b))) this.drawOne(name, again);
+    [...names].sort((a, b) => place(a) - place(b) || a.localeCompare(b)).forEach((name, n) =>
+      this.drawOne(name, again, names.size > 15 && n >= 12 ? "more-charts" : "charts"));
+    $("more").hidden = names.size <= 15;
+    $("more").firstElementChild.textContent = say("more_curves", names.size - 12);
   }
 
-  drawOne(name, again) {
+  drawOne(name, again, where) {
     const share = +$("smooth").value;
     const tables = this.ids.map((id) => {
       const records = this.data.get(id).filter((record) => name in record);
@@ -156,7 +163,7 @@ class Charts {
     if (old && !again) return old.setData(data);
     old?.destroy();
     const id = `chart-${name}`;
-    if (!$(id)) $("charts").append(div("card", h("h3", {}, name), h("div", { id })));
+    if (!$(id)) $(where).append(div("card", h("h3", {}, name), h("div", { id })));
     this.plots.set(name, new uPlot({ ...this.size(name), ...this.look(tables, data) }, data, $(id)));
   }
 
@@ -205,15 +212,16 @@ function runPage() {
       put("actions", uses, link(`/new?command=${run.command}&run=${run.id}&copy=1`, T.edit_copy), actionsOf(run, ""));
       $("words").textContent = run.words;
     }
+    $("results").textContent = results;
+    [$("log-part").hidden, $("results-part").hidden, $("samples-part").hidden] = [false, !results, !samples.length];
     const box = $("log");
     const atEnd = box.scrollTop + box.clientHeight >= box.scrollHeight - 8;
     if (log.offset < offset) box.textContent = "";
     box.append((log.skipped ? say("skipped", log.skipped) + "\n" : "") + log.text);
     if (log.text && atEnd) box.scrollTop = box.scrollHeight;
-    $("results").textContent = results;
-    [$("log-part").hidden, $("results-part").hidden, $("samples-part").hidden] = [false, !results, !samples.length];
     const columns = [...new Set(samples.flatMap(Object.keys))];
-    const text = (value) => value == null ? "" : typeof value === "object" ? JSON.stringify(value) : String(value);
+    const text = (value) => value?.[0]?.role ? value.map(({ role, content }) => `${role}: ${text(content)}`).join("\n")
+      : typeof value === "number" ? number(value) : typeof value === "string" ? value : JSON.stringify(value) ?? "";
     const row = (tag, cells) => h("tr", {}, cells.map((cell) => h(tag, {}, cell)));
     put("samples", h("thead", {}, row("th", columns)),
       h("tbody", {}, samples.map((sample) => row("td", columns.map((name) => text(sample[name]))))));
@@ -234,8 +242,7 @@ async function withSource(changed) {
   });
   on("yaml", "input", () => [draft($("yaml").value), changed()]);
   $("yaml").value = sessionStorage.getItem("draft") ?? "";
-  const query = new URLSearchParams(location.search);
-  const run = query.get("run");
+  const [query, run] = [new URLSearchParams(location.search), new URLSearchParams(location.search).get("run")];
   if (run) [$("source").value = `run:${run}`, await load({ run, copy: query.has("copy") })];
 }
 
@@ -245,12 +252,19 @@ function newPage() {
   const input = (field) => field.querySelector("input, select");
   const own = () => $("own-output")?.checked ?? false;
   const asked = () => ({ yaml: $("yaml").value, command, name: $("name").value, own_output: own() });
-  let [turn, later] = [0, null];
+  let [turn, later, last] = [0, null, Promise.resolve()];
 
-  async function show(change = {}) {
+  /** Checks the text, with a change of a key. One at a time: a change goes into the text that the one before left. */
+  function show(change = {}) {
     const mine = ++turn;
-    const said = await api("form", { ...asked(), ...change });
-    if (!said || mine !== turn) return;
+    last = last.then(() => change.key || mine === turn ? showNow(change) : null);
+  }
+
+  async function showNow(change) {
+    const sent = asked();
+    const said = await api("form", { ...sent, ...change });
+    if (!said) return;
+    if (sent.yaml !== $("yaml").value) return change.key && showNow(change); // it was edited meanwhile
     if (said.yaml !== $("yaml").value) [$("yaml").value = said.yaml, sessionStorage.setItem("draft", said.yaml)];
     for (const field of fields) showField(field, said.values, said.problems[field.dataset.key] ?? []);
     const items = (lines) => lines.map((line) => h("li", {}, line));
@@ -280,20 +294,16 @@ function newPage() {
     const [words, given] = [$("search").value.toLowerCase(), $("only-given").checked];
     for (const group of document.querySelectorAll(".group")) {
       const inside = [...group.querySelectorAll(".field")];
-      for (const field of inside) {
-        const fits = field.textContent.toLowerCase().includes(words);
-        field.hidden = !fits || (given && !field.classList.contains("given"));
-      }
+      for (const field of inside) field.hidden = (given && !field.classList.contains("given")) ||
+        !field.textContent.toLowerCase().includes(words);
       group.querySelector(".count").textContent = group.querySelectorAll(".given").length || "";
       group.hidden = inside.every((field) => field.hidden);
       if ((words || given) && !group.hidden) group.open = true;
     }
   }
 
-  for (const field of fields) {
-    const control = input(field);
-    control.addEventListener("change", () => show({ key: field.dataset.key, value: control.value }));
-  }
+  for (const field of fields)
+    input(field).addEventListener("change", ({ target }) => show({ key: field.dataset.key, value: target.value }));
   for (const id of ["search", "only-given"]) on(id, "input", filter);
   for (const id of ["name", "own-output"]) on(id, "input", () => show());
   onClick("start", async () => {

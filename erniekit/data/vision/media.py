@@ -137,7 +137,7 @@ def describe(source: Any) -> str:
     except BadRecord:
         return "a picture or video without a source"
     if isinstance(source, bytes | bytearray | memoryview):
-        return f"{len(source)} bytes in the row"
+        return f"{len(source)} bytes of data"
     if isinstance(source, str):
         return source if len(source) <= 120 else source[:60] + "..."
     if isinstance(source, list | tuple):

@@ -19,7 +19,7 @@ from erniekit.utils.errors import ConfigError, UserError
 SCRIPT = """
 import signal, sys, time
 def end(number, frame):
-    print("saved", flush=True); sys.exit(143)
+    print("saved", flush=True); sys.exit(0 if "saves" in sys.argv[-1] else 143)
 signal.signal(signal.SIGTERM, end)
 print("begun", sys.argv[1:], flush=True)
 if "quick" in sys.argv[-1]:
@@ -72,6 +72,11 @@ def test_a_run_keeps_its_log_and_exit_code_and_is_found_by_a_later_board(runs: R
     assert "saved" in running.log(0)["text"] and running.state()["code"] == 143
     with pytest.raises(UserError, match="does not run"):
         runs.stop(running, force=False)
+    saves = start(runs, "saves", "saves")  # as a training does
+    wait(says(saves, "begun"))
+    runs.stop(saves, force=False)
+    wait(lambda: saves.state()["state"] == "stopped")
+    assert saves.state()["code"] == 0, "it can be resumed, unlike one that is done"
 
 
 def test_a_killed_run_has_no_exit_code_and_can_be_started_again(runs: Runs):

@@ -103,6 +103,26 @@ def test_rows_join_and_leave_without_disturbing_the_others(model: CausalLM):
     np.testing.assert_allclose(found, expected, atol=1e-4)
 
 
+@pytest.mark.parametrize("which", [(0, None, 1, 0), (0, 0), (1,), (0, 1)])
+def test_rows_begin_with_those_of_other_caches(model: CausalLM, which: tuple[int | None, ...]):
+    ids = tokens(2, 200)
+    others = [model.new_cache(1), model.new_cache(2)]
+    feed(model, others[0], [ids[0, :150]])
+    feed(model, others[1], [ids[1, :20], ids[0, :3]])
+    counts = [140, 7]
+    cache = model.new_cache(len(which))
+    cache.begin_with([None if other is None else (others[other], counts[other]) for other in which], 143)
+    starts = [0 if other is None else counts[other] for other in which]
+    assert cache.lengths.tolist() == cache.next_position.tolist() == starts
+    sources = [ids[0] if other is None else ids[other] for other in which]
+    ends = [start + 2 + row for row, start in enumerate(starts)]
+    found = feed(model, cache, [row[start:end] for row, start, end in zip(sources, starts, ends, strict=True)])
+    expected = np.stack([last_scores(model, row[:end]) for row, end in zip(sources, ends, strict=True)])
+    np.testing.assert_allclose(found, expected, atol=1e-4)
+    found = feed(model, others[0], [ids[0, 150:151]])
+    np.testing.assert_allclose(found[0], last_scores(model, ids[0, :151]), atol=1e-4, err_msg="it is as it was")
+
+
 @pytest.mark.parametrize("length", [4, 0])
 def test_forgetting_the_end(model: CausalLM, length: int):
     old, new = tokens(1, 150)[0], tokens(1, 151)[0]

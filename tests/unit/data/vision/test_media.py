@@ -130,6 +130,6 @@ def test_a_server_that_does_not_answer_is_a_bad_row(tmp_path):
 
 def test_short_names():
     assert describe("a.png") == "a.png"
-    assert describe({"bytes": b"abc"}) == "3 bytes in the row"
+    assert describe({"bytes": b"abc"}) == "3 bytes of data"
     assert describe(["a.png", "b.png"]) == "2 frames, the first a.png"
     assert len(describe("data:image/png;base64," + "A" * 1000)) < 70
