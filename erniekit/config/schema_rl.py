@@ -19,6 +19,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "ppo": {"rl_loss_type": "ppo", "epsilon": 0.2, "epsilon_high": 0.2},
 }
 RL_LOSS_TYPES = ("grpo", "bnpo", "dapo", "dr_grpo", "gspo", "gspo_token", "cispo", "ppo")
+ROUTER_REPLAYS = ("none", "compare", "r3")
 CORRECTIONS = ("none", "tis", "mis", "icepop", "icepop_sequence", "misc")
 
 
@@ -113,6 +114,12 @@ class RLArgs:
     entropy_coef: float = key(0.0, "Weight of the entropy that is added to the objective.", ge=0)
     top_entropy_quantile: float = key(
         1.0, "The share of tokens with the highest entropy that have a policy loss; 1: all.", gt=0, le=1
+    )
+    router_replay: str = key(
+        "none",
+        "Routing replay: with r3 the training passes send each token to the experts that it was sent to while it was "
+        "generated, weighed by the present router; compare counts the tokens that are sent to others (docs/rl.md).",
+        choices=ROUTER_REPLAYS,
     )
     freeze_router_bias: bool = key(True, "The routers' correction biases do not move.")
     upo_weight: float = key(

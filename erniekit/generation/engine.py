@@ -63,6 +63,7 @@ class Engine:
     that begin with them are read faster; the one that was used least recently goes first.
 
     drafts: whether the model's prediction block drafts tokens, so that a step may bring two (generation.speculative).
+    records_experts: whether an answer that has ended says which experts its tokens were sent to (Generation.experts).
 
     num_reused: prompt tokens so far that did not have to be computed.
     """
@@ -74,11 +75,12 @@ class Engine:
         prefill_tokens: int = PREFILL_TOKENS,
         num_kept: int = 0,
         drafts: bool = False,
+        records_experts: bool = False,
     ) -> None:
         assert max_running > 0 and prefill_tokens > 0, (max_running, prefill_tokens)
         self.model = model
         self.max_running, self.prefill_tokens, self.num_kept = max_running, prefill_tokens, num_kept
-        self.num_reused = 0
+        self.num_reused, self.records_experts = 0, records_experts
         self.drafting = Drafting(model) if drafts else None
         self._waiting: deque[Generation] = deque()  # in the order of their turns
         self._turn, self._turns = 0, dict[str, int]()  # of the last request that was admitted; of each owner's last one
@@ -198,7 +200,7 @@ class Engine:
             caches.append(cache)
             rest.append(request.prompt[reused:])
             tables.append(request.open_pictures(reused) if request.open_pictures else None)
-        stepper = CachedStepper(self.model, len(groups), self._joined(caches))
+        stepper = CachedStepper(self.model, len(groups), self._joined(caches), self.records_experts)
         has_pictures = any(table is not None for table in tables)
         return _Prompts(groups, stepper, rest, PromptPictures(self.model, tables) if has_pictures else None)
 
@@ -206,7 +208,8 @@ class Engine:
         """One cache of all rows, of which some begin with kept keys and values; None where none does."""
         if not any(caches):
             return None
-        return KVCache.joined([self.model.new_cache(1) if cache is None else cache for cache in caches])
+        new = self.model.new_cache
+        return KVCache.joined([new(1, self.records_experts) if cache is None else cache for cache in caches])
 
     def _reusable(self, request: Request) -> tuple[KVCache | None, int]:
         """(a copy of the kept keys and values of the longest known beginning of a prompt, its length)."""
@@ -276,6 +279,9 @@ class Engine:
         if len(going) == len(self._running):
             return
         assert self._stepper is not None, "running rows have a cache"
+        if self.records_experts:
+            for place, row in enumerate(self._running):
+                row.experts = self._stepper.cache.notes_of(place) if row.answer.stop else None
         if self.num_kept:
             self._keep([place for place, row in enumerate(self._running) if row.answer.stop])
         # The last rows fill the gaps, so that few change their places.

@@ -247,8 +247,17 @@ def prepare(cfg: Config, model_dir: Path, mesh: Mesh) -> PreparedModel:
             require_weights(model_dir)
         options = dataclasses.replace(training_options(cfg), vision_start=vision_start(cfg, shape))
         prepared = prepare_model(model_dir, options, None if cfg.continue_training else shape)
+        _require_experts(cfg, prepared.config)
         check_layout(cfg, mesh.degrees, prepared.config)
     return prepared
+
+
+def _require_experts(cfg: Config, config: ModelConfig) -> None:
+    """Raise ConfigError for a key that a model without experts cannot honour."""
+    if cfg.method.reads("router_replay") and cfg.router_replay != "none" and not config.sparse_layers:
+        raise ConfigError(
+            f"router_replay: {cfg.router_replay}: the model is dense, so no experts are chosen. Leave the key out"
+        )
 
 
 def _open_data(

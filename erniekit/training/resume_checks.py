@@ -68,7 +68,7 @@ _KEYS = {
         kl_coef kl_estimator kl_in_reward kl_bias_correction sync_ref_model ref_model_sync_steps ref_model_mixup_alpha
         rollout_seed rollout_dtype mask_truncated_completions soft_max_length soft_cache_length
         rollout_correction icepop_alpha icepop_beta tis_cap mis_cap off_policy_mask_threshold
-        entropy_coef top_entropy_quantile freeze_router_bias
+        entropy_coef top_entropy_quantile router_replay freeze_router_bias
         upo_weight upo_beta upo_margin upo_reference
         reward_margin center_rewards_coefficient
         reward_funcs reward_weights answer_key reward_timeout reward_on_failure domain_normalize

@@ -17,12 +17,13 @@ from erniekit.training.rl.sequence_pictures import SequencePictures
 class BatchOptions:
     """mask_truncated: a completion without an end token has no loss. pair_margin: the best and the worst completion of
     each group are a pair if their rewards differ by more (None: no pairs); microbatches then hold whole groups.
-    min_entropy: see CompletionTable.
+    min_entropy: see CompletionTable. replays_experts: tokens go to the experts that were recorded, if they were.
     """
 
     mask_truncated: bool = False
     pair_margin: float | None = None
     min_entropy: float | None = None
+    replays_experts: bool = True
 
 
 def microbatches(
@@ -59,8 +60,9 @@ def batch_of(
     segments: list[int] = []
     sources: list[str] = []
     pictures = SequencePictures()
-    for number, neighbours in groupby(completions, key=lambda completion: completion.prompt):
-        prompt = prompt_of(number)
+    experts: list[np.ndarray] = []
+    for number, members in groupby(completions, key=lambda completion: completion.prompt):
+        prompt, neighbours = prompt_of(number), list(members)
         before = len(prompt.ids) - 1
         shared = NO_SEGMENT
         if before:
@@ -68,6 +70,8 @@ def batch_of(
             ids.append(np.array(prompt.ids[:-1], np.int64))
             labels.append(np.full(before, IGNORE))
             positions.append(np.arange(before))
+            if neighbours[0].prompt_experts is not None:
+                experts.append(neighbours[0].prompt_experts)
         pictures.add_prompt(prompt, before)
         for completion in neighbours:
             prompt_segments.append(shared)
@@ -76,6 +80,8 @@ def batch_of(
             ids.append(np.append(prompt.ids[-1], completion.input_ids[:-1]))
             labels.append(np.where(_has_loss(completion, options), completion.ids, IGNORE))
             positions.append(np.arange(before, before + len(completion.ids)))
+            if completion.experts is not None:
+                experts.append(completion.experts)
             pictures.add_completion(prompt, completion, before)
     row = PackedBatch.text_row(
         np.concatenate(ids),
@@ -85,6 +91,8 @@ def batch_of(
         sources,
     )
     table = _table(completions, prompt_segments, segments, options)
+    if experts:
+        table = replace(table, experts=np.concatenate(experts), replays_experts=options.replays_experts)
     return pictures.fill(replace(row, completions=table))
 
 

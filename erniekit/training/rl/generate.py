@@ -20,6 +20,7 @@ from erniekit.models.decoder import CausalLM
 from erniekit.models.stages import finish_passes
 from erniekit.parallel import comm
 from erniekit.training.rl.completions import Completion, Group
+from erniekit.training.rl.expert_record import add_experts
 from erniekit.training.rl.tools import ToolLoop
 from erniekit.training.rl.track import Track, completion_of
 from erniekit.utils import heartbeat
@@ -49,6 +50,7 @@ class Generator:
         allowed = np.ones(model.config.vocab_size, bool)
         allowed[sorted(_never_sampled(model, template) - set(stops))] = False
         self._constraint = None if allowed.all() else _constant(allowed)
+        self._records_experts = cfg.router_replay != "none"
 
     def __call__(self, prompts: Sequence[Prompt], draws: Sequence[Sequence[int]], groups: Sequence[int]) -> list[Group]:
         """The completions of prompts, of prompt i one for each number in draws[i], which is the number of its random
@@ -66,6 +68,9 @@ class Generator:
             for number, columns in part:
                 index = tasks[number][0]
                 found[number] = completion_of(index, groups[index], columns)
+        if self._records_experts:
+            parts = {number: track.experts for number, track in zip(mine, tracks, strict=True)}
+            add_experts(self._model, [prompts[i] for i, _ in tasks], found, parts)
         for number, track in zip(mine, tracks, strict=True):
             found[number].plans, found[number].short_inputs = tuple(track.plans), tuple(track.short)
         result = [Group(i, []) for i in range(len(prompts))]
@@ -75,11 +80,12 @@ class Generator:
 
     def greedy(self, prompts: Sequence[Prompt]) -> list[Group]:
         """The likeliest completion of each prompt, in groups of one."""
-        sampled, self._sampling = self._sampling, self._greedy
+        sampled, recorded = self._sampling, self._records_experts
+        self._sampling, self._records_experts = self._greedy, False
         try:
             return self(prompts, [[0]] * len(prompts), range(len(prompts)))
         finally:
-            self._sampling = sampled
+            self._sampling, self._records_experts = sampled, recorded
 
     def _request(self, track: Track) -> Request:
         """The next turn of a completion."""
@@ -98,7 +104,12 @@ class Generator:
 
     def _run(self, tracks: Sequence[Track]) -> None:
         """Generate until every completion is over. With tools a turn's keys and values are kept for the next one."""
-        engine = Engine(self._model, self._cfg.rollout_max_running, num_kept=0 if self._tools is None else _KEPT)
+        engine = Engine(
+            self._model,
+            self._cfg.rollout_max_running,
+            num_kept=0 if self._tools is None else _KEPT,
+            records_experts=self._records_experts,
+        )
         running = {id(generation): (generation, track) for track in tracks for generation in [self._add(engine, track)]}
         while not engine.is_idle:
             heartbeat.waiting(None)
@@ -118,6 +129,7 @@ class Generator:
         """Add a turn to its completion, and the results of its calls; whether another turn follows."""
         answer = generation.answer
         track.add_turn(answer.ids, answer.stop_id, [score.logprob for score in answer.scores])
+        track.experts = generation.experts
         if self._tools is None or track.dialogue is None:
             return False
         continuation = self._tools.after_turn(track.dialogue, answer.ids, answer.stop_id is not None)

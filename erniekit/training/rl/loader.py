@@ -29,6 +29,7 @@ from erniekit.training.data import DataContext
 from erniekit.training.rl.batches import BatchOptions, microbatches, min_entropy_of
 from erniekit.training.rl.completions import Completion, Group, from_bytes, sample_records, to_bytes
 from erniekit.training.rl.difficulty import Filled, Outcome, PromptSampler, fill_rollout
+from erniekit.training.rl.expert_record import record_bytes
 from erniekit.training.rl.generate import Generator, draw_number
 from erniekit.training.rl.prompts import check_records, known_pass_rates, prompt_options, tool_loop
 from erniekit.training.rl.reference import PolicyReference
@@ -82,8 +83,13 @@ class RolloutLoader:
     def connect(self, model: CausalLM, reference: PolicyReference | None) -> None:
         """Take over the model that generates, before the first step."""
         self._model, self._reference = model, reference
+        self._announce_experts()
         self._generator = Generator(self._cfg, model, self._template, self._tools)
         self._token_scorer = TokenScorer(self._cfg.temperature, self._cfg.loss_subbatch_seqlen)
+
+    @property
+    def _replays_experts(self) -> bool:
+        return self._cfg.router_replay == "r3"
 
     @property
     def steps_per_rollout(self) -> int:
@@ -109,7 +115,11 @@ class RolloutLoader:
         staleness = {"staleness": float(update)} if self.steps_per_rollout > 1 else {}
         self._report = StepReport((rollout.metrics if is_new else {}) | staleness, rollout.samples if is_new else [])
         mesh = self._mesh
-        options = BatchOptions(cfg.mask_truncated_completions, cfg.upo_margin if cfg.upo_weight else None)
+        options = BatchOptions(
+            cfg.mask_truncated_completions,
+            cfg.upo_margin if cfg.upo_weight else None,
+            replays_experts=self._replays_experts,
+        )
         if cfg.top_entropy_quantile < 1:
             options = replace(options, min_entropy=min_entropy_of(completions, cfg.top_entropy_quantile, options))
         prompt_of = self.prompts.__getitem__
@@ -215,7 +225,8 @@ class RolloutLoader:
         score: Callable[[Sequence[PackedBatch]], list[paddle.Tensor]],
     ) -> None:
         """Set one column of each completion's tokens by a pass over them."""
-        found = score_completions(self._cfg, self._mesh, completions, self.prompts.__getitem__, score)
+        options = BatchOptions(replays_experts=self._replays_experts)
+        found = score_completions(self._cfg, self._mesh, completions, self.prompts.__getitem__, score, options)
         for completion, values in zip(completions, found, strict=True):
             setattr(completion, name, values)
 
@@ -302,6 +313,18 @@ class RolloutLoader:
         log.info(
             f"rollouts of {cfg.rollout_batch_size} prompts x {cfg.num_generations} completions = {per_rollout} for "
             f"{steps}, in microbatches of {share} completions over all ranks"
+        )
+
+    def _announce_experts(self) -> None:
+        """Log the memory of recorded experts."""
+        cfg = self._cfg
+        if cfg.router_replay == "none":
+            return
+        longest = max(len(self.prompts[index].ids) for index in range(len(self.prompts)))
+        tokens = cfg.rollout_batch_size * (longest + cfg.num_generations * cfg.max_completion_length)
+        log.info(
+            f"router_replay: {cfg.router_replay}: {record_bytes(self._model, 1)} bytes a token, at most "
+            f"{record_bytes(self._model, tokens) / 2**20:,.1f} MB of each rank's memory for a rollout"
         )
 
     def report(self) -> dict[str, Any]:

@@ -15,7 +15,8 @@ from erniekit.training.rl.tools import Continuation, Dialogue, ToolLoop
 @dataclass
 class Track:
     """The tokens of a completion so far. ids: what was sampled, and the results of tools. inputs: the same as the model
-    reads them. short: inputs with one placeholder for each picture. is_sampled, logps: of each of the ids.
+    reads them. short: inputs with one placeholder for each picture. is_sampled, logps: of each of the ids. experts: of
+    every token that the model has read so far (generation.request.Generation), where they are recorded.
     """
 
     prompt: Prompt
@@ -27,6 +28,7 @@ class Track:
     is_sampled: list[bool] = field(default_factory=list)
     logps: list[float] = field(default_factory=list)
     plans: list[MediaPlan] = field(default_factory=list)
+    experts: np.ndarray | None = None
     num_turns: int = 0
     is_truncated: bool = False
 
