@@ -122,6 +122,13 @@ class Engine:
         bisect.insort(self._waiting, generation, key=lambda other: other.turn)
         return generation
 
+    def forget_adapter(self, name: str) -> None:
+        """Drop what is kept of conversations with an adapter. Raises UserError while a request uses it."""
+        read = [member for members in self._reading.members for member in members] if self._reading else []
+        if any(other.request.adapter == name for other in (*self._waiting, *read, *self._running)):
+            raise UserError(f"{name}: answers with this adapter are being generated. Wait for them.")
+        self._kept = [kept for kept in self._kept if kept.request.adapter != name]
+
     def cancel(self, generation: Generation, reason: str = "cancelled") -> None:
         """End a request that has not ended, wherever it is. `reason` becomes its answer's `stop`."""
         if generation.answer.stop:

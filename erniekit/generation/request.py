@@ -96,7 +96,7 @@ class Request:
 
 class Event(NamedTuple):
     """One token of an answer, if it is part of it, its score, and why the answer ended ("" while it grows); `stop_id`
-    is the end token. `error`: the answer has failed.
+    is the end token, whose score it then has. `error`: the answer has failed.
     """
 
     token: int | None = None
@@ -153,7 +153,7 @@ class Generation:
         scores = answer.scores[first:] if answer.scores else []
         events = [Event(token, scores[place] if scores else None) for place, token in enumerate(answer.ids[first:])]
         if answer.stop_id is not None:
-            events.append(Event(stop=answer.stop, stop_id=answer.stop_id))
+            events.append(Event(None, scores[-1] if scores else None, answer.stop, answer.stop_id))
         elif answer.stop:
             events[-1:] = [(events[-1] if events else Event())._replace(stop=answer.stop)]
         return events

@@ -204,12 +204,13 @@ class MoELayer(nn.Layer):
         runs = modality == TEXT or x_TD.shape[0] > 0
         logits = self.gate(x_TD, modality) if runs else paddle.zeros([0, num_experts])
         recorded = choosing.recorded(where)
-        given = paddle.to_tensor(recorded) if choosing.replays else None
+        replayed = recorded if choosing.replays else None
+        given = None if replayed is None else paddle.to_tensor(replayed)
         routing = route(logits, self.bias_of(modality), self.options, agree, given)
         # The one read of a sparse layer: products of dropless experts have sizes that depend on the choice.
         with heartbeat.device_read():
             preferred = (routing.experts if routing.preferred is None else routing.preferred).numpy()
-        chosen = recorded if choosing.replays else preferred
+        chosen = preferred if replayed is None else replayed
         choosing.note(chosen, where)
         usage = np.bincount(chosen.reshape(-1), minlength=num_experts)
         keep, dropped = None, 0

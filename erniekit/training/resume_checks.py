@@ -116,7 +116,7 @@ _KEYS = {
         predict_with_generate eval_output checkpoint
         eval_benchmark eval_benchmark_path num_fewshot eval_benchmark_mode eval_chat_template
         format max_shard_size copy_tokenizer
-        host port served_model_name lora_modules max_model_len max_num_seqs max_num_batched_tokens
+        host port served_model_name lora_modules lora_directory max_model_len max_num_seqs max_num_batched_tokens
         num_speculative_tokens
         max_waiting_requests queue_timeout request_timeout max_request_mb max_request_images
         api_key_file allowed_hosts

@@ -112,8 +112,10 @@ def min_entropy_of(completions: Sequence[Completion], share: float, options: Bat
 
 def _pairs_of(completions: Sequence[Completion], options: BatchOptions) -> np.ndarray:
     """The best and the worst completion of each group, int64 [P, 2], if their rewards differ by more than the margin;
-    of those that have a reward and loss.
+    of those that have a reward and loss. None without a margin.
     """
+    if options.pair_margin is None:
+        return np.zeros((0, 2), np.int64)
     pairs = []
     for _, members in groupby(range(len(completions)), key=lambda i: completions[i].group):
         usable = [
@@ -122,7 +124,7 @@ def _pairs_of(completions: Sequence[Completion], options: BatchOptions) -> np.nd
         if usable:
             best = max(usable, key=lambda i: completions[i].reward)
             worst = min(usable, key=lambda i: completions[i].reward)
-            if completions[best].reward - completions[worst].reward > (options.pair_margin or 0.0):
+            if completions[best].reward - completions[worst].reward > options.pair_margin:
                 pairs.append((best, worst))
     return np.array(pairs, np.int64).reshape(-1, 2)
 
@@ -150,5 +152,5 @@ def _table(
         old_log_probs=column("old_logps"),
         reference_log_probs=column("reference_logps"),
         min_entropy=options.min_entropy,
-        **({} if options.pair_margin is None else {"pairs": _pairs_of(completions, options)}),
+        pairs=_pairs_of(completions, options),
     )
