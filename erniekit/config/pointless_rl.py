@@ -55,6 +55,11 @@ RL_RULES = [
         _rl(lambda c: not c.dynamic_sample),
         "dynamic_sample is False",
     ),
+    Rule(
+        "rollout_model rollout_update_command rollout_timeout rollout_max_retries rollout_tolerance",
+        _rl(lambda c: c.rollout_base_url is None),
+        "rollout_base_url is not given",
+    ),
     Rule("max_turns max_tool_calls max_tool_tokens", _rl(lambda c: not c.tools), "tools is empty"),
     Rule(
         "tool_timeout",

@@ -12,6 +12,7 @@ from erniekit.config.read import Entry
 from erniekit.config.schema import Config
 from erniekit.config.schema_curriculum import curriculum_problems
 from erniekit.config.schema_rl import PRESETS
+from erniekit.config.schema_rollout_server import server_problems
 from erniekit.config.schema_rollout_tools import tool_problems
 from erniekit.config.values import plain
 
@@ -78,6 +79,7 @@ def problems(cfg: Config) -> Iterator[str]:
     yield from _numbers(cfg)
     yield from _loss(cfg)
     yield from _reference(cfg)
+    yield from server_problems(cfg)
     yield from tool_problems(
         cfg,
         cfg.method.vision,

@@ -24,6 +24,7 @@ from erniekit.config.schema_quantization import QuantizationArgs
 from erniekit.config.schema_reward_model import RewardModelArgs
 from erniekit.config.schema_rewards import RewardArgs
 from erniekit.config.schema_rl import RLArgs
+from erniekit.config.schema_rollout_server import RolloutServerArgs
 from erniekit.config.schema_rollout_tools import RolloutToolArgs
 from erniekit.config.schema_shape import ShapeArgs
 from erniekit.config.schema_train import OptimArgs, TrainArgs
@@ -46,6 +47,7 @@ class Config(
     RewardArgs,
     CurriculumArgs,
     RolloutToolArgs,
+    RolloutServerArgs,
     KtoArgs,
     GkdArgs,
     TrainArgs,

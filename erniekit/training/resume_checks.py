@@ -110,6 +110,7 @@ _KEYS = {
         pipeline_schedule expert_parallel_degree data_parallel_degree sharding sharding_parallel_degree
         balance_pictures distributed_timeout rendezvous_timeout max_restarts elastic check_replicas_steps
         reward_workers reward_max_failures code_sandbox code_network
+        rollout_base_url rollout_model rollout_update_command rollout_timeout rollout_max_retries rollout_tolerance
         judge_base_url judge_concurrency judge_timeout judge_max_retries judge_cache
         rollout_max_running log_completions num_completions_to_print print_completions_steps
         max_new_tokens min_tokens frequency_penalty presence_penalty stream chat_tools image_search_dir max_tool_rounds

@@ -56,7 +56,7 @@ class PolicyRecipe(Recipe):
         cfg, loader = context.cfg, context.loader
         assert isinstance(loader, RolloutLoader), "the method's data are prompts"
         reference = build_reference(context)
-        loader.connect(context.model, reference)
+        loader.connect(context.model, reference, (context.prepared.path, context.tokenizer.directory))
         return cls(cfg, context.model, loader, reference)
 
     def counts(self, batch: PackedBatch) -> dict[str, float]:

@@ -33,7 +33,9 @@ from erniekit.training.rl.expert_record import record_bytes
 from erniekit.training.rl.generate import Generator, draw_number
 from erniekit.training.rl.prompts import check_records, known_pass_rates, prompt_options, tool_loop
 from erniekit.training.rl.reference import PolicyReference
+from erniekit.training.rl.remote import RemoteGenerator, WeightExport, require_same_weights
 from erniekit.training.rl.reward_model import reward_models
+from erniekit.training.rl.rollout_server import RolloutServer
 from erniekit.training.rl.scoring import score_groups
 from erniekit.training.rl.token_scores import TokenScorer, score_completions
 from erniekit.training.rl.tools import ToolLoop
@@ -63,12 +65,19 @@ class RolloutLoader:
     """
 
     def __init__(
-        self, context: DataContext, prompts: PromptSet, scorer: Scorer | None, tools: ToolLoop | None = None
+        self,
+        context: DataContext,
+        prompts: PromptSet,
+        scorer: Scorer | None,
+        tools: ToolLoop | None = None,
+        server: RolloutServer | None = None,
     ) -> None:
-        """`scorer`: on the first rank alone. `tools`: what the model may call while it answers."""
+        """`scorer`, and the `server` of rollout_base_url: on the first rank alone. `tools`: what the model may call
+        while it answers.
+        """
         assert context.template is not None, "prompts need a chat template"
         cfg = self._cfg = context.cfg
-        self.prompts, self._scorer, self._tools = prompts, scorer, tools
+        self.prompts, self._scorer, self._tools, self._server = prompts, scorer, tools, server
         self._mesh, self._template, self._tokenizer = context.mesh, context.template, context.tokenizer
         self._sampler = PromptSampler(prompts.sizes, cfg, cfg.seed, known_pass_rates(prompts))
         self.identity: dict[str, Any] = {
@@ -78,13 +87,23 @@ class RolloutLoader:
         self._step = 0  # optimizer steps that next_step has given
         self._rollout: Rollout | None = None
         self._report = StepReport({}, [])
-        self._generator: Generator | None = None
+        self._generator: Generator | RemoteGenerator | None = None
 
-    def connect(self, model: CausalLM, reference: PolicyReference | None) -> None:
-        """Take over the model that generates, before the first step."""
+    def connect(
+        self, model: CausalLM, reference: PolicyReference | None, sources: tuple[Path, Path] | None = None
+    ) -> None:
+        """Take over the model that generates, before the first step. `sources`: the directories of the model and of the
+        tokenizer, which a server gets beside the weights.
+        """
         self._model, self._reference = model, reference
         self._announce_experts()
-        self._generator = Generator(self._cfg, model, self._template, self._tools)
+        cfg, template = self._cfg, self._template
+        if cfg.rollout_base_url is None:
+            self._generator = Generator(cfg, model, template, self._tools)
+        else:
+            assert sources is not None, "a server needs whole directories"
+            export = WeightExport(cfg, model, template, sources)
+            self._generator = RemoteGenerator(cfg, model, template, self._server, export, self._tools)
         self._token_scorer = TokenScorer(self._cfg.temperature, self._cfg.loss_subbatch_seqlen)
 
     @property
@@ -141,6 +160,10 @@ class RolloutLoader:
         self._texts: dict[int, str] = {}
         self._failures: Counter[str] = Counter()
         with heartbeat.phase("a rollout"):
+            assert self._generator is not None, "connect comes first"
+            self._generator.begin_rollout(self._step)
+            if cfg.rollout_base_url is not None:
+                self._seconds["weights"] += time.perf_counter() - started
             self._sampler.begin_rollout(self._step)
             filled = fill_rollout(self._sampler, cfg, cfg.rollout_batch_size, self._groups)
             groups = [outcome.group for outcome in filled.outcomes]
@@ -205,12 +228,15 @@ class RolloutLoader:
         cfg, began = self._cfg, time.perf_counter()
         wants_old = (
             self.steps_per_rollout > 1
+            or cfg.rollout_base_url is not None
             or cfg.rollout_correction != "none"
             or cfg.kl_in_reward
             or (cfg.upo_weight > 0 and cfg.upo_reference == "old")
         )
         if wants_old:
             self._fill(completions, "old_logps", partial(self._token_scorer.log_probs, self._model))
+        if cfg.rollout_base_url is not None:
+            require_same_weights(cfg, completions)
         if cfg.top_entropy_quantile < 1:
             self._fill(completions, "entropies", partial(self._token_scorer.entropies, self._model))
         if self._reference is not None:
@@ -417,7 +443,12 @@ def open_prompts(context: DataContext) -> RolloutLoader:
     prompts = PromptSet.open(specs_of(cfg, "train"), "train", prompt_options(context, tools), cfg.download_hub)
     scorer = Scorer(cfg, given=reward_models(cfg)) if context.mesh.rank == 0 else None
     check_records(scorer, prompts)
-    return RolloutLoader(context, prompts, scorer, tools)
+    server = None
+    if cfg.rollout_base_url is not None and context.mesh.rank == 0:
+        server = RolloutServer(cfg, context.tokenizer.vocab_size)
+        if cfg.rollout_update_command is None:  # a command may start the server
+            server.check(context.tokenizer)
+    return RolloutLoader(context, prompts, scorer, tools, server)
 
 
 def _sampled_kl(completion: Completion) -> float:

@@ -11,6 +11,8 @@ from erniekit.data.vision.prompt import PicturePrompt
 from erniekit.training.rl.completions import Completion
 from erniekit.training.rl.tools import Continuation, Dialogue, ToolLoop
 
+_TURN_BITS = 192  # above the bits of rl.generate.draw_number
+
 
 @dataclass
 class Track:
@@ -36,6 +38,11 @@ class Track:
     def begin(prompt: Prompt, draw: int, tools: ToolLoop | None) -> "Track":
         """The beginning of a completion; `draw` is the number of its random generator."""
         return Track(prompt, draw, None if tools is None else tools.begin(prompt))
+
+    @property
+    def random_draw(self) -> int:
+        """The number of the random generator of the next turn."""
+        return self.draw + (self.num_turns << _TURN_BITS)
 
     def sequence(self) -> PicturePrompt | None:
         """Prompt and completion with their pictures; None for text alone."""
