@@ -94,7 +94,8 @@ class Config(
         if self.method.reads("gradient_accumulation_steps"):
             return self.gradient_accumulation_steps
         completions = self.rollout_batch_size * self.num_generations // self.steps_per_generation
-        return -(-completions // (self.batch_size * data_ranks))
+        pairs = 2 * self.upo_offline_pairs if self.upo_offline_weight else 0
+        return sum(-(-count // (self.batch_size * data_ranks)) for count in (completions, pairs))
 
     @property
     def recomputed_modules(self) -> frozenset[str]:

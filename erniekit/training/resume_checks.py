@@ -42,13 +42,15 @@ _KEYS = {
     Decision.DATA: """
         train_dataset_type train_dataset_prob dataset_type split isolate_documents long_document_min_tokens
         long_document_weight max_seq_len truncation mix_strategy random_shuffle packing greedy_intokens buffer_size
-        max_prompt_len seed max_completion_length rl_stages
+        max_prompt_len seed max_completion_length rl_stages upo_offline_pairs
         adaptive_max_imgtoken_option adaptive_max_imgtoken_rate
         min_pixels max_pixels video_min_pixels video_max_pixels video_fps video_min_frames video_max_frames
         video_target_frames video_frames_sample render_timestamp apply_exif missing_media_tags box_coordinates
         position_rule text_dataset_type text_dataset_prob modality_ratio modality_interleave
     """,
-    Decision.CONTENT: "model_name_or_path train_dataset_path text_dataset_path input_dir chat_template",
+    Decision.CONTENT: """
+        model_name_or_path train_dataset_path text_dataset_path upo_offline_path input_dir chat_template
+    """,
     Decision.SAY: """
         allow_urls max_decoded_pixels video_decode_seconds
         eval_dataset_type eval_dataset_path on_bad_line num_samples_each_epoch max_estimate_samples
@@ -69,7 +71,7 @@ _KEYS = {
         rollout_seed rollout_dtype mask_truncated_completions soft_max_length soft_cache_length
         rollout_correction icepop_alpha icepop_beta tis_cap mis_cap off_policy_mask_threshold
         entropy_coef top_entropy_quantile router_replay freeze_router_bias
-        upo_weight upo_beta upo_margin upo_reference
+        upo_weight upo_beta upo_margin upo_reference upo_offline_weight upo_offline_type
         reward_margin center_rewards_coefficient
         reward_funcs reward_weights answer_key reward_timeout reward_on_failure domain_normalize
         reward_min_length reward_max_length cosine_max_length reward_language reward_coordinates

@@ -7,7 +7,7 @@ from itertools import groupby
 
 import numpy as np
 
-from erniekit.data.packed_batch import IGNORE, NO_SEGMENT, CompletionTable, PackedBatch, join_rows
+from erniekit.data.packed_batch import IGNORE, NO_COMPLETIONS, NO_SEGMENT, CompletionTable, PackedBatch, join_rows
 from erniekit.data.prompts import Prompt
 from erniekit.training.rl.completions import Completion
 from erniekit.training.rl.sequence_pictures import SequencePictures
@@ -18,12 +18,14 @@ class BatchOptions:
     """mask_truncated: a completion without an end token has no loss. pair_margin: the best and the worst completion of
     each group are a pair if their rewards differ by more (None: no pairs); microbatches then hold whole groups.
     min_entropy: see CompletionTable. replays_experts: tokens go to the experts that were recorded, if they were.
+    is_offline: the completions are pairs that were made in advance.
     """
 
     mask_truncated: bool = False
     pair_margin: float | None = None
     min_entropy: float | None = None
     replays_experts: bool = True
+    is_offline: bool = False
 
 
 def microbatches(
@@ -52,7 +54,7 @@ def batch_of(
     The labels are the tokens that the policy chose.
     """
     if not completions:
-        return join_rows([])
+        return replace(join_rows([]), completions=replace(NO_COMPLETIONS, is_offline=options.is_offline))
     ids: list[np.ndarray] = []
     labels: list[np.ndarray] = []
     positions: list[np.ndarray] = []
@@ -152,5 +154,6 @@ def _table(
         old_log_probs=column("old_logps"),
         reference_log_probs=column("reference_logps"),
         min_entropy=options.min_entropy,
+        is_offline=options.is_offline,
         pairs=_pairs_of(completions, options),
     )
