@@ -18,6 +18,17 @@ def has_reference(cfg: Config) -> bool:
     return cfg.kl_coef > 0 or (has_pairs(cfg) and cfg.upo_reference == "ref")
 
 
+def wants_old_log_probs(cfg: Config) -> bool:
+    """Whether the log-probabilities of the policy before its first update on a rollout are computed."""
+    return (
+        cfg.steps_per_generation * cfg.num_iterations > 1
+        or cfg.rollout_base_url is not None
+        or cfg.rollout_correction != "none"
+        or cfg.kl_in_reward
+        or (cfg.upo_weight > 0 and cfg.upo_reference == "old")
+    )
+
+
 def has_pairs(cfg: Config) -> bool:
     """Whether the loss has a preference term."""
     return cfg.upo_weight > 0 or cfg.upo_offline_weight > 0

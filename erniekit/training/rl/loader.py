@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import paddle
 
+from erniekit.config.pointless_rl import wants_old_log_probs
 from erniekit.data.loader import StepReport
 from erniekit.data.packed_batch import PackedBatch
 from erniekit.data.prompts import Prompt, PromptSet
@@ -240,13 +241,7 @@ class RolloutLoader:
     def _add_log_probs(self, completions: list[Completion]) -> None:
         """Log-probabilities of the policy before its first update, and of the reference, where they are needed."""
         cfg, began = self._cfg, time.perf_counter()
-        wants_old = (
-            self.steps_per_rollout > 1
-            or cfg.rollout_base_url is not None
-            or cfg.rollout_correction != "none"
-            or cfg.kl_in_reward
-            or (cfg.upo_weight > 0 and cfg.upo_reference == "old")
-        )
+        wants_old = wants_old_log_probs(cfg)
         if wants_old:
             self._fill(completions, "old_logps", partial(self._token_scorer.log_probs, self._model))
         if cfg.rollout_base_url is not None:
