@@ -188,3 +188,8 @@ def test_a_run_resumed_between_the_steps_of_a_rollout_has_the_record(keys: dict[
 def test_a_dense_model_is_refused(tmp_path: Path):
     with pytest.raises(ConfigError, match="router_replay: r3: the model is dense"):
         run(rl_workspace(tmp_path), "out", router_replay="r3")
+
+
+def test_weights_that_a_cpu_cannot_generate_with_are_refused(keys: dict[str, Any]):
+    with pytest.raises(ConfigError, match="emulate_precision: True: a CPU cannot generate with bfloat16 weights"):
+        run(keys, "out", compute_type="bf16", emulate_precision=True)
