@@ -1,11 +1,13 @@
 """Stage RL on several ranks: the same samples, and losses within 1e-5, as on one."""
 
 import json
+import os
 import re
 from pathlib import Path
 from typing import Any
 
 import pytest
+from support.loopback_server import KEY, serving
 from support.rl_runs import rl_workspace
 from support.tiny_directories import write_lines
 
@@ -115,3 +117,21 @@ def test_two_ranks_replay_the_experts_that_both_recorded(world2, replayed, layou
                 assert found[name] == pytest.approx(expected[name], abs=1e-5, rel=1e-4), name
             for name in ("router/disagreeing_fraction", "upo_offline/accuracy"):
                 assert found[name] == pytest.approx(expected[name], abs=1e-6), name
+
+
+def train_with_key(keys: dict[str, Any]) -> list[dict[str, Any]]:
+    """As train_rl, where the environment has the key of the server."""
+    os.environ["ERNIEKIT_ROLLOUT_API_KEY"] = KEY
+    return train_rl(keys)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", ["data_parallel_degree", "pipeline_parallel_degree"])
+def test_two_ranks_share_what_a_server_generates(world2, tmp_path, layout):
+    """One rank asks; both get the completions and write the adapter that the server loads."""
+    keys = rl_workspace(tmp_path) | {"fine_tuning": "LoRA", "lora_rank": 4, "save_strategy": "no", layout: 2}
+    with serving(tmp_path / "model", lora_directory=keys["output_dir"]) as url:
+        first, second = world2.run(train_with_key, keys=keys | {"rollout_base_url": url})
+    assert [step["loss"] for step in first] == [step["loss"] for step in second]
+    for step in first[::2]:
+        assert step["rollout/logp_difference/max"] < 1e-4

@@ -2,24 +2,17 @@
 
 import json
 import threading
-import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import pytest
-import uvicorn
+from support.loopback_server import KEY, serving
 from support.rl_runs import rl_workspace
 
 from erniekit import config
 from erniekit.data.chat.tokenizer import load_tokenizer
-from erniekit.serve.served_adapters import open_with_adapters
-from erniekit.serve.server import prepare
-from erniekit.serve.server_access import key_digests
-from erniekit.serve.server_app import make_app
-from erniekit.serve.server_socket import listen
 from erniekit.training.reporting.completions import CompletionLog
 from erniekit.training.reporting.plot import LossPlot
 from erniekit.training.rl.rollout_server import RolloutServer
@@ -27,28 +20,7 @@ from erniekit.training.run import train
 from erniekit.utils import http_json, runtime
 from erniekit.utils.errors import ConfigError, TrainError
 
-KEY = "a-secret-key-of-the-server"
 LORA = {"fine_tuning": "LoRA", "lora_rank": 4, "lora_alpha": 8, "learning_rate": 1e-2}
-
-
-@contextmanager
-def serving(model: Path, **keys: Any) -> Iterator[str]:
-    """The base URL of an `erniekit server` in a thread, which asks for KEY."""
-    values = {"model_name_or_path": str(model), "compute_type": "fp32", "temperature": 0.5, "top_p": 0.5}
-    cfg = config.load(None, values | keys, "server")
-    listening = listen("127.0.0.1", 0)
-    app = make_app(prepare(cfg, open_with_adapters(cfg), key_digests(None, KEY)))
-    server = uvicorn.Server(uvicorn.Config(app, log_level="error"))
-    thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
-    thread.start()
-    try:
-        while not server.started:
-            time.sleep(0.01)
-        yield f"http://127.0.0.1:{listening.getsockname()[1]}/v1"
-    finally:
-        server.should_exit = True
-        thread.join()
-        listening.close()
 
 
 @pytest.fixture
