@@ -77,10 +77,11 @@ def _allowed(served: Served, path: str) -> Path:
     allowed = _require_key(served)
     try:
         directory = Path(path).expanduser().resolve()
-    except (OSError, ValueError, RuntimeError):
-        directory = Path("/")
+        is_there = directory.is_dir()
+    except (OSError, ValueError, RuntimeError):  # no path
+        raise ApiError(404, "lora_path: there is no such directory.", "lora_path", "not_found") from None
     if not directory.is_relative_to(allowed):
         raise ApiError(403, f"lora_path: it is not below lora_directory ({allowed}).", "lora_path", "path_not_allowed")
-    if not directory.is_dir():
+    if not is_there:
         raise ApiError(404, "lora_path: there is no such directory.", "lora_path", "not_found")
     return directory
