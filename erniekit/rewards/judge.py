@@ -70,14 +70,11 @@ class Judge:
         name = hashlib.sha256(f"{self._cfg.judge_model}\0{question}".encode(errors="surrogatepass")).hexdigest()
         known = self._asked.get(name)
         if known is None or (known.done() and isinstance(known.result(), str)):  # a failure is asked again
-            known = Future()
-            if name in self._cache:
-                known.set_result(self._cache[name] / self._cfg.judge_max_score)
-            else:
-                known = self._pool.submit(self._judged, name, question)
-            self._asked[name] = known
             if name not in self._cache:
-                return known
+                self._asked[name] = self._pool.submit(self._judged, name, question)
+                return self._asked[name]
+            known = self._asked[name] = Future()
+            known.set_result(self._cache[name] / self._cfg.judge_max_score)
         self._count(cached=1)
         return known
 
