@@ -11,7 +11,7 @@ from erniekit.checkpoint.model_dir import staged
 from erniekit.checkpoint.peft_read import StoredAdapter, read_adapter
 from erniekit.checkpoint.peft_write import adapter_parameters, write_adapter
 from erniekit.lora import LoraState, attach_slots, describe, state_of, take_off
-from erniekit.lora.several import AdapterSet, put_together
+from erniekit.lora.several import AdapterSet, adapter_set_of, add_adapter, empty_slots, fill_slots, put_together
 from erniekit.models.decoder import CausalLM
 from erniekit.models.weights import to_numpy
 from erniekit.moe.layer import MoELayer
@@ -42,6 +42,20 @@ def attach_several(model: CausalLM, stored: Mapping[str, StoredAdapter]) -> Adap
         if isinstance(layer, MoELayer):
             layer.on_routing = chosen.note_routing
     return chosen
+
+
+def attach_another(model: CausalLM, name: str, stored: StoredAdapter) -> None:
+    """Attach one more adapter to those of `attach_several`, or the first one, while no pass runs."""
+    if adapter_set_of(model) is None:
+        attach_several(model, {name: stored})
+        return
+    others = empty_slots(model)
+    try:
+        attach_stored(model, stored, dropout=0.0)
+        taken = take_off(model)
+    finally:
+        fill_slots(model, others)
+    add_adapter(model, name, taken)
 
 
 def load_adapter(model: CausalLM, directory: str | Path, into: Mapping[str, paddle.Tensor] | None = None) -> None:

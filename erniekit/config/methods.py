@@ -19,6 +19,7 @@ from erniekit.config.schema_preference import PreferenceArgs
 from erniekit.config.schema_reward_model import RewardModelArgs
 from erniekit.config.schema_rewards import RewardArgs
 from erniekit.config.schema_rl import RLArgs
+from erniekit.config.schema_rollout_server import RolloutServerArgs
 from erniekit.config.schema_rollout_tools import RolloutToolArgs
 from erniekit.config.schema_vision import VisionArgs
 
@@ -110,7 +111,7 @@ _RL = MethodFacts(
     "RL",
     "reinforcement learning",
     Records.PROMPTS,
-    options=(RLArgs, RewardArgs, CurriculumArgs, RolloutToolArgs),
+    options=(RLArgs, RewardArgs, CurriculumArgs, RolloutToolArgs, RolloutServerArgs),
     also_reads=("max_prompt_len", *_SAMPLING),
     unread=_UNREAD_BY_POLICIES,
     metric="reward",

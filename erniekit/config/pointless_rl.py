@@ -15,7 +15,23 @@ def _rl(when: Callable[[Config], bool]) -> Callable[[Config, Facts], bool]:
 
 def has_reference(cfg: Config) -> bool:
     """Whether the policy is compared with a reference model."""
-    return cfg.kl_coef > 0 or (cfg.upo_weight > 0 and cfg.upo_reference == "ref")
+    return cfg.kl_coef > 0 or (has_pairs(cfg) and cfg.upo_reference == "ref")
+
+
+def wants_old_log_probs(cfg: Config) -> bool:
+    """Whether the log-probabilities of the policy before its first update on a rollout are computed."""
+    return (
+        cfg.steps_per_generation * cfg.num_iterations > 1
+        or cfg.rollout_base_url is not None
+        or cfg.rollout_correction != "none"
+        or cfg.kl_in_reward
+        or (cfg.upo_weight > 0 and cfg.upo_reference == "old")
+    )
+
+
+def has_pairs(cfg: Config) -> bool:
+    """Whether the loss has a preference term."""
+    return cfg.upo_weight > 0 or cfg.upo_offline_weight > 0
 
 
 RL_RULES = [
@@ -44,7 +60,13 @@ RL_RULES = [
         _rl(lambda c: c.rollout_correction == "misc"),
         "rollout_correction: misc has the level sequence_token",
     ),
-    Rule("upo_beta upo_margin upo_reference", _rl(lambda c: c.upo_weight == 0), "upo_weight is 0"),
+    Rule("upo_margin", _rl(lambda c: c.upo_weight == 0), "upo_weight is 0"),
+    Rule("upo_beta upo_reference", _rl(lambda c: not has_pairs(c)), "upo_weight and upo_offline_weight are 0"),
+    Rule(
+        "upo_offline_path upo_offline_type upo_offline_pairs",
+        _rl(lambda c: c.upo_offline_weight == 0),
+        "upo_offline_weight is 0",
+    ),
     Rule(
         "print_completions_steps",
         _rl(lambda c: c.num_completions_to_print == 0),
@@ -54,6 +76,11 @@ RL_RULES = [
         "max_resample_times difficulty_low difficulty_high difficulty_pause",
         _rl(lambda c: not c.dynamic_sample),
         "dynamic_sample is False",
+    ),
+    Rule(
+        "rollout_model rollout_update_command rollout_timeout rollout_max_retries rollout_tolerance",
+        _rl(lambda c: c.rollout_base_url is None),
+        "rollout_base_url is not given",
     ),
     Rule("max_turns max_tool_calls max_tool_tokens", _rl(lambda c: not c.tools), "tools is empty"),
     Rule(

@@ -12,6 +12,7 @@ from erniekit.config.read import Entry
 from erniekit.config.schema import Config
 from erniekit.config.schema_curriculum import curriculum_problems
 from erniekit.config.schema_rl import PRESETS
+from erniekit.config.schema_rollout_server import server_problems
 from erniekit.config.schema_rollout_tools import tool_problems
 from erniekit.config.values import plain
 
@@ -78,6 +79,7 @@ def problems(cfg: Config) -> Iterator[str]:
     yield from _numbers(cfg)
     yield from _loss(cfg)
     yield from _reference(cfg)
+    yield from server_problems(cfg)
     yield from tool_problems(
         cfg,
         cfg.method.vision,
@@ -106,6 +108,7 @@ def _numbers(cfg: Config) -> Iterator[str]:
             "hold whole groups: use a multiple of num_generations, such as "
             f"{max(cfg.batch_size // cfg.num_generations, 1) * cfg.num_generations}"
         )
+    yield from _offline_pairs(cfg)
     if cfg.max_completion_length >= cfg.max_seq_len:
         yield (
             f"max_completion_length: {cfg.max_completion_length} leaves no room for a prompt in max_seq_len: "
@@ -120,6 +123,25 @@ def _numbers(cfg: Config) -> Iterator[str]:
         yield "soft_max_length: needed with soft_cache_length; the length from which on the penalty is -1"
     elif cfg.soft_cache_length is not None and cfg.soft_cache_length > (cfg.soft_max_length or 0):
         yield f"soft_cache_length: {cfg.soft_cache_length} is more than soft_max_length: {cfg.soft_max_length}"
+
+
+def _offline_pairs(cfg: Config) -> Iterator[str]:
+    if not cfg.upo_offline_weight:
+        return
+    if not cfg.upo_offline_path:
+        yield "upo_offline_path: needed with upo_offline_weight; a file of preference data"
+    elif cfg.upo_offline_type and len(cfg.upo_offline_type) != len(cfg.upo_offline_path):
+        yield (
+            f"upo_offline_type: {len(cfg.upo_offline_type)} formats for {len(cfg.upo_offline_path)} entries of "
+            "upo_offline_path; give one for each"
+        )
+    if cfg.batch_size % 2:
+        yield (
+            f"batch_size: {cfg.batch_size}: upo_offline_weight puts both answers of a pair into one microbatch: use an "
+            "even number"
+        )
+    if cfg.method.vision:
+        yield "upo_offline_weight: pairs with stage: VL-RL are not built. Leave it out, or set stage: RL"
 
 
 def _loss(cfg: Config) -> Iterator[str]:

@@ -24,6 +24,7 @@ from erniekit.config.schema_quantization import QuantizationArgs
 from erniekit.config.schema_reward_model import RewardModelArgs
 from erniekit.config.schema_rewards import RewardArgs
 from erniekit.config.schema_rl import RLArgs
+from erniekit.config.schema_rollout_server import RolloutServerArgs
 from erniekit.config.schema_rollout_tools import RolloutToolArgs
 from erniekit.config.schema_shape import ShapeArgs
 from erniekit.config.schema_train import OptimArgs, TrainArgs
@@ -46,6 +47,7 @@ class Config(
     RewardArgs,
     CurriculumArgs,
     RolloutToolArgs,
+    RolloutServerArgs,
     KtoArgs,
     GkdArgs,
     TrainArgs,
@@ -92,7 +94,8 @@ class Config(
         if self.method.reads("gradient_accumulation_steps"):
             return self.gradient_accumulation_steps
         completions = self.rollout_batch_size * self.num_generations // self.steps_per_generation
-        return -(-completions // (self.batch_size * data_ranks))
+        pairs = 2 * self.upo_offline_pairs if self.upo_offline_weight else 0
+        return sum(-(-count // (self.batch_size * data_ranks)) for count in (completions, pairs))
 
     @property
     def recomputed_modules(self) -> frozenset[str]:

@@ -3,7 +3,8 @@
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from erniekit.config.fields import key
+from erniekit.config.fields import key, list_of
+from erniekit.config.schema_data import DATASET_TYPES
 
 # What rl_algorithm stands for: the values of keys that are not given. Sources are in erniekit/losses/policy.py; the
 # clip range of gspo is that of its paper's section 5.1, dapo's of its table 1, cispo's upper bound that of
@@ -19,6 +20,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "ppo": {"rl_loss_type": "ppo", "epsilon": 0.2, "epsilon_high": 0.2},
 }
 RL_LOSS_TYPES = ("grpo", "bnpo", "dapo", "dr_grpo", "gspo", "gspo_token", "cispo", "ppo")
+ROUTER_REPLAYS = ("none", "compare", "r3")
 CORRECTIONS = ("none", "tis", "mis", "icepop", "icepop_sequence", "misc")
 
 
@@ -114,6 +116,12 @@ class RLArgs:
     top_entropy_quantile: float = key(
         1.0, "The share of tokens with the highest entropy that have a policy loss; 1: all.", gt=0, le=1
     )
+    router_replay: str = key(
+        "none",
+        "Routing replay: with r3 the training passes send each token to the experts that it was sent to while it was "
+        "generated, weighed by the present router; compare counts the tokens that are sent to others (docs/rl.md).",
+        choices=ROUTER_REPLAYS,
+    )
     freeze_router_bias: bool = key(True, "The routers' correction biases do not move.")
     upo_weight: float = key(
         0.0, "Weight of a preference loss on pairs of completions of one group, best and worst (UPO); 0: none.", ge=0
@@ -125,6 +133,16 @@ class RLArgs:
         "UPO: what the policy is compared with: the reference, or the policy that made the completions (old).",
         choices=("ref", "old"),
     )
+    upo_offline_weight: float = key(
+        0.0, "UPO: weight of the same loss on pairs that were made in advance (upo_offline_path); 0: none.", ge=0
+    )
+    upo_offline_path: tuple[str, ...] = list_of(
+        str, "UPO: files of preference data, as stage: DPO reads them.", path=True
+    )
+    upo_offline_type: tuple[str, ...] = list_of(
+        str, "UPO: format of each entry of upo_offline_path; empty: erniekit.", choices=DATASET_TYPES
+    )
+    upo_offline_pairs: int = key(8, "UPO: pairs of upo_offline_path in each optimizer step, over all ranks.", ge=1)
     log_completions: bool = key(True, "Write every completion with its rewards to samples.jsonl.")
     num_completions_to_print: int = key(
         4, "Completions of a rollout that are logged, with prompt, rewards and advantage; 0: none.", ge=0

@@ -67,6 +67,12 @@ class ServerArgs:
     lora_modules: tuple[str, ...] = list_of(
         str, "LoRA adapters that requests may name as their model, as name=directory; all on the model that is served."
     )
+    lora_directory: str | None = key(
+        None,
+        "A directory below which POST /v1/load_lora_adapter may find adapters while the server runs; not given: it is "
+        "refused.",
+        path=True,
+    )
     max_model_len: int | None = key(
         None, "The largest number of tokens of a prompt and its answer together; not given: the model's context.", ge=2
     )

@@ -173,6 +173,12 @@ class CompletionTable:
     labels of each, which stand in this order in the columns of labels, float32 [L]: `rollout_log_probs` (NaN: unknown),
     `old_log_probs` and `reference_log_probs` (None: not needed). `pairs` int64 [P, 2]: completions of one group, the
     better one first. `min_entropy`: the least entropy with which a token has a policy loss; None: all have.
+
+    `is_offline`: they are pairs of answers that were made in advance, which only the preference loss reads.
+
+    `experts` [T, S, K], unsigned: the experts that the batch's T tokens were sent to in each of S sparse layers while
+    the completions were generated; None: not recorded. `replays_experts`: they are sent there again; otherwise the
+    record is only compared.
     """
 
     prompts: np.ndarray
@@ -185,6 +191,9 @@ class CompletionTable:
     reference_log_probs: np.ndarray | None = None
     pairs: np.ndarray = field(default_factory=lambda: np.zeros((0, 2), np.int64))
     min_entropy: float | None = None
+    experts: np.ndarray | None = None
+    replays_experts: bool = True
+    is_offline: bool = False
 
     def __len__(self) -> int:
         return len(self.segments)

@@ -63,6 +63,7 @@ class Engine:
     that begin with them are read faster; the one that was used least recently goes first.
 
     drafts: whether the model's prediction block drafts tokens, so that a step may bring two (generation.speculative).
+    records_experts: whether an answer that has ended says which experts its tokens were sent to (Generation.experts).
 
     num_reused: prompt tokens so far that did not have to be computed.
     """
@@ -74,11 +75,12 @@ class Engine:
         prefill_tokens: int = PREFILL_TOKENS,
         num_kept: int = 0,
         drafts: bool = False,
+        records_experts: bool = False,
     ) -> None:
         assert max_running > 0 and prefill_tokens > 0, (max_running, prefill_tokens)
         self.model = model
         self.max_running, self.prefill_tokens, self.num_kept = max_running, prefill_tokens, num_kept
-        self.num_reused = 0
+        self.num_reused, self.records_experts = 0, records_experts
         self.drafting = Drafting(model) if drafts else None
         self._waiting: deque[Generation] = deque()  # in the order of their turns
         self._turn, self._turns = 0, dict[str, int]()  # of the last request that was admitted; of each owner's last one
@@ -119,6 +121,13 @@ class Engine:
         generation.turn = turn
         bisect.insort(self._waiting, generation, key=lambda other: other.turn)
         return generation
+
+    def forget_adapter(self, name: str) -> None:
+        """Drop what is kept of conversations with an adapter. Raises UserError while a request uses it."""
+        read = [member for members in self._reading.members for member in members] if self._reading else []
+        if any(other.request.adapter == name for other in (*self._waiting, *read, *self._running)):
+            raise UserError(f"{name}: answers with this adapter are being generated. Wait for them.")
+        self._kept = [kept for kept in self._kept if kept.request.adapter != name]
 
     def cancel(self, generation: Generation, reason: str = "cancelled") -> None:
         """End a request that has not ended, wherever it is. `reason` becomes its answer's `stop`."""
@@ -199,7 +208,7 @@ class Engine:
             beginnings.append(beginning)
             rest.append(request.prompt[reused:])
             tables.append(request.open_pictures(reused) if request.open_pictures else None)
-        stepper = CachedStepper(self.model, len(groups))
+        stepper = CachedStepper(self.model, len(groups), records_experts=self.records_experts)
         if any(beginnings):
             stepper.cache.begin_with(beginnings, max(len(members[0].request.prompt) for members in groups))
         has_pictures = any(table is not None for table in tables)
@@ -269,6 +278,9 @@ class Engine:
         if len(going) == len(self._running):
             return
         assert self._stepper is not None, "running rows have a cache"
+        if self.records_experts:
+            for place, row in enumerate(self._running):
+                row.experts = self._stepper.cache.notes_of(place) if row.answer.stop else None
         if self.num_kept:
             self._keep([place for place, row in enumerate(self._running) if row.answer.stop])
         # The last rows fill the gaps, so that few change their places.

@@ -96,7 +96,7 @@ class Request:
 
 class Event(NamedTuple):
     """One token of an answer, if it is part of it, its score, and why the answer ended ("" while it grows); `stop_id`
-    is the end token. `error`: the answer has failed.
+    is the end token, whose score it then has. `error`: the answer has failed.
     """
 
     token: int | None = None
@@ -109,7 +109,9 @@ class Event(NamedTuple):
 class Generation:
     """A request and its growing answer. num_reused: tokens of the prompt that did not have to be computed. began: the
     time (time.monotonic) at which the model began to read the prompt, 0 before. draft: the token that may come behind
-    the next one (generation.speculative). turn: requests are read in the order of their turns.
+    the next one (generation.speculative). turn: requests are read in the order of their turns. experts: of an answer
+    that has ended, where the engine records them, the experts of all tokens of prompt and answer that the model has
+    read, unsigned [n, sparse layers of this process, K]; nobody reads the last chosen token.
     """
 
     def __init__(self, request: Request, context: int) -> None:
@@ -119,6 +121,7 @@ class Generation:
         self.num_reused = 0
         self.began = 0.0
         self.draft = self.turn = 0
+        self.experts: np.ndarray | None = None
         self._context = context
         self.generator = _generator(request.sampling.seed, request.draw)
         self._num_told = 0  # of the tokens, by new_events
@@ -150,7 +153,7 @@ class Generation:
         scores = answer.scores[first:] if answer.scores else []
         events = [Event(token, scores[place] if scores else None) for place, token in enumerate(answer.ids[first:])]
         if answer.stop_id is not None:
-            events.append(Event(stop=answer.stop, stop_id=answer.stop_id))
+            events.append(Event(None, scores[-1] if scores else None, answer.stop, answer.stop_id))
         elif answer.stop:
             events[-1:] = [(events[-1] if events else Event())._replace(stop=answer.stop)]
         return events

@@ -31,9 +31,11 @@ class CachedStepper:
 
     piece_tokens = 2048  # of a single long prompt that go through the model at once
 
-    def __init__(self, model: CausalLM, batch_size: int, cache: KVCache | None = None) -> None:
+    def __init__(
+        self, model: CausalLM, batch_size: int, cache: KVCache | None = None, records_experts: bool = False
+    ) -> None:
         self.model = model
-        self.cache = model.new_cache(batch_size) if cache is None else cache
+        self.cache = model.new_cache(batch_size, records_experts) if cache is None else cache
 
     def feed(
         self, tokens: Sequence[Sequence[int]], pictures: Sequence[PictureTables | None] | None = None

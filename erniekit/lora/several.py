@@ -88,9 +88,22 @@ class SeveralAdapters(nn.Layer):
     def __init__(self, adapters: Mapping[str, Adapter], chosen: AdapterSet) -> None:
         super().__init__()
         self._chosen = chosen
-        self._by_name = dict(adapters)
-        for number, adapter in enumerate(adapters.values()):
-            self.add_sublayer(f"adapter_{number}", adapter)
+        self._by_name: dict[str, Adapter] = {}
+        self._num_added = 0
+        for name, adapter in adapters.items():
+            self.add(name, adapter)
+
+    def add(self, name: str, adapter: Adapter) -> None:
+        """Add the adapter of a further name."""
+        self._by_name[name] = adapter
+        self.add_sublayer(f"adapter_{self._num_added}", adapter)
+        self._num_added += 1
+
+    def remove(self, name: str) -> None:
+        """Remove the adapter of a name, if there is one."""
+        gone = self._by_name.pop(name, None)
+        for key in [key for key, layer in self._sub_layers.items() if layer is gone]:
+            del self._sub_layers[key]
 
     def forward(self, x: paddle.Tensor, *rest: object) -> paddle.Tensor:
         """(x [..., in], product [..., out]) or, of experts, (rows [R, in] sorted by expert, counts, products [R, out])
@@ -153,6 +166,47 @@ def rows_of(model: nn.Layer, names: Sequence[str | None]) -> Iterator[None]:
         return
     with adapters.using(names):
         yield
+
+
+def empty_slots(model: nn.Layer) -> dict[str, SeveralAdapters]:
+    """Empty the slots of `model` -> projection -> what was there; `fill_slots` puts it back."""
+    taken = {}
+    for name, layer in model.named_sublayers():
+        if isinstance(layer, Projection) and isinstance(layer.adapter, SeveralAdapters):
+            taken[name] = layer.adapter
+    for name, layer in list(model.named_sublayers()):
+        if name in taken:
+            layer.adapter = None
+    return taken
+
+
+def fill_slots(model: nn.Layer, taken: Mapping[str, SeveralAdapters]) -> None:
+    """Put what `empty_slots` gave into the slots again."""
+    for name, layer in list(model.named_sublayers()):
+        if name in taken:
+            layer.adapter = taken[name]
+
+
+def add_adapter(model: nn.Layer, name: str, adapters: Mapping[str, Adapter]) -> None:
+    """Add an adapter (projection -> adapter) to those that rows of `model` may have, while no pass runs."""
+    chosen = adapter_set_of(model)
+    assert chosen is not None and name not in chosen.names, name
+    for projection, layer in list(model.named_sublayers()):
+        if projection in adapters:
+            if layer.adapter is None:
+                layer.adapter = SeveralAdapters({}, chosen)
+            layer.adapter.add(name, adapters[projection])
+    chosen.names = (*chosen.names, name)
+
+
+def remove_adapter(model: nn.Layer, name: str) -> None:
+    """Remove an adapter that no row has, while no pass runs."""
+    chosen = adapter_set_of(model)
+    assert chosen is not None and name in chosen.names, name
+    for _, layer in list(model.named_sublayers()):
+        if isinstance(layer, Projection) and isinstance(layer.adapter, SeveralAdapters):
+            layer.adapter.remove(name)
+    chosen.names = tuple(other for other in chosen.names if other != name)
 
 
 def put_together(model: nn.Layer, taken: Mapping[str, Mapping[str, Adapter]]) -> AdapterSet:

@@ -113,6 +113,11 @@ class ModelConfig:
         return self.moe_num_experts > 0 and in_range and (layer + 1) % self.moe_layer_interval == 0
 
     @property
+    def sparse_layers(self) -> tuple[int, ...]:
+        """The numbers of the layers that have experts."""
+        return tuple(i for i in range(self.num_hidden_layers) if self.is_moe_layer(i))
+
+    @property
     def layer_types(self) -> list[str]:
         """ "dense" or "sparse" for each layer."""
         return ["sparse" if self.is_moe_layer(i) else "dense" for i in range(self.num_hidden_layers)]

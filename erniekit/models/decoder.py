@@ -112,7 +112,7 @@ class DecoderLayer(nn.Layer):
         x_TD = add(x_TD, self.self_attn(self.input_layernorm(x_TD), mixer, layer))
         normed = self.post_attention_layernorm(x_TD)
         if self.sparse:
-            y, decisions = self.mlp(normed, tokens)
+            y, decisions = self.mlp(normed, tokens, layer)
             return add(x_TD, y), decisions
         return add(x_TD, self.mlp(normed)), {}
 
@@ -371,9 +371,11 @@ class CausalLM(nn.Layer):
             return np.stack([_host_ids(axis, "position_ids", shape) for axis in axes], axis=-1)
         return _host_ids(axes, "position_ids", shape)
 
-    def new_cache(self, batch_size: int) -> KVCache:
-        """An empty cache for `batch_size` conversations, of the layers and heads that this process holds."""
-        return new_cache(self, batch_size)
+    def new_cache(self, batch_size: int, records_experts: bool = False) -> KVCache:
+        """An empty cache for `batch_size` conversations, of the layers and heads that this process holds; see
+        models.inputs.new_cache.
+        """
+        return new_cache(self, batch_size, records_experts)
 
     @decoding.running()
     def extend(

@@ -4,7 +4,7 @@ Legend: B batch, S sequence, T tokens, D model.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import numpy as np
@@ -15,12 +15,13 @@ from erniekit.data.packed_batch import Modality, PackedBatch
 from erniekit.data.vision.positions import num_tokens
 from erniekit.models.config import ModelConfig
 from erniekit.models.picture_balance import PicturePlan
+from erniekit.moe.choices import RecordedChoices, table_dtype
 from erniekit.moe.layer import TEXT, VISION, TokenInfo
 from erniekit.nn import decoding
 from erniekit.nn.attention import AttentionContext, HeadLayout, PackedAttention
 from erniekit.nn.attention_mask import make_plan, next_in_document
 from erniekit.nn.dropout import AttentionDropout, DropoutStep, number_documents
-from erniekit.nn.kv_cache import KVCache
+from erniekit.nn.kv_cache import KVCache, NoteShape
 from erniekit.nn.narrow import add, gather, rounded
 from erniekit.nn.roles import Role
 from erniekit.nn.rotary import Rotary
@@ -109,7 +110,7 @@ def batch_inputs(
         padded(batch.segment_ids + 1, batch.num_segments + 1),  # the attention plan takes 0 for the padding of a row
         padded(batch.position_ids),
         prefixes=batch.prefixes,
-        tokens=token_info(model.config, batch.row_lengths, batch.modality),
+        tokens=_with_record(model.config, token_info(model.config, batch.row_lengths, batch.modality), batch),
         neftune_alpha=neftune_alpha,
         dropout=dropout,
         pictures=pictures_of(model, batch, picture_plan),
@@ -184,6 +185,14 @@ def token_info(config: ModelConfig, row_lengths: list[int], modality: np.ndarray
     return TokenInfo(row_lengths, np.where(is_vision, VISION, TEXT))
 
 
+def _with_record(config: ModelConfig, tokens: TokenInfo, batch: PackedBatch) -> TokenInfo:
+    """With the experts that a batch's tokens were sent to before, where they were recorded."""
+    table = batch.completions
+    if table.experts is None:
+        return tokens
+    return replace(tokens, recorded=RecordedChoices(table.experts, config.sparse_layers, table.replays_experts))
+
+
 def pictures_of(model: Built, batch: PackedBatch, plan: PicturePlan | None = None) -> Pictures | None:
     """The images and videos of a packed batch; None where it has none, and on pipeline stages without the embedding.
     With a `plan` their patches are sent to the ranks that encode them.
@@ -209,13 +218,23 @@ def pictures_of(model: Built, batch: PackedBatch, plan: PicturePlan | None = Non
     return Pictures(plan.send_patches(patches), plan.encoded_grid, plan.returned(places), plan)
 
 
-def new_cache(model: Built, batch_size: int) -> KVCache:
+def new_cache(model: Built, batch_size: int, records_experts: bool = False) -> KVCache:
     """An empty cache for `batch_size` conversations: of the heads that this process has, and of the layers that it
-    runs, prediction blocks behind them, whose buffers are made when they are first needed.
+    runs, prediction blocks behind them, whose buffers are made when they are first needed. `records_experts`: its notes
+    are the experts of each token in the sparse layers of this process (`noted_layers`).
     """
     heads, config = head_layout(model.config, model.shard), model.config
     num_layers = config.num_hidden_layers + config.num_nextn_predict_layers
-    return KVCache(num_layers, batch_size, heads, _rotary(config))
+    notes = None
+    if records_experts:
+        notes = NoteShape(len(noted_layers(model)), config.moe_k, table_dtype(config.moe_num_experts))
+    return KVCache(num_layers, batch_size, heads, _rotary(config), notes=notes)
+
+
+def noted_layers(model: Built) -> tuple[int, ...]:
+    """The numbers of the sparse layers that this process holds."""
+    layers = model.shard.layers
+    return tuple(number for number in model.config.sparse_layers if layers is None or number in layers)
 
 
 def cached_inputs(
@@ -234,6 +253,9 @@ def cached_inputs(
     """
     cache.begin_step(input_ids_BS.shape[1], position_ids)
     tokens = token_info(model.config, [input_ids_BS.size], modality)
+    if cache.has_notes:
+        columns = {number: column for column, number in enumerate(noted_layers(model))}
+        tokens = replace(tokens, note=lambda layer, experts, where: cache.note(columns[layer], experts, where))
     ids_T = np.pad(input_ids_BS.reshape(-1), (0, -input_ids_BS.size % model.token_multiple))
     return ModelInputs(paddle.to_tensor(ids_T), cache, tokens, pictures=pictures)
 

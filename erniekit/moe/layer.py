@@ -15,6 +15,7 @@ from paddle import nn
 
 from erniekit.moe import device_dispatch, dispatch, few_tokens
 from erniekit.moe.all_to_all import ExpertRanks
+from erniekit.moe.choices import RecordedChoices, num_changed
 from erniekit.moe.experts import Experts
 from erniekit.moe.router import Gate, RouterOptions, RouterStatics, Routing, route, within_capacity
 from erniekit.nn.mlp import SwiGLU
@@ -26,6 +27,8 @@ TEXT, VISION = 0, 1
 Finish = Callable[[], paddle.Tensor]
 # (experts [T, K] that were chosen, the numbers of these tokens or None for all, the number of all tokens)
 OnRouting = Callable[[np.ndarray, np.ndarray | None, int], None]
+# (number of the layer, experts [T, K] that were chosen, the numbers of these tokens or None for all)
+NoteChoice = Callable[[int, np.ndarray, np.ndarray | None], None]
 
 
 @dataclass(frozen=True)
@@ -55,11 +58,14 @@ class MoESizes:
 @dataclass(frozen=True)
 class TokenInfo:
     """What a sparse layer needs to know about T tokens: `row_lengths` (sums to T) of the packed rows, over which load
-    and capacity are counted; `modality` [T], 0 text and 1 vision, None for all text.
+    and capacity are counted; `modality` [T], 0 text and 1 vision, None for all text. `recorded`: the experts that they
+    were sent to before; `note`: keeps those of this pass.
     """
 
     row_lengths: list[int]
     modality: np.ndarray | None = None
+    recorded: RecordedChoices | None = None
+    note: NoteChoice | None = None
 
     def of_modality(self, modality: int) -> tuple[np.ndarray, list[int]]:
         """The numbers of a modality's tokens, and how many each row has (rows without any are left out)."""
@@ -70,14 +76,18 @@ class TokenInfo:
 
 
 class Routed(NamedTuple):
-    """A router's decision with what was counted on the host: `usage` [E], the number of tokens that chose each expert;
-    `dropped`, the pairs beyond the capacity; `row_lengths` of the routed tokens.
+    """A router's decision with what was counted on the host: `usage` [E], the number of tokens that were sent to each
+    expert; `dropped`, the pairs beyond the capacity; `row_lengths` of the routed tokens. Where choices were recorded
+    before, `changed` counts the tokens that were sent to other experts, and `disagreeing` those for which the router by
+    itself would choose others; None: there was no record.
     """
 
     routing: Routing
     usage: np.ndarray
     dropped: int
     row_lengths: list[int]
+    changed: int | None = None
+    disagreeing: int | None = None
 
 
 class MoELayer(nn.Layer):
@@ -118,18 +128,22 @@ class MoELayer(nn.Layer):
         """The matrix [D, E] of a modality's router."""
         return self.gate.matrix(modality)
 
-    def forward(self, x_TD: paddle.Tensor, tokens: TokenInfo) -> tuple[paddle.Tensor, dict[int, Routed]]:
-        """[T, D] -> ([T, D], what each modality's router decided; nothing in a decoding step, which counts nothing)."""
+    def forward(
+        self, x_TD: paddle.Tensor, tokens: TokenInfo, number: int = -1
+    ) -> tuple[paddle.Tensor, dict[int, Routed]]:
+        """[T, D] -> ([T, D], what each modality's router decided; nothing in a decoding step, which counts nothing).
+        `number`: of the layer, by which choices are recorded and found again.
+        """
         if self._has_few(x_TD, tokens):
-            return self._of_few(x_TD), {}
+            return self._of_few(x_TD, tokens, number), {}
         all_TD = x_TD if self.ranks is None else self.ranks.enter(x_TD)
         num_rows, num_tokens = all_TD.shape[0], sum(tokens.row_lengths)
         all_TD = all_TD if num_rows == num_tokens else all_TD[:num_tokens]
         if tokens.modality is None:
-            finish, routed = self._start(all_TD, TEXT, tokens.row_lengths, None, num_tokens)
+            finish, routed = self._start(all_TD, TEXT, tokens.row_lengths, None, _Choosing(tokens, number))
             decisions = {TEXT: routed}
         else:
-            finish, decisions = self._by_modality(all_TD, tokens)
+            finish, decisions = self._by_modality(all_TD, tokens, number)
         # The shared experts run between start and finish, while tokens are sent to the routed ones.
         shared = None if self.shared_experts is None else self.shared_experts(x_TD)
         y = finish()
@@ -144,15 +158,17 @@ class MoELayer(nn.Layer):
         is_text = tokens.modality is None or not tokens.modality.any()
         return self.ranks is None and is_text and few_tokens.applies(x_TD)
 
-    def _of_few(self, x_TD: paddle.Tensor) -> paddle.Tensor:
+    def _of_few(self, x_TD: paddle.Tensor, tokens: TokenInfo, number: int) -> paddle.Tensor:
         logits, bias = (np.from_dlpack(each) for each in (self.gate(x_TD, TEXT), self.correction_bias))
         chosen, weights = few_tokens.route(logits, bias[TEXT], self.options)
         if self.on_routing is not None:
             self.on_routing(chosen, None, len(chosen))
+        if tokens.note is not None:
+            tokens.note(number, chosen, None)
         y = few_tokens.run(x_TD, self.experts, chosen, weights)
         return y if self.shared_experts is None else add(y, self.shared_experts(x_TD))
 
-    def _by_modality(self, x_TD: paddle.Tensor, tokens: TokenInfo) -> tuple[Finish, dict[int, Routed]]:
+    def _by_modality(self, x_TD: paddle.Tensor, tokens: TokenInfo, number: int) -> tuple[Finish, dict[int, Routed]]:
         """Run each modality's tokens through its own router and experts. Vision is skipped where it has no tokens,
         unless other ranks may need its experts.
         """
@@ -162,7 +178,7 @@ class MoELayer(nn.Layer):
             where, row_lengths = tokens.of_modality(modality)
             if modality == TEXT or len(where) or needed:
                 selected = gather(x_TD, paddle.to_tensor(where))
-                finish, routed = self._start(selected, modality, row_lengths, where, x_TD.shape[0])
+                finish, routed = self._start(selected, modality, row_lengths, where, _Choosing(tokens, number))
                 finishes.append(finish)
                 places.append(where)
                 if len(where):
@@ -171,10 +187,15 @@ class MoELayer(nn.Layer):
         return lambda: gather(concat([finish() for finish in finishes]), back), decisions
 
     def _start(
-        self, x_TD: paddle.Tensor, modality: int, row_lengths: list[int], where: np.ndarray | None, num_tokens: int
+        self,
+        x_TD: paddle.Tensor,
+        modality: int,
+        row_lengths: list[int],
+        where: np.ndarray | None,
+        choosing: "_Choosing",
     ) -> tuple[Finish, Routed]:
         """Route the tokens and start to send them; the function that is returned gives the weighted sum [T, D].
-        `where`: their numbers among the `num_tokens` of the pass; None: they are all of them.
+        `where`: their numbers among those of the pass; None: they are all of them.
         """
         num_experts = self.sizes.num_experts
         agree = None if self.ranks is None else self.ranks.agree
@@ -182,10 +203,15 @@ class MoELayer(nn.Layer):
         # vision router has no gradient without tokens, as in a process that skips it.
         runs = modality == TEXT or x_TD.shape[0] > 0
         logits = self.gate(x_TD, modality) if runs else paddle.zeros([0, num_experts])
-        routing = route(logits, self.bias_of(modality), self.options, agree)
+        recorded = choosing.recorded(where)
+        replayed = recorded if choosing.replays else None
+        given = None if replayed is None else paddle.to_tensor(replayed)
+        routing = route(logits, self.bias_of(modality), self.options, agree, given)
         # The one read of a sparse layer: products of dropless experts have sizes that depend on the choice.
         with heartbeat.device_read():
-            chosen = routing.experts.numpy()
+            preferred = (routing.experts if routing.preferred is None else routing.preferred).numpy()
+        chosen = preferred if replayed is None else replayed
+        choosing.note(chosen, where)
         usage = np.bincount(chosen.reshape(-1), minlength=num_experts)
         keep, dropped = None, 0
         if self.options.capacity is not None and self.training:
@@ -204,10 +230,36 @@ class MoELayer(nn.Layer):
 
         def finish() -> paddle.Tensor:
             if self.on_routing is not None:
-                self.on_routing(chosen, where, num_tokens)
+                self.on_routing(chosen, where, choosing.num_tokens)
             return add_up(experts(rows, counts, of_rows) if done is None else done())
 
-        return finish, Routed(routing, usage, dropped, row_lengths)
+        if recorded is None:
+            return finish, Routed(routing, usage, dropped, row_lengths)
+        changed, disagreeing = num_changed(chosen, recorded), num_changed(preferred, recorded)
+        return finish, Routed(routing, usage, dropped, row_lengths, changed, disagreeing)
+
+
+@dataclass(frozen=True)
+class _Choosing:
+    """What a pass says of the choices of layer `number`."""
+
+    tokens: TokenInfo
+    number: int
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(self.tokens.row_lengths)
+
+    @property
+    def replays(self) -> bool:
+        return self.tokens.recorded is not None and self.tokens.recorded.replays
+
+    def recorded(self, where: np.ndarray | None) -> np.ndarray | None:
+        return None if self.tokens.recorded is None else self.tokens.recorded.of(self.number, where)
+
+    def note(self, chosen_TK: np.ndarray, where: np.ndarray | None) -> None:
+        if self.tokens.note is not None:
+            self.tokens.note(self.number, chosen_TK, where)
 
 
 def _dispatch(

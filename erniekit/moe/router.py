@@ -33,13 +33,14 @@ class RouterOptions:
 class Routing(NamedTuple):
     """What a router decided for T tokens, all fp32 but the choice: `logits` [T, E]; `probs` [T, E], rows sum to 1 (also
     for a sigmoid gate, whose scores are normalised for the losses); `experts` [T, K] int64; `weights` [T, K], rows sum
-    to 1.
+    to 1. `preferred` [T, K]: the experts that it would choose where others were given; None: it chose.
     """
 
     logits: paddle.Tensor
     probs: paddle.Tensor
     experts: paddle.Tensor
     weights: paddle.Tensor
+    preferred: paddle.Tensor | None = None
 
 
 def choose(scores_TE: paddle.Tensor, options: RouterOptions) -> paddle.Tensor:
@@ -67,9 +68,11 @@ def route(
     correction_bias_E: paddle.Tensor,
     options: RouterOptions,
     agree: Callable[[paddle.Tensor], paddle.Tensor] | None = None,
+    given_TK: paddle.Tensor | None = None,
 ) -> Routing:
     """Choose on score + bias; weigh by the unbiased scores, renormalised by max(sum, norm_min). Ranks that all route
-    the same tokens `agree` on the choice, which depends on the last bit where two scores are close.
+    the same tokens `agree` on the choice, which depends on the last bit where two scores are close. `given_TK`: the
+    experts [T, K] instead of a choice; they are weighed by the present scores, so the router still learns.
 
     The bias chooses and gets no gradient (Wang et al. 2024, arXiv 2408.15664, eq. 3); gradient reaches the router
     through the weights.
@@ -79,11 +82,14 @@ def route(
     else:
         scores = nn.functional.sigmoid(logits_TE)
         probs = scores / paddle.clip(scores.sum(axis=-1, keepdim=True), min=options.norm_min)
-    experts = choose(scores.detach() + correction_bias_E, options)
-    experts = experts if agree is None else agree(experts)
+    preferred = choose(scores.detach() + correction_bias_E, options)
+    if given_TK is not None:
+        experts = given_TK
+    else:
+        experts = preferred if agree is None else agree(preferred)
     chosen = paddle.take_along_axis(scores, experts, axis=-1)
     weights = chosen / paddle.clip(chosen.sum(axis=-1, keepdim=True), min=options.norm_min)
-    return Routing(logits_TE, probs, experts, weights)
+    return Routing(logits_TE, probs, experts, weights, None if given_TK is None else preferred)
 
 
 def within_capacity(experts_TK: np.ndarray, num_experts: int, capacity: float, row_lengths: list[int]) -> np.ndarray:

@@ -15,7 +15,8 @@ ENTROPY = "entropy"
 @dataclass
 class RouterStats:
     """Sums over the tokens of a step for one layer and modality: `usage` [E] choices, `entropy` of the probabilities
-    (nats), `dropped` pairs, `num_tokens`, and each router loss by name.
+    (nats), `dropped` pairs, `num_tokens`, and each router loss by name. Of the `compared` tokens whose experts were
+    recorded before, `changed` were sent to others, and for `disagreeing` ones the router by itself would choose others.
     """
 
     usage: np.ndarray
@@ -23,6 +24,9 @@ class RouterStats:
     dropped: int = 0
     num_tokens: int = 0
     losses: dict[str, float] = field(default_factory=dict)
+    compared: int = 0
+    changed: int = 0
+    disagreeing: int = 0
 
     def __add__(self, other: "RouterStats") -> "RouterStats":
         """The sums of this and another microbatch."""
@@ -33,6 +37,9 @@ class RouterStats:
             self.dropped + other.dropped,
             self.num_tokens + other.num_tokens,
             {name: self.losses.get(name, 0.0) + other.losses.get(name, 0.0) for name in names},
+            self.compared + other.compared,
+            self.changed + other.changed,
+            self.disagreeing + other.disagreeing,
         )
 
     def set_sum(self, name: str, value: float) -> None:
@@ -44,27 +51,41 @@ class RouterStats:
 
     def to_vector(self) -> np.ndarray:
         """All sums as one float64 array, to be added up over ranks."""
-        rest = [self.entropy, self.dropped, self.num_tokens, *self.losses.values()]
+        counts = (self.dropped, self.num_tokens, self.compared, self.changed, self.disagreeing)
+        rest = [self.entropy, *counts, *self.losses.values()]
         return np.concatenate([self.usage.astype(np.float64), np.array(rest, np.float64)])
 
     def from_vector(self, vector: np.ndarray) -> "RouterStats":
         """The stats whose sums are `vector`, with the names of this one's losses."""
         num_experts = len(self.usage)
-        entropy, dropped, num_tokens, *losses = vector[num_experts:].tolist()
+        entropy, *numbers = vector[num_experts:].tolist()
+        dropped, num_tokens, compared, changed, disagreeing = map(int, numbers[:5])
         usage = vector[:num_experts].astype(np.int64)
-        return RouterStats(usage, entropy, int(dropped), int(num_tokens), dict(zip(self.losses, losses, strict=True)))
+        losses = dict(zip(self.losses, numbers[5:], strict=True))
+        return RouterStats(usage, entropy, dropped, num_tokens, losses, compared, changed, disagreeing)
 
     def record(self, bias_E: np.ndarray) -> dict[str, float]:
-        """Means over tokens, the largest load of an expert over the mean load, and the range of the correction bias."""
+        """Means over tokens, the largest load of an expert over the mean load, the range of the correction bias, and
+        the shares of compared tokens.
+        """
         tokens = max(self.num_tokens, 1)
-        return {
-            "load_max_over_mean": float(self.usage.max() / max(self.usage.mean(), 1e-9)),
-            "idle_experts": int((self.usage == 0).sum()),
-            "entropy": self.entropy / tokens,
-            "dropped": self.dropped,
-            "bias_min": float(bias_E.min()),
-            "bias_max": float(bias_E.max()),
-        } | {name: value / tokens for name, value in self.losses.items()}
+        shares = {}
+        if self.compared:
+            shares["compared"] = float(self.compared)
+            shares["changed_fraction"] = self.changed / self.compared
+            shares["disagreeing_fraction"] = self.disagreeing / self.compared
+        return (
+            {
+                "load_max_over_mean": float(self.usage.max() / max(self.usage.mean(), 1e-9)),
+                "idle_experts": int((self.usage == 0).sum()),
+                "entropy": self.entropy / tokens,
+                "dropped": self.dropped,
+                "bias_min": float(bias_E.min()),
+                "bias_max": float(bias_E.max()),
+            }
+            | {name: value / tokens for name, value in self.losses.items()}
+            | shares
+        )
 
 
 @paddle.no_grad()
@@ -75,4 +96,6 @@ def measure(routed: Routed, losses: dict[str, paddle.Tensor]) -> tuple[RouterSta
     probs = routed.routing.probs
     entropy = -(probs * paddle.log(probs.clip(min=1e-30))).sum()
     stats = RouterStats(routed.usage, dropped=routed.dropped, num_tokens=probs.shape[0])
+    if routed.changed is not None and routed.disagreeing is not None:
+        stats.compared, stats.changed, stats.disagreeing = stats.num_tokens, routed.changed, routed.disagreeing
     return stats, {ENTROPY: entropy} | losses

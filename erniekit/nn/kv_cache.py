@@ -31,6 +31,15 @@ class _Block:
     mask: paddle.Tensor | None
 
 
+@dataclass(frozen=True)
+class NoteShape:
+    """What layers note of each token: `width` numbers of a type in each of `columns` columns."""
+
+    columns: int
+    width: int
+    dtype: type[np.unsignedinteger]
+
+
 class KVCache:
     """Cached attention for B conversations that grow together: `begin_step`, then `attend` in each layer, then
     `end_step`. `heads` are those of this process: where tensor ranks share a model, each caches its own.
@@ -42,10 +51,18 @@ class KVCache:
 
     Each layer has room for the `capacity` tokens of `num_places` rows, B of which are in use. Rows that join or leave
     are copied, the others stay where they are, until there is no room.
+
+    With `notes`, numbers that layers have for each token are kept beside its keys and values, on the host.
     """
 
     def __init__(
-        self, num_layers: int, batch_size: int, heads: HeadLayout, rotary: Rotary, capacity: int = 128
+        self,
+        num_layers: int,
+        batch_size: int,
+        heads: HeadLayout,
+        rotary: Rotary,
+        capacity: int = 128,
+        notes: NoteShape | None = None,
     ) -> None:
         self.heads = heads
         self.rotary = rotary
@@ -54,6 +71,7 @@ class KVCache:
         self.lengths = np.zeros(batch_size, dtype=np.int64)
         # The next position after each cached token; entries beyond a row's length are unused.
         self._next_positions = np.zeros((batch_size, capacity), dtype=np.int64)
+        self._note_shape, self._notes = notes, _no_notes(notes, batch_size, capacity)
         # One flat [num_places * G * capacity, d] buffer a layer, so that a step scatters its rows in place instead of
         # copying the cache. Made by a layer's first step, in the type of its keys.
         self.keys: list[paddle.Tensor | None] = [None] * num_layers
@@ -88,6 +106,23 @@ class KVCache:
         following = np.maximum(np.maximum.accumulate(largest, axis=1) + 1, first[:, None])
         self._next_positions[np.arange(self.batch_size)[:, None], places] = following
         self._step = _Step(self.heads, self.rotary, self.capacity, places, positions)
+
+    @property
+    def has_notes(self) -> bool:
+        """Whether layers may note numbers."""
+        return self._notes is not None
+
+    def note(self, column: int, values_NW: np.ndarray, tokens: np.ndarray | None = None) -> None:
+        """Note numbers in a column for the step's tokens with these numbers in [0, B*n) (None: for all)."""
+        assert self._step is not None and self._notes is not None, "begin_step comes first, in a cache with notes"
+        places = self._step.places
+        numbers = np.arange(places.size) if tokens is None else tokens
+        self._notes[numbers // places.shape[1], places.reshape(-1)[numbers], column] = values_NW
+
+    def notes_of(self, row: int) -> np.ndarray:
+        """A copy of what was noted of a row's tokens [length, columns, width]."""
+        assert self._notes is not None, "a cache with notes"
+        return self._notes[row, : self.lengths[row]].copy()
 
     def end_step(self, num_new: Sequence[int] | np.ndarray) -> None:
         """Advance each row by its number of real tokens [B]."""
@@ -158,8 +193,9 @@ class KVCache:
     def copy(self, rows: Sequence[int]) -> "KVCache":
         """A cache of its own with these rows, in this order, and no more room than they need."""
         used = max(1, int(self.lengths[rows].max()))
-        copied = KVCache(len(self.keys), len(rows), self.heads, self.rotary, used)
+        copied = KVCache(len(self.keys), len(rows), self.heads, self.rotary, used, self._note_shape)
         copied.lengths, copied._next_positions = self.lengths[rows], self._next_positions[rows, :used]
+        copied._notes = None if self._notes is None else self._notes[rows, :used]
         index, (places, *shape) = paddle.to_tensor(np.asarray(rows, np.int64)), self._shape
         for target, source in ((copied.keys, self.keys), (copied.values, self.values)):
             for layer, old in enumerate(source):
@@ -178,9 +214,12 @@ class KVCache:
         self.capacity = max(self.capacity, _capacity_for(max(used, room)))
         self.lengths = np.array([0 if each is None else each[1] for each in beginnings], dtype=np.int64)
         self._next_positions = np.zeros((self.num_places, self.capacity), dtype=np.int64)
+        self._notes = _no_notes(self._note_shape, self.num_places, self.capacity)
         for row, each in enumerate(beginnings):
             if each is not None:
                 self._next_positions[row, : each[1]] = each[0]._next_positions[0, : each[1]]
+                if self._notes is not None and each[0]._notes is not None:
+                    self._notes[row, : each[1]] = each[0]._notes[0, : each[1]]
         # Most rows begin alike, with what the chat template puts before a question.
         order = None if len(distinct) == self.num_places else paddle.to_tensor([*map(distinct.index, beginnings)])
         for layer in range(len(self.keys)):
@@ -230,6 +269,8 @@ class KVCache:
         if not len(places):
             return
         self._next_positions[places] = source._next_positions[rows]
+        if self._notes is not None and source._notes is not None:
+            self._notes[places] = source._notes[rows]
         to, index, width = paddle.to_tensor(places), paddle.to_tensor(rows), int(np.prod(self._shape[1:]))
         for buffers, others in ((self.keys, source.keys), (self.values, source.values)):
             for layer, other in enumerate(others):
@@ -245,6 +286,10 @@ class KVCache:
         positions = np.zeros((num_places, capacity), dtype=np.int64)
         positions[:batch, :used] = self._next_positions[:batch, :used]
         self._next_positions = positions
+        if self._notes is not None:
+            notes, self._notes = self._notes, _no_notes(self._note_shape, num_places, capacity)
+            assert self._notes is not None
+            self._notes[:batch, :used] = notes[:batch, :used]
         for buffers in (self.keys, self.values):
             for layer, old in enumerate(buffers):
                 if old is None:
@@ -261,6 +306,10 @@ class KVCache:
 def _capacity_for(needed: int) -> int:
     """A quarter more than is needed: a step then rarely copies the cache, and little of it is empty."""
     return (needed + needed // 4 + 63) // 64 * 64
+
+
+def _no_notes(shape: NoteShape | None, num_places: int, capacity: int) -> np.ndarray | None:
+    return None if shape is None else np.zeros((num_places, capacity, shape.columns, shape.width), shape.dtype)
 
 
 class _Step:

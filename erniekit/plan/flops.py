@@ -15,7 +15,7 @@ from erniekit.plan.work import Layer, Work
 @dataclass(frozen=True)
 class TokenFlops:
     """FLOPs of one token, on average. `causal` and `full`: model FLOPs in the two conventions. `recomputed`: forward
-    FLOPs that are computed again. `reference`: the forward pass of a reference model, part of the first two.
+    FLOPs that are computed again. `reference`: the forward passes before the step, part of the first two.
     """
 
     causal: float
@@ -106,10 +106,10 @@ def recomputed_flops(layer: Layer, lengths: list[int], recomputed: Recomputed) -
 
 
 def token_flops(
-    work: Work, lengths: list[int], recomputed: Recomputed = NOTHING, reference: bool = False
+    work: Work, lengths: list[int], recomputed: Recomputed = NOTHING, passes_ahead: float = 0
 ) -> TokenFlops:
     """FLOPs of one token in rows of documents of these lengths. The first frozen layers still pass gradients on, except
-    for a vision part without trained weights, which nothing below needs.
+    for a vision part without trained weights, which nothing below needs. `passes_ahead`: see Job.passes_ahead.
     """
     totals = []
     for half in (True, False):
@@ -119,7 +119,7 @@ def token_flops(
             if layer.kind != "vision" or any(product.trained for product in layer.products):
                 total += _input_gradients(layer, lengths, half)
         totals.append(total)
-    forward = [sum(forward_flops(layer, lengths, half) for layer in work) * reference for half in (True, False)]
+    forward = [sum(forward_flops(layer, lengths, half) for layer in work) * passes_ahead for half in (True, False)]
     again = sum(
         recomputed_flops(layer, lengths, recomputed)
         for number, layer in enumerate(work.layers)

@@ -9,10 +9,11 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from erniekit.config import checks
+from erniekit.config import checks, pointless_rl
 from erniekit.config.schema import Config
 from erniekit.config.schema_kto import KtoArgs
 from erniekit.config.schema_preference import ALIASES, REFERENCE_FREE, PreferenceArgs
+from erniekit.config.schema_rl import RLArgs
 from erniekit.models.config import ModelConfig
 from erniekit.models.pipeline_layout import check_layout, cut_layers, schedule_of
 from erniekit.parallel.mesh import ParallelDims
@@ -181,7 +182,20 @@ class Job:
         cfg, loss = self.cfg, ALIASES.get(self.cfg.loss_type, self.cfg.loss_type)
         if self.is_distilled or KtoArgs in cfg.method.options:
             return True
+        if RLArgs in cfg.method.options:
+            return pointless_rl.has_reference(cfg)
         return self.has_pairs and not cfg.reference_free and loss not in REFERENCE_FREE
+
+    @property
+    def passes_ahead(self) -> float:
+        """Forward passes without gradients over as many tokens as a step has, before it: of a reference; KTO's over
+        mismatched pairs, of the policy and of the reference; reinforcement learning's, once for each rollout.
+        """
+        cfg, options = self.cfg, self.cfg.method.options
+        if RLArgs in options:
+            count = self.has_reference + pointless_rl.wants_old_log_probs(cfg) + (cfg.top_entropy_quantile < 1)
+            return count / cfg.num_iterations
+        return self.has_reference + 2 * (KtoArgs in options and cfg.kto_loss_type == "kto")
 
     @property
     def is_distilled(self) -> bool:

@@ -52,7 +52,7 @@ class Layout:
     overlap_tensor: bool = False
     overlap_expert: bool = False
     synchronous_sends: bool = False
-    reference: bool = False
+    passes_ahead: float = 0
     offload_optimizer: bool = False
     offload_activations: bool = False
 
@@ -151,7 +151,7 @@ def layout_of(job: Job) -> Layout:
         element_bytes=job.element_bytes,
         recomputed=recomputed,
         synchronous_sends=not job.on_cpu,
-        reference=job.has_reference,
+        passes_ahead=job.passes_ahead,
         offload_optimizer=job.offloads_state,
         offload_activations=job.offloads_activations,
     )

@@ -154,7 +154,7 @@ def step_time(run: Run, card: Hardware) -> StepTime:
         return totals[stage][0 if isinstance(action, Forward) else 1][action.chunk]
 
     timeline = _pipeline(layout, duration, transfer)
-    flops = token_flops(run.work, list(layout.lengths), layout.recomputed, layout.reference)
+    flops = token_flops(run.work, list(layout.lengths), layout.recomputed, layout.passes_ahead)
     return StepTime(run, card, stages, timeline, flops, transfer)
 
 
@@ -245,8 +245,8 @@ def _chunk_times(run: Run, stage: int, card: Hardware, known: _Passes) -> tuple[
             one, other = passes(layer, embedding, recomputed)
             _add(there, one)
             _add(back, other)
-        if layout.reference:  # its forward pass is before the step, without a backward pass
-            there["reference"] = sum(there.values())
+        if layout.passes_ahead:  # before the step, without a backward pass
+            there["reference"] = layout.passes_ahead * sum(there.values())
         forward.append(there)
         backward.append(back)
     return forward, backward

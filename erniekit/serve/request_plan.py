@@ -129,4 +129,5 @@ def reading(values: dict[str, Any], served: ServedModel, **parts: bool) -> Readi
         includes_stop=values.get("include_stop_str_in_output", False),
         min_tokens=values.get("min_tokens", 0),
         hidden=served.hidden if values.get("skip_special_tokens", True) else frozenset(),
+        scores_end=values.get("return_token_ids", False),
     )

@@ -6,12 +6,13 @@ from erniekit.checkpoint.model_dir import ADAPTER_CONFIG_FILE, find_checkpoint, 
 from erniekit.checkpoint.peft_attach import attach_several
 from erniekit.checkpoint.peft_read import StoredAdapter, read_adapter
 from erniekit.config import Config
-from erniekit.data.chat.template import say_if_trained_otherwise
+from erniekit.data.chat.template import Template, say_if_trained_otherwise
 from erniekit.generation.load import ChatModel, PreparedChatModel, find_model
 from erniekit.generation.speculative import require_drafts
+from erniekit.models.config import ModelConfig
 from erniekit.serve.served_model import context_of
 from erniekit.utils import log
-from erniekit.utils.errors import CheckpointError, ConfigError
+from erniekit.utils.errors import CheckpointError, ConfigError, UserError
 
 
 def open_with_adapters(cfg: Config) -> ChatModel:
@@ -47,39 +48,48 @@ def adapter_directories(cfg: Config) -> dict[str, Path]:
 def _read(cfg: Config, found: PreparedChatModel) -> dict[str, StoredAdapter]:
     directories = adapter_directories(cfg)
     prepared, adapters = found.prepared, {}
-    if directories and prepared.adapter is not None:
+    key = "lora_modules" if directories else "lora_directory"
+    if (directories or cfg.lora_directory) and prepared.adapter is not None:
         raise ConfigError(
-            f"lora_modules: {found.path} is itself an adapter. Name its base as the model, and list it in lora_modules."
+            f"{key}: {found.path} is itself an adapter. Name its base as the model, and list it in lora_modules."
         )
-    if directories and prepared.options.precision.qat is not None:
-        raise ConfigError(
-            "lora_modules: a model with fake quantisation has one adapter at most. Leave one of them out."
-        )
+    if (directories or cfg.lora_directory) and prepared.options.precision.qat is not None:
+        raise ConfigError(f"{key}: a model with fake quantisation has one adapter at most. Leave one of them out.")
     for name, given in directories.items():
+        base = None if prepared.options.random_start else prepared.path
         try:
-            path = given if is_adapter(given) else find_checkpoint(given)
-            if not is_adapter(path):
-                raise CheckpointError(f"{path} holds no adapter ({ADAPTER_CONFIG_FILE}).")
-            base = None if prepared.options.random_start else prepared.path
-            stored = read_adapter(path, prepared.config, base)
-        except CheckpointError as error:
-            raise CheckpointError(f"lora_modules: {name}: {error}") from None
-        _require_plain(name, stored)
-        say_if_trained_otherwise(path, found.template)
-        adapters[name] = stored
+            adapters[name] = read_named(name, given, prepared.config, base, found.template)
+        except UserError as error:
+            raise type(error)(f"lora_modules: {error}") from None
     return adapters
+
+
+def read_named(name: str, given: Path, config: ModelConfig, base: Path | None, template: Template) -> StoredAdapter:
+    """The adapter in a directory, or the newest of a training's, that requests may name. `base`: the directory of the
+    model that it has to be of; None: not known. Raises CheckpointError or ConfigError that begins with the name.
+    """
+    try:
+        path = given if is_adapter(given) else find_checkpoint(given)
+        if not is_adapter(path):
+            raise CheckpointError(f"{path} holds no adapter ({ADAPTER_CONFIG_FILE}).")
+        stored = read_adapter(path, config, base)
+    except CheckpointError as error:
+        raise CheckpointError(f"{name}: {error}") from None
+    _require_plain(name, stored)
+    say_if_trained_otherwise(path, template)
+    return stored
 
 
 def _require_plain(name: str, stored: StoredAdapter) -> None:
     """Raises ConfigError for an adapter that cannot share its base with others."""
     if stored.saved:
         raise ConfigError(
-            f"lora_modules: {name}: {stored.path} trained {', '.join(stored.saved)} whole (modules_to_save), which "
+            f"{name}: {stored.path} trained {', '.join(stored.saved)} whole (modules_to_save), which "
             "other requests would get too. Serve it alone: checkpoint: its directory."
         )
     outside = [module for module in stored.slots if not module.startswith("model.layers.")]
     if outside:
         raise ConfigError(
-            f"lora_modules: {name}: {stored.path} adapts {outside[0]}, which the pictures of several requests pass "
+            f"{name}: {stored.path} adapts {outside[0]}, which the pictures of several requests pass "
             "together. Serve it alone: checkpoint: its directory."
         )

@@ -15,6 +15,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from erniekit.serve.server_access import Gate
+from erniekit.serve.server_adapters import load_adapter, unload_adapter
 from erniekit.serve.server_chat import chat
 from erniekit.serve.server_completions import complete
 from erniekit.serve.server_errors import ApiError
@@ -36,6 +37,8 @@ def make_app(served: Served) -> Starlette:
         _route("/v1/completions", complete, served, "POST"),
         _route("/tokenize", tokenize, served, "POST"),
         _route("/detokenize", detokenize, served, "POST"),
+        _route("/v1/load_lora_adapter", load_adapter, served, "POST"),
+        _route("/v1/unload_lora_adapter", unload_adapter, served, "POST"),
         _route("/v1/models", _models, served),
         _route("/v1/models/{name:path}", _model, served),
         _route("/health", _health, served),

@@ -202,7 +202,7 @@ def _logprobs(ask: _Completion, tokens: Scored, offset: int) -> dict[str, Any]:
     texts, offsets, tops = [], [], []
     for number, score in tokens:
         text = ask.served.token(number)[0]
-        texts.append(text)
+        texts.append(f"token_id:{number}" if ask.values.get("return_tokens_as_token_ids") else text)
         offsets.append(offset)
         offset += len(text)
         tops.append(None if score is None else _top(ask, number, score))

@@ -99,7 +99,9 @@ _SAMPLING: dict[str, Field] = {
     "logit_bias": Field((dict,), "Added to the scores of tokens: {id: -100 to 100}."),
     "min_p": _number("Draw among tokens with at least this share of the likeliest one's probability; 0: all.", 0, 1),
     "bad_words": _refused("Forbidden texts.", "words cannot be forbidden", []),
-    "return_token_ids": Field((bool,), "Whether the ids of the prompt and of the answer are sent."),
+    "return_token_ids": Field(
+        (bool,), "Whether the ids of the prompt and of the answer are sent; scores then have the end token's, too."
+    ),
     "response_format": Field(
         (dict,), 'The form of the answer: {"type": "text", "json_object" or "json_schema", "json_schema": {"schema"}}.'
     ),
@@ -152,6 +154,7 @@ COMPLETION: dict[str, Field] = {
     "prompt": Field((str, list), "A text, a list of texts, token ids, or a list of lists of token ids.", required=True),
     "echo": Field((bool,), "Whether the prompt is part of the text."),
     "logprobs": _whole("The number of likeliest tokens whose log-probabilities are sent beside each token's.", 0, 20),
+    "return_tokens_as_token_ids": Field((bool,), "Whether `tokens` beside the scores are token_id:N instead of texts."),
     "best_of": _refused("Several attempts.", "use n", 1),
     "suffix": _refused("The text behind the gap.", "these models continue a prompt only", ""),
     "prompt_logprobs": _refused("Scores of the prompt.", "use echo and logprobs", 0, False),
@@ -171,6 +174,16 @@ TOKENIZE: dict[str, Field] = {
 DETOKENIZE: dict[str, Field] = {
     "model": Field((str,), "The model's name."),
     "tokens": Field((list,), "Token ids.", required=True),
+}
+
+LOAD_ADAPTER: dict[str, Field] = {
+    "lora_name": Field((str,), "The name by which requests name the adapter as their model.", required=True),
+    "lora_path": Field((str,), "Its directory on the server's machine, below lora_directory.", required=True),
+}
+
+UNLOAD_ADAPTER: dict[str, Field] = {
+    "lora_name": LOAD_ADAPTER["lora_name"],
+    "lora_int_id": Field((), "Ignored: adapters have names.", ignored=True),
 }
 
 STREAM_OPTIONS: dict[str, Field] = {

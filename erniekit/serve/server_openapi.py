@@ -45,6 +45,8 @@ def document() -> dict[str, Any]:
             "/v1/completions": {"post": _post("Continue texts.", fields.COMPLETION, streams=True)},
             "/tokenize": {"post": _post("The token ids of a text.", fields.TOKENIZE)},
             "/detokenize": {"post": _post("The text of token ids.", fields.DETOKENIZE)},
+            "/v1/load_lora_adapter": {"post": _post("Load an adapter.", fields.LOAD_ADAPTER)},
+            "/v1/unload_lora_adapter": {"post": _post("Forget an adapter.", fields.UNLOAD_ADAPTER)},
             "/v1/models": {"get": _get("The model that is served.")},
             "/v1/models/{name}": {
                 "get": _get("One model.", "404")

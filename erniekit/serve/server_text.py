@@ -69,7 +69,8 @@ class Reading:
     """How the tokens of an answer are read.
 
     opened: whether the prompt ends inside a thought. has_thoughts, has_calls: whether thoughts and calls are taken out
-    of the text. min_tokens: stop texts do not end an answer before. hidden: ids of which no text is shown.
+    of the text. min_tokens: stop texts do not end an answer before. hidden: ids of which no text is shown. scores_end:
+    the end token is among the tokens that have a score.
     """
 
     opened: bool = False
@@ -79,6 +80,7 @@ class Reading:
     includes_stop: bool = False
     min_tokens: int = 0
     hidden: frozenset[int] = frozenset()
+    scores_end: bool = False
 
 
 @dataclass
@@ -127,6 +129,8 @@ class AnswerReader:
         elif event.stop_id is not None:
             self.num_tokens += 1
             self.ids.append(event.stop_id)
+            if event.score is not None and self.reading.scores_end:
+                self.tokens.append((event.stop_id, event.score))
         if event.stop:
             text += self._decoder.flush()
         pieces = self._parted(text, is_last=bool(event.stop))

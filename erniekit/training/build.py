@@ -247,8 +247,25 @@ def prepare(cfg: Config, model_dir: Path, mesh: Mesh) -> PreparedModel:
             require_weights(model_dir)
         options = dataclasses.replace(training_options(cfg), vision_start=vision_start(cfg, shape))
         prepared = prepare_model(model_dir, options, None if cfg.continue_training else shape)
+        _require_what_rollouts_need(cfg, prepared)
         check_layout(cfg, mesh.degrees, prepared.config)
     return prepared
+
+
+def _require_what_rollouts_need(cfg: Config, prepared: PreparedModel) -> None:
+    """Raise ConfigError for a model that cannot generate, or not as the keys about rollouts ask for."""
+    if not cfg.method.reads("router_replay"):
+        return
+    if cfg.router_replay != "none" and not prepared.config.sparse_layers:
+        raise ConfigError(
+            f"router_replay: {cfg.router_replay}: the model is dense, so no experts are chosen. Leave the key out"
+        )
+    dtype = prepared.options.precision.param_dtype
+    if dtype != "float32" and paddle.get_device() == "cpu":
+        raise ConfigError(
+            f"emulate_precision: True: a CPU cannot generate with {dtype} weights. Leave it out; rollout_dtype: bf16 "
+            "rounds the weights that generate"
+        )
 
 
 def _open_data(

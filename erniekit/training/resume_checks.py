@@ -42,13 +42,15 @@ _KEYS = {
     Decision.DATA: """
         train_dataset_type train_dataset_prob dataset_type split isolate_documents long_document_min_tokens
         long_document_weight max_seq_len truncation mix_strategy random_shuffle packing greedy_intokens buffer_size
-        max_prompt_len seed max_completion_length rl_stages
+        max_prompt_len seed max_completion_length rl_stages upo_offline_pairs
         adaptive_max_imgtoken_option adaptive_max_imgtoken_rate
         min_pixels max_pixels video_min_pixels video_max_pixels video_fps video_min_frames video_max_frames
         video_target_frames video_frames_sample render_timestamp apply_exif missing_media_tags box_coordinates
         position_rule text_dataset_type text_dataset_prob modality_ratio modality_interleave
     """,
-    Decision.CONTENT: "model_name_or_path train_dataset_path text_dataset_path input_dir chat_template",
+    Decision.CONTENT: """
+        model_name_or_path train_dataset_path text_dataset_path upo_offline_path input_dir chat_template
+    """,
     Decision.SAY: """
         allow_urls max_decoded_pixels video_decode_seconds
         eval_dataset_type eval_dataset_path on_bad_line num_samples_each_epoch max_estimate_samples
@@ -68,8 +70,8 @@ _KEYS = {
         kl_coef kl_estimator kl_in_reward kl_bias_correction sync_ref_model ref_model_sync_steps ref_model_mixup_alpha
         rollout_seed rollout_dtype mask_truncated_completions soft_max_length soft_cache_length
         rollout_correction icepop_alpha icepop_beta tis_cap mis_cap off_policy_mask_threshold
-        entropy_coef top_entropy_quantile freeze_router_bias
-        upo_weight upo_beta upo_margin upo_reference
+        entropy_coef top_entropy_quantile router_replay freeze_router_bias
+        upo_weight upo_beta upo_margin upo_reference upo_offline_weight upo_offline_type
         reward_margin center_rewards_coefficient
         reward_funcs reward_weights answer_key reward_timeout reward_on_failure domain_normalize
         reward_min_length reward_max_length cosine_max_length reward_language reward_coordinates
@@ -110,13 +112,14 @@ _KEYS = {
         pipeline_schedule expert_parallel_degree data_parallel_degree sharding sharding_parallel_degree
         balance_pictures distributed_timeout rendezvous_timeout max_restarts elastic check_replicas_steps
         reward_workers reward_max_failures code_sandbox code_network
+        rollout_base_url rollout_model rollout_update_command rollout_timeout rollout_max_retries rollout_tolerance
         judge_base_url judge_concurrency judge_timeout judge_max_retries judge_cache
         rollout_max_running log_completions num_completions_to_print print_completions_steps
         max_new_tokens min_tokens frequency_penalty presence_penalty stream chat_tools image_search_dir max_tool_rounds
         predict_with_generate eval_output checkpoint
         eval_benchmark eval_benchmark_path num_fewshot eval_benchmark_mode eval_chat_template
         format max_shard_size copy_tokenizer
-        host port served_model_name lora_modules max_model_len max_num_seqs max_num_batched_tokens
+        host port served_model_name lora_modules lora_directory max_model_len max_num_seqs max_num_batched_tokens
         num_speculative_tokens
         max_waiting_requests queue_timeout request_timeout max_request_mb max_request_images
         api_key_file allowed_hosts

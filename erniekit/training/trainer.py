@@ -410,6 +410,10 @@ def _parts(sums: StepSums, routers: dict[str, dict[str, Any]]) -> dict[str, floa
     if routers:
         parts["expert_load_max_over_mean"] = float(np.mean([r["load_max_over_mean"] for r in routers.values()]))
         parts["dropped_pairs"] = float(sum(r["dropped"] for r in routers.values()))
+    compared = [record for record in routers.values() if "compared" in record]
+    for name in ("changed_fraction", "disagreeing_fraction") if compared else ():
+        weights = [record["compared"] for record in compared]
+        parts[f"router/{name}"] = float(np.average([record[name] for record in compared], weights=weights))
     return parts
 
 

@@ -155,6 +155,14 @@ def judge_api_key() -> str:
     return os.environ.get(JUDGE_KEY_VARIABLE, "").strip()
 
 
+ROLLOUT_KEY_VARIABLE = "ERNIEKIT_ROLLOUT_API_KEY"
+
+
+def rollout_api_key() -> str:
+    """The key of the server that generates completions (rollout_base_url); "" if there is none. Never log it."""
+    return os.environ.get(ROLLOUT_KEY_VARIABLE, "").strip()
+
+
 def cache_directory() -> Path:
     """The user's cache directory (XDG base directory specification, by which a relative path is invalid and
     ignored).

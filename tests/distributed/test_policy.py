@@ -1,12 +1,15 @@
 """Stage RL on several ranks: the same samples, and losses within 1e-5, as on one."""
 
 import json
+import os
 import re
 from pathlib import Path
 from typing import Any
 
 import pytest
+from support.loopback_server import KEY, serving
 from support.rl_runs import rl_workspace
+from support.tiny_directories import write_lines
 
 KEYS = {
     "rl_algorithm": "gspo",
@@ -66,3 +69,69 @@ def test_two_ranks_make_the_samples_and_losses_of_one(world2, one_rank, layout):
                 assert found[name] == pytest.approx(expected[name], abs=1e-5, rel=1e-4), name
             for name in ("reward", "reward_std", "completions/mean_length", "sampling/generated_prompts"):
                 assert found.get(name) == pytest.approx(expected.get(name)), name
+
+
+@pytest.fixture(scope="module")
+def replayed(tmp_path_factory) -> tuple[dict[str, Any], list[dict[str, Any]], list[str]]:
+    """As one_rank, with routing replay and pairs that were made in advance."""
+    directory = tmp_path_factory.mktemp("replay")
+    write_lines(
+        directory / "pairs.jsonl",
+        [{"src": [f"{n}+1="], "response": [str(n + 1), str(n)], "sort": [1, 0]} for n in range(5)],
+    )
+    keys = rl_workspace(directory, "moe") | {
+        "router_replay": "r3",
+        "num_iterations": 2,
+        "batch_size": 4,
+        "upo_offline_weight": 0.5,
+        "upo_offline_path": str(directory / "pairs.jsonl"),
+        "upo_offline_pairs": 3,
+        "save_strategy": "no",
+    }
+    return keys, train_rl(keys | {"output_dir": f"{directory}/one"}), completions(directory / "one")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "layout",
+    [
+        "data_parallel_degree=2",
+        "tensor_parallel_degree=2",
+        "pipeline_parallel_degree=2",
+        "expert_parallel_degree=2",
+        "tensor_parallel_degree=2 sequence_parallel=True",
+    ],
+)
+def test_two_ranks_replay_the_experts_that_both_recorded(world2, replayed, layout):
+    """Later updates of a rollout have moved the routers, so a record in the wrong place would change the loss."""
+    keys, wanted, texts = replayed
+    changes = dict(part.split("=") for part in layout.split())
+    there = Path(keys["output_dir"]).parent / re.sub(r"\W", "_", layout)
+    histories = world2.run(train_rl, keys=keys | changes | {"output_dir": str(there)})
+    assert completions(there) == texts
+    for steps in histories:
+        assert all(step["router/changed_fraction"] == 0 for step in steps)
+        for found, expected in zip(steps, wanted, strict=True):
+            for name in ("loss", "loss_policy", "loss_upo_offline", "grad_norm", "entropy"):
+                # fp32 sums in another order, through up to three updates
+                assert found[name] == pytest.approx(expected[name], abs=1e-5, rel=1e-4), name
+            for name in ("router/disagreeing_fraction", "upo_offline/accuracy"):
+                assert found[name] == pytest.approx(expected[name], abs=1e-6), name
+
+
+def train_with_key(keys: dict[str, Any]) -> list[dict[str, Any]]:
+    """As train_rl, where the environment has the key of the server."""
+    os.environ["ERNIEKIT_ROLLOUT_API_KEY"] = KEY
+    return train_rl(keys)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", ["data_parallel_degree", "pipeline_parallel_degree"])
+def test_two_ranks_share_what_a_server_generates(world2, tmp_path, layout):
+    """One rank asks; both get the completions and write the adapter that the server loads."""
+    keys = rl_workspace(tmp_path) | {"fine_tuning": "LoRA", "lora_rank": 4, "save_strategy": "no", layout: 2}
+    with serving(tmp_path / "model", lora_directory=keys["output_dir"]) as url:
+        first, second = world2.run(train_with_key, keys=keys | {"rollout_base_url": url})
+    assert [step["loss"] for step in first] == [step["loss"] for step in second]
+    for step in first[::2]:
+        assert step["rollout/logp_difference/max"] < 1e-4

@@ -56,18 +56,19 @@ class PolicyRecipe(Recipe):
         cfg, loader = context.cfg, context.loader
         assert isinstance(loader, RolloutLoader), "the method's data are prompts"
         reference = build_reference(context)
-        loader.connect(context.model, reference)
+        loader.connect(context.model, reference, (context.prepared.path, context.tokenizer.directory))
         return cls(cfg, context.model, loader, reference)
 
     def counts(self, batch: PackedBatch) -> dict[str, float]:
-        """Completions, their tokens with loss, all tokens, and pairs of completions."""
+        """Completions, their tokens with loss, all tokens, pairs of completions, and pairs that were made in
+        advance.
+        """
         table = batch.completions
-        return {
-            "sequences": float(len(table)),
-            "loss_tokens": float(table.lengths.sum()),
-            "tokens": float(batch.num_tokens),
-            "pairs": float(len(table.pairs)),
-        }
+        counts = {"sequences": len(table), "loss_tokens": int(table.lengths.sum()), "pairs": len(table.pairs)}
+        if table.is_offline:
+            counts = dict.fromkeys(counts, 0)
+        counts |= {"tokens": batch.num_tokens, "offline_pairs": len(table.pairs) if table.is_offline else 0}
+        return {name: float(count) for name, count in counts.items()}
 
     def after_step(self, step: int) -> None:
         """sync_ref_model: the reference moves towards the policy."""
@@ -97,6 +98,8 @@ class PolicyRecipe(Recipe):
         places, mask = _places(batch.completions.lengths, len(log_probs))
         columns = _Columns(places, mask)
         table = batch.completions
+        if table.is_offline:
+            return self._pair_terms(columns, log_probs, batch)
         loss = policy_loss(
             columns.of(log_probs),
             columns.of_numbers(table.old_log_probs),
@@ -132,11 +135,14 @@ class PolicyRecipe(Recipe):
         return table.reference_log_probs if len(table) else np.zeros(1, np.float32)
 
     def _pair_terms(self, columns: "_Columns", log_probs: paddle.Tensor, batch: PackedBatch) -> dict[str, Term]:
-        """UPO's term "upo", and the share of pairs whose better completion is the likelier one, and their margin."""
+        """UPO's term "upo" or, of pairs that were made in advance, "upo_offline"; the share of pairs whose better
+        completion is the likelier one, and their margin.
+        """
         table = batch.completions
+        name = "upo_offline" if table.is_offline else "upo"
         if not len(table.pairs):
             nothing = log_probs.sum() * 0.0
-            sums = {"upo": nothing, "upo/accuracy": nothing.detach(), "upo/margin": nothing.detach()}
+            sums = {name: nothing, f"{name}/accuracy": nothing.detach(), f"{name}/margin": nothing.detach()}
         else:
             anchor = table.reference_log_probs if self.cfg.upo_reference == "ref" else table.old_log_probs
             anchor_NT = columns.of_numbers(anchor)
@@ -144,12 +150,13 @@ class PolicyRecipe(Recipe):
             pairs = paddle.to_tensor(table.pairs)
             losses, margins = pair_loss(columns.of(log_probs), anchor_NT, columns.mask, pairs, self.cfg.upo_beta)
             sums = {
-                "upo": losses.sum(),
-                "upo/accuracy": (margins > 0).astype("float32").sum(),
-                "upo/margin": margins.sum(),
+                name: losses.sum(),
+                f"{name}/accuracy": (margins > 0).astype("float32").sum(),
+                f"{name}/margin": margins.sum(),
             }
-        weights = {"upo": self.cfg.upo_weight}
-        return {name: Term(total, "pairs", weights.get(name)) for name, total in sums.items()}
+        weights = {"upo": self.cfg.upo_weight, "upo_offline": self.cfg.upo_offline_weight}
+        divisor = "offline_pairs" if table.is_offline else "pairs"
+        return {name: Term(total, divisor, weights.get(name)) for name, total in sums.items()}
 
 
 class _Columns:

@@ -7,7 +7,7 @@ from itertools import groupby
 
 import numpy as np
 
-from erniekit.data.packed_batch import IGNORE, NO_SEGMENT, CompletionTable, PackedBatch, join_rows
+from erniekit.data.packed_batch import IGNORE, NO_COMPLETIONS, NO_SEGMENT, CompletionTable, PackedBatch, join_rows
 from erniekit.data.prompts import Prompt
 from erniekit.training.rl.completions import Completion
 from erniekit.training.rl.sequence_pictures import SequencePictures
@@ -17,12 +17,15 @@ from erniekit.training.rl.sequence_pictures import SequencePictures
 class BatchOptions:
     """mask_truncated: a completion without an end token has no loss. pair_margin: the best and the worst completion of
     each group are a pair if their rewards differ by more (None: no pairs); microbatches then hold whole groups.
-    min_entropy: see CompletionTable.
+    min_entropy: see CompletionTable. replays_experts: tokens go to the experts that were recorded, if they were.
+    is_offline: the completions are pairs that were made in advance.
     """
 
     mask_truncated: bool = False
     pair_margin: float | None = None
     min_entropy: float | None = None
+    replays_experts: bool = True
+    is_offline: bool = False
 
 
 def microbatches(
@@ -51,7 +54,7 @@ def batch_of(
     The labels are the tokens that the policy chose.
     """
     if not completions:
-        return join_rows([])
+        return replace(join_rows([]), completions=replace(NO_COMPLETIONS, is_offline=options.is_offline))
     ids: list[np.ndarray] = []
     labels: list[np.ndarray] = []
     positions: list[np.ndarray] = []
@@ -59,8 +62,9 @@ def batch_of(
     segments: list[int] = []
     sources: list[str] = []
     pictures = SequencePictures()
-    for number, neighbours in groupby(completions, key=lambda completion: completion.prompt):
-        prompt = prompt_of(number)
+    experts: list[np.ndarray] = []
+    for number, members in groupby(completions, key=lambda completion: completion.prompt):
+        prompt, neighbours = prompt_of(number), list(members)
         before = len(prompt.ids) - 1
         shared = NO_SEGMENT
         if before:
@@ -68,6 +72,8 @@ def batch_of(
             ids.append(np.array(prompt.ids[:-1], np.int64))
             labels.append(np.full(before, IGNORE))
             positions.append(np.arange(before))
+            if neighbours[0].prompt_experts is not None:
+                experts.append(neighbours[0].prompt_experts)
         pictures.add_prompt(prompt, before)
         for completion in neighbours:
             prompt_segments.append(shared)
@@ -76,6 +82,8 @@ def batch_of(
             ids.append(np.append(prompt.ids[-1], completion.input_ids[:-1]))
             labels.append(np.where(_has_loss(completion, options), completion.ids, IGNORE))
             positions.append(np.arange(before, before + len(completion.ids)))
+            if completion.experts is not None:
+                experts.append(completion.experts)
             pictures.add_completion(prompt, completion, before)
     row = PackedBatch.text_row(
         np.concatenate(ids),
@@ -85,6 +93,8 @@ def batch_of(
         sources,
     )
     table = _table(completions, prompt_segments, segments, options)
+    if experts:
+        table = replace(table, experts=np.concatenate(experts), replays_experts=options.replays_experts)
     return pictures.fill(replace(row, completions=table))
 
 
@@ -104,8 +114,10 @@ def min_entropy_of(completions: Sequence[Completion], share: float, options: Bat
 
 def _pairs_of(completions: Sequence[Completion], options: BatchOptions) -> np.ndarray:
     """The best and the worst completion of each group, int64 [P, 2], if their rewards differ by more than the margin;
-    of those that have a reward and loss.
+    of those that have a reward and loss. None without a margin.
     """
+    if options.pair_margin is None:
+        return np.zeros((0, 2), np.int64)
     pairs = []
     for _, members in groupby(range(len(completions)), key=lambda i: completions[i].group):
         usable = [
@@ -114,7 +126,7 @@ def _pairs_of(completions: Sequence[Completion], options: BatchOptions) -> np.nd
         if usable:
             best = max(usable, key=lambda i: completions[i].reward)
             worst = min(usable, key=lambda i: completions[i].reward)
-            if completions[best].reward - completions[worst].reward > (options.pair_margin or 0.0):
+            if completions[best].reward - completions[worst].reward > options.pair_margin:
                 pairs.append((best, worst))
     return np.array(pairs, np.int64).reshape(-1, 2)
 
@@ -142,5 +154,6 @@ def _table(
         old_log_probs=column("old_logps"),
         reference_log_probs=column("reference_logps"),
         min_entropy=options.min_entropy,
-        **({} if options.pair_margin is None else {"pairs": _pairs_of(completions, options)}),
+        is_offline=options.is_offline,
+        pairs=_pairs_of(completions, options),
     )

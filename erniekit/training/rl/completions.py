@@ -25,6 +25,10 @@ class Completion:
     old_logps, reference_logps float32 [n]: of the policy before the first update and of the reference, as the training
     computation evaluates them, and entropies float32 [n] of the policy's distributions; None where nobody needs them.
 
+    experts unsigned [n, S, K]: the experts of the last token of the prompt and of the completion's tokens but the last,
+    as the engine chose them in each of S sparse layers; prompt_experts [prompt - 1, S, K] those of the tokens before,
+    which the completions of a group share (the first one's, where a prompt was read several times). None: not recorded.
+
     With tools: inputs int32 [n], the ids as the model reads them, which differ from `ids` at the end of a turn that
     others follow (None: they are the same). turns: the completion as messages. plans: the pictures among the results,
     each of which has one placeholder in short_inputs.
@@ -42,6 +46,8 @@ class Completion:
     reference_logps: np.ndarray | None = None
     entropies: np.ndarray | None = None
     inputs: np.ndarray | None = None
+    experts: np.ndarray | None = None
+    prompt_experts: np.ndarray | None = None
     turns: tuple[dict[str, Any], ...] = ()
     plans: tuple[MediaPlan, ...] = ()
     short_inputs: tuple[int, ...] = ()
@@ -57,7 +63,7 @@ class Completion:
         return int(self.is_sampled.sum())
 
 
-_ARRAYS = ("ids", "is_sampled", "rollout_logps", "old_logps", "reference_logps", "entropies", "inputs")
+_ARRAYS = ("ids", "is_sampled", "rollout_logps", "old_logps", "reference_logps", "entropies", "inputs", "experts")
 
 
 def to_bytes(completions: Sequence[Completion]) -> bytes:
@@ -71,6 +77,11 @@ def to_bytes(completions: Sequence[Completion]) -> bytes:
         arrays[name] = np.array([vars(c)[name] for c in completions], kind)
     for name in ("reward", "advantage"):
         arrays[name] = np.array([vars(c)[name] for c in completions], np.float64)
+    shared = {c.group: c.prompt_experts for c in completions if c.prompt_experts is not None}
+    if shared:
+        arrays["prompt_groups"] = np.array(list(shared), np.int64)
+        arrays["prompt_lengths"] = np.array([len(table) for table in shared.values()], np.int64)
+        arrays["prompt_experts"] = np.concatenate(list(shared.values()))
     file = io.BytesIO()
     np.savez(file, **arrays)  # type: ignore[arg-type]  # its stub takes the arrays for other arguments
     return file.getvalue()
@@ -83,6 +94,10 @@ def from_bytes(data: bytes, where: str) -> list[Completion]:
             arrays = dict(file)
         ends = np.cumsum(arrays["lengths"])[:-1]
         columns = {name: np.split(arrays[name], ends) if name in arrays else None for name in _ARRAYS}
+        shared: dict[int, np.ndarray] = {}
+        if "prompt_groups" in arrays:
+            tables = np.split(arrays["prompt_experts"], np.cumsum(arrays["prompt_lengths"])[:-1])
+            shared = dict(zip(arrays["prompt_groups"].tolist(), tables, strict=True))
         return [
             Completion(
                 prompt=int(arrays["prompt"][i]),
@@ -90,6 +105,7 @@ def from_bytes(data: bytes, where: str) -> list[Completion]:
                 is_truncated=bool(arrays["is_truncated"][i]),
                 reward=float(arrays["reward"][i]),
                 advantage=float(arrays["advantage"][i]),
+                prompt_experts=shared.get(int(arrays["group"][i])),
                 **{name: None if column is None else column[i] for name, column in columns.items()},  # type: ignore[arg-type]
             )
             for i in range(len(arrays["lengths"]))

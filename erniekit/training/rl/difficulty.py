@@ -65,6 +65,7 @@ class PromptSampler:
         self._stage = 0
         self._epoch, self._cursor, self._draws = 0, 0, 0
         self._drawn: set[int] = set()  # in this rollout
+        self._has_warned = False
         self._order: tuple[tuple[int, int], np.ndarray] | None = None  # (stage, epoch) and its order
 
     @property
@@ -140,6 +141,11 @@ class PromptSampler:
             "model answers correctly now and then, raise num_generations or temperature, or check reward_funcs and "
             "the answers."
         )
+
+    def warns_of_padding(self) -> bool:
+        """Whether this is the first rollout that is filled with groups that teach nothing."""
+        first, self._has_warned = not self._has_warned, True
+        return first
 
     def metrics(self) -> dict[str, float]:
         """Numbers about the stage: "difficulty/stage", "difficulty/epoch" (without weights), shares of its prompts that
@@ -276,12 +282,15 @@ class Filled(Generic[Group]):
     num_resamples: int
 
     def metrics(self) -> dict[str, float]:
-        """The numbers of prompts that were generated and that are used, and the share of generated ones that teach."""
+        """The numbers of prompts that were generated, that are used, and that fill the rollout although they teach
+        nothing, and the share of generated ones that teach.
+        """
         used = len(self.outcomes) - self.num_padded
         return {
             "sampling/generated_prompts": float(self.num_generated),
             "sampling/used_prompts": float(used),
             "sampling/accept_rate": used / self.num_generated,
+            "sampling/padded_prompts": float(self.num_padded),
             "sampling/resamples": float(self.num_resamples),
         }
 
@@ -312,12 +321,13 @@ def fill_rollout(
     padding = others[: count - len(teaching)]
     if args.dynamic_sample:
         sampler.require_signal()
-    if padding:
+    if padding and sampler.warns_of_padding():
         kinds = Counter(_kind(outcome, args) for outcome in padding)
         listing = ", ".join(f"{number} {kind}" for kind, number in kinds.most_common())
         log.warning(
             f"dynamic_sample: {len(padding)} of {count} groups teach nothing ({listing}) after {num_draws - 1} further "
-            "draws (max_resample_times); they have no advantage"
+            "draws (max_resample_times); they have no advantage. Later rollouts only count them: "
+            "sampling/padded_prompts"
         )
     return Filled(teaching + padding, num_generated, len(padding), num_draws - 1)
 

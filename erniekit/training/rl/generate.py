@@ -20,6 +20,7 @@ from erniekit.models.decoder import CausalLM
 from erniekit.models.stages import finish_passes
 from erniekit.parallel import comm
 from erniekit.training.rl.completions import Completion, Group
+from erniekit.training.rl.expert_record import add_experts
 from erniekit.training.rl.tools import ToolLoop
 from erniekit.training.rl.track import Track, completion_of
 from erniekit.utils import heartbeat
@@ -36,7 +37,7 @@ class Generator:
     def __init__(self, cfg: Config, model: CausalLM, template: Template, tools: ToolLoop | None = None) -> None:
         """`tools`: what the model may call; None: every completion is one turn."""
         self._cfg, self._model, self._tools = cfg, model, tools
-        stops = tuple(sorted({*template.stop_ids, *model.end_ids}))
+        stops = stop_ids(model, template)
         self._limits = Limits(cfg.max_completion_length, 0, stops)
         self._sampling = Sampling(
             temperature=cfg.temperature,
@@ -47,8 +48,12 @@ class Generator:
         )
         self._greedy = Sampling(repetition_penalty=cfg.repetition_penalty)
         allowed = np.ones(model.config.vocab_size, bool)
-        allowed[sorted(_never_sampled(model, template) - set(stops))] = False
+        allowed[sorted(never_sampled(model, template) - set(stops))] = False
         self._constraint = None if allowed.all() else _constant(allowed)
+        self._records_experts = cfg.router_replay != "none"
+
+    def begin_rollout(self, step: int) -> None:
+        """Nothing: the model that generates is the one that is trained."""
 
     def __call__(self, prompts: Sequence[Prompt], draws: Sequence[Sequence[int]], groups: Sequence[int]) -> list[Group]:
         """The completions of prompts, of prompt i one for each number in draws[i], which is the number of its random
@@ -66,6 +71,9 @@ class Generator:
             for number, columns in part:
                 index = tasks[number][0]
                 found[number] = completion_of(index, groups[index], columns)
+        if self._records_experts:
+            parts = {number: track.experts for number, track in zip(mine, tracks, strict=True)}
+            add_experts(self._model, [prompts[i] for i, _ in tasks], found, parts)
         for number, track in zip(mine, tracks, strict=True):
             found[number].plans, found[number].short_inputs = tuple(track.plans), tuple(track.short)
         result = [Group(i, []) for i in range(len(prompts))]
@@ -75,11 +83,12 @@ class Generator:
 
     def greedy(self, prompts: Sequence[Prompt]) -> list[Group]:
         """The likeliest completion of each prompt, in groups of one."""
-        sampled, self._sampling = self._sampling, self._greedy
+        sampled, recorded = self._sampling, self._records_experts
+        self._sampling, self._records_experts = self._greedy, False
         try:
             return self(prompts, [[0]] * len(prompts), range(len(prompts)))
         finally:
-            self._sampling = sampled
+            self._sampling, self._records_experts = sampled, recorded
 
     def _request(self, track: Track) -> Request:
         """The next turn of a completion."""
@@ -88,7 +97,7 @@ class Generator:
             [*track.prompt.ids, *track.inputs],
             replace(self._limits, max_new_tokens=self._cfg.max_completion_length - len(track.ids)),
             self._sampling,
-            track.draw + (track.num_turns << _TURN_BITS),
+            track.random_draw,
             picture_prompt=pictures,
             open_pictures=None if pictures is None else partial(tables_of, pictures),
             num_scores=0,
@@ -98,7 +107,12 @@ class Generator:
 
     def _run(self, tracks: Sequence[Track]) -> None:
         """Generate until every completion is over. With tools a turn's keys and values are kept for the next one."""
-        engine = Engine(self._model, self._cfg.rollout_max_running, num_kept=0 if self._tools is None else _KEPT)
+        engine = Engine(
+            self._model,
+            self._cfg.rollout_max_running,
+            num_kept=0 if self._tools is None else _KEPT,
+            records_experts=self._records_experts,
+        )
         running = {id(generation): (generation, track) for track in tracks for generation in [self._add(engine, track)]}
         while not engine.is_idle:
             heartbeat.waiting(None)
@@ -106,7 +120,9 @@ class Generator:
                 if not generation.answer.stop:
                     continue
                 _, track = running.pop(id(generation))
-                if self._goes_on(track, generation):
+                answer, track.experts = generation.answer, generation.experts
+                track.add_turn(answer.ids, answer.stop_id, [score.logprob for score in answer.scores])
+                if goes_on(self._cfg, self._model, self._tools, track, answer.ids, answer.stop_id):
                     following = self._add(engine, track)
                     running[id(following)] = following, track
         finish_passes(self._model)
@@ -114,27 +130,29 @@ class Generator:
     def _add(self, engine: Engine, track: Track) -> Generation:
         return engine.add(self._request(track))
 
-    def _goes_on(self, track: Track, generation: Generation) -> bool:
-        """Add a turn to its completion, and the results of its calls; whether another turn follows."""
-        answer = generation.answer
-        track.add_turn(answer.ids, answer.stop_id, [score.logprob for score in answer.scores])
-        if self._tools is None or track.dialogue is None:
-            return False
-        continuation = self._tools.after_turn(track.dialogue, answer.ids, answer.stop_id is not None)
-        if continuation is None:
-            return False
-        room = min(
-            self._cfg.max_completion_length - len(track.ids),
-            self._model.config.max_position_embeddings - len(track.prompt.ids) - len(track.ids),
-        )
-        if track.length_of(continuation) >= room:  # no token would be left for the next turn
-            track.is_truncated = True
-            return False
-        track.add_results(continuation)
-        return True
+
+def goes_on(
+    cfg: Config, model: CausalLM, tools: ToolLoop | None, track: Track, ids: Sequence[int], stop_id: int | None
+) -> bool:
+    """Add the results of the calls of a turn, which its completion has got, to it; whether another turn follows. ids:
+    of the turn without its end token, stop_id.
+    """
+    if tools is None or track.dialogue is None:
+        return False
+    continuation = tools.after_turn(track.dialogue, ids, stop_id is not None)
+    if continuation is None:
+        return False
+    room = min(
+        cfg.max_completion_length - len(track.ids),
+        model.config.max_position_embeddings - len(track.prompt.ids) - len(track.ids),
+    )
+    if track.length_of(continuation) >= room:  # no token would be left for the next turn
+        track.is_truncated = True
+        return False
+    track.add_results(continuation)
+    return True
 
 
-_TURN_BITS = 192  # above the bits of draw_number
 _KEPT = 64  # conversations whose keys and values wait for their next turn
 
 
@@ -145,7 +163,12 @@ def draw_number(step: int, prompt: int, occurrence: int, sample: int) -> int:
     return (step << 96) | (prompt << 48) | (occurrence << 24) | sample
 
 
-def _never_sampled(model: CausalLM, template: Template) -> set[int]:
+def stop_ids(model: CausalLM, template: Template) -> tuple[int, ...]:
+    """The end tokens of the template and of the model."""
+    return tuple(sorted({*template.stop_ids, *model.end_ids}))
+
+
+def never_sampled(model: CausalLM, template: Template) -> set[int]:
     """Ids that no completion contains: padding, and the placeholders of pictures."""
     ids = {template.tokenizer.pad_id}
     if model.config.vision is not None:

@@ -18,9 +18,10 @@ from typing import Any
 import numpy as np
 import paddle
 
+from erniekit.config.pointless_rl import wants_old_log_probs
 from erniekit.data.loader import StepReport
 from erniekit.data.packed_batch import PackedBatch
-from erniekit.data.prompts import PromptSet
+from erniekit.data.prompts import Prompt, PromptSet
 from erniekit.data.record_feed import specs_of
 from erniekit.losses.advantages import Scaling, advantages_of
 from erniekit.models.decoder import CausalLM
@@ -29,10 +30,15 @@ from erniekit.training.data import DataContext
 from erniekit.training.rl.batches import BatchOptions, microbatches, min_entropy_of
 from erniekit.training.rl.completions import Completion, Group, from_bytes, sample_records, to_bytes
 from erniekit.training.rl.difficulty import Filled, Outcome, PromptSampler, fill_rollout
+from erniekit.training.rl.expert_record import record_bytes
 from erniekit.training.rl.generate import Generator, draw_number
+from erniekit.training.rl.offline_pairs import OfflinePairs
 from erniekit.training.rl.prompts import check_records, known_pass_rates, prompt_options, tool_loop
 from erniekit.training.rl.reference import PolicyReference
+from erniekit.training.rl.remote import RemoteGenerator, WeightExport, require_same_weights
 from erniekit.training.rl.reward_model import reward_models
+from erniekit.training.rl.rollout_metrics import length_metrics, mean, sampled_kl, std
+from erniekit.training.rl.rollout_server import RolloutServer
 from erniekit.training.rl.scoring import score_groups
 from erniekit.training.rl.token_scores import TokenScorer, score_completions
 from erniekit.training.rl.tools import ToolLoop
@@ -41,14 +47,18 @@ from erniekit.utils.errors import CheckpointError, DataError
 from erniekit.utils.user_files import read_bytes, read_json_object
 
 _VERSION = 1
-STATE_FILE, COMPLETIONS_FILE = "rollout_state.json", "rollout.npz"
+STATE_FILE, COMPLETIONS_FILE, PAIRS_FILE = "rollout_state.json", "rollout.npz", "rollout_pairs.npz"
+OFFLINE = BatchOptions(pair_margin=0.0, is_offline=True)
 
 
 @dataclass
 class Rollout:
-    """The completions of a rollout in the order of training, and what is reported of it."""
+    """The completions of a rollout in the order of training, and what is reported of it. pairs: pairs of answers that
+    were made in advance, as completions.
+    """
 
     completions: list[Completion]
+    pairs: list[Completion] = field(default_factory=list)
     metrics: dict[str, float] = field(default_factory=dict)
     samples: list[dict[str, Any]] = field(default_factory=list)
 
@@ -62,28 +72,53 @@ class RolloutLoader:
     """
 
     def __init__(
-        self, context: DataContext, prompts: PromptSet, scorer: Scorer | None, tools: ToolLoop | None = None
+        self,
+        context: DataContext,
+        prompts: PromptSet,
+        scorer: Scorer | None,
+        tools: ToolLoop | None = None,
+        server: RolloutServer | None = None,
+        pairs: OfflinePairs | None = None,
     ) -> None:
-        """`scorer`: on the first rank alone. `tools`: what the model may call while it answers."""
+        """`scorer`, and the `server` of rollout_base_url: on the first rank alone. `tools`: what the model may call
+        while it answers. `pairs`: answers that were made in advance.
+        """
         assert context.template is not None, "prompts need a chat template"
         cfg = self._cfg = context.cfg
-        self.prompts, self._scorer, self._tools = prompts, scorer, tools
+        self.prompts, self._scorer, self._tools, self._server = prompts, scorer, tools, server
+        self._pairs = pairs
         self._mesh, self._template, self._tokenizer = context.mesh, context.template, context.tokenizer
         self._sampler = PromptSampler(prompts.sizes, cfg, cfg.seed, known_pass_rates(prompts))
         self.identity: dict[str, Any] = {
             ("content of train_dataset_path" if name == "content of the prompts" else name): value
             for name, value in prompts.identity.items()
         } | {"seed": cfg.seed, "number of prompts": len(prompts)}
+        self.identity |= {} if pairs is None else pairs.identity
         self._step = 0  # optimizer steps that next_step has given
         self._rollout: Rollout | None = None
         self._report = StepReport({}, [])
-        self._generator: Generator | None = None
+        self._generator: Generator | RemoteGenerator | None = None
 
-    def connect(self, model: CausalLM, reference: PolicyReference | None) -> None:
-        """Take over the model that generates, before the first step."""
+    def connect(
+        self, model: CausalLM, reference: PolicyReference | None, sources: tuple[Path, Path] | None = None
+    ) -> None:
+        """Take over the model that generates, before the first step. `sources`: the directories of the model and of the
+        tokenizer, which a server gets beside the weights.
+        """
         self._model, self._reference = model, reference
-        self._generator = Generator(self._cfg, model, self._template, self._tools)
+        self._announce_experts()
+        cfg, template = self._cfg, self._template
+        if cfg.rollout_base_url is None:
+            self._generator = Generator(cfg, model, template, self._tools)
+        else:
+            assert sources is not None, "a server needs whole directories"
+            export = WeightExport(cfg, model, template, sources)
+            self._generator = RemoteGenerator(cfg, model, template, self._server, export, self._tools)
         self._token_scorer = TokenScorer(self._cfg.temperature, self._cfg.loss_subbatch_seqlen)
+
+    @property
+    def _replays_experts(self) -> bool:
+        return self._cfg.router_replay == "r3"
 
     @property
     def steps_per_rollout(self) -> int:
@@ -109,11 +144,19 @@ class RolloutLoader:
         staleness = {"staleness": float(update)} if self.steps_per_rollout > 1 else {}
         self._report = StepReport((rollout.metrics if is_new else {}) | staleness, rollout.samples if is_new else [])
         mesh = self._mesh
-        options = BatchOptions(cfg.mask_truncated_completions, cfg.upo_margin if cfg.upo_weight else None)
+        options = BatchOptions(
+            cfg.mask_truncated_completions,
+            cfg.upo_margin if cfg.upo_weight else None,
+            replays_experts=self._replays_experts,
+        )
         if cfg.top_entropy_quantile < 1:
             options = replace(options, min_entropy=min_entropy_of(completions, cfg.top_entropy_quantile, options))
-        prompt_of = self.prompts.__getitem__
-        return microbatches(completions, prompt_of, cfg.batch_size, mesh.data, mesh.degrees.data, options)
+        where = (cfg.batch_size, mesh.data, mesh.degrees.data)
+        batches = microbatches(completions, self.prompts.__getitem__, *where, options)
+        if self._pairs is not None:
+            pairs = rollout.pairs[2 * part * cfg.upo_offline_pairs :][: 2 * cfg.upo_offline_pairs]
+            batches += microbatches(pairs, self._pairs.prompt, *where, OFFLINE)
+        return batches
 
     def report_step(self) -> StepReport:
         """What the rollout of the last step says, if it was made for it."""
@@ -131,6 +174,10 @@ class RolloutLoader:
         self._texts: dict[int, str] = {}
         self._failures: Counter[str] = Counter()
         with heartbeat.phase("a rollout"):
+            assert self._generator is not None, "connect comes first"
+            self._generator.begin_rollout(self._step)
+            if cfg.rollout_base_url is not None:
+                self._seconds["weights"] += time.perf_counter() - started
             self._sampler.begin_rollout(self._step)
             filled = fill_rollout(self._sampler, cfg, cfg.rollout_batch_size, self._groups)
             groups = [outcome.group for outcome in filled.outcomes]
@@ -140,6 +187,7 @@ class RolloutLoader:
                     completion.group = index
             self._add_log_probs(completions)
             self._add_advantages(groups, filled.num_padded)
+            pairs = self._drawn_pairs()
         metrics = self._metrics(groups, completions, filled)
         metrics["time/rollout"] = time.perf_counter() - started
         metrics |= {f"time/{name}": seconds for name, seconds in self._seconds.items()}
@@ -147,7 +195,7 @@ class RolloutLoader:
             self._seconds["generation"], 1e-9
         )
         samples = self._records(groups) if self._mesh.rank == 0 else []
-        return Rollout(completions, metrics, samples)
+        return Rollout(completions, pairs, metrics, samples)
 
     def _groups(self, indices: Sequence[int]) -> list[Outcome[Group]]:
         """Generate and score the groups of these prompts."""
@@ -193,14 +241,11 @@ class RolloutLoader:
     def _add_log_probs(self, completions: list[Completion]) -> None:
         """Log-probabilities of the policy before its first update, and of the reference, where they are needed."""
         cfg, began = self._cfg, time.perf_counter()
-        wants_old = (
-            self.steps_per_rollout > 1
-            or cfg.rollout_correction != "none"
-            or cfg.kl_in_reward
-            or (cfg.upo_weight > 0 and cfg.upo_reference == "old")
-        )
+        wants_old = wants_old_log_probs(cfg)
         if wants_old:
             self._fill(completions, "old_logps", partial(self._token_scorer.log_probs, self._model))
+        if cfg.rollout_base_url is not None:
+            require_same_weights(cfg, completions)
         if cfg.top_entropy_quantile < 1:
             self._fill(completions, "entropies", partial(self._token_scorer.entropies, self._model))
         if self._reference is not None:
@@ -208,14 +253,33 @@ class RolloutLoader:
         if wants_old or self._reference is not None or cfg.top_entropy_quantile < 1:
             self._seconds["log_probs"] += time.perf_counter() - began
 
+    def _drawn_pairs(self) -> list[Completion]:
+        """The pairs of this rollout that were made in advance, with the log-probabilities that they are compared with:
+        which they are follows from the step alone.
+        """
+        if self._pairs is None:
+            return []
+        count = self._cfg.upo_offline_pairs * self._cfg.steps_per_generation
+        pairs = self._pairs.draw(self._step // self.steps_per_rollout * count, count)
+        if self._cfg.upo_reference == "old":
+            self._fill(pairs, "old_logps", partial(self._token_scorer.log_probs, self._model), self._pairs.prompt)
+        else:
+            assert self._reference is not None, "config/pointless_rl.py: has_reference"
+            self._fill(pairs, "reference_logps", self._reference.log_probs, self._pairs.prompt)
+        return pairs
+
     def _fill(
         self,
         completions: list[Completion],
         name: str,
         score: Callable[[Sequence[PackedBatch]], list[paddle.Tensor]],
+        prompt_of: Callable[[int], Prompt] | None = None,
     ) -> None:
         """Set one column of each completion's tokens by a pass over them."""
-        found = score_completions(self._cfg, self._mesh, completions, self.prompts.__getitem__, score)
+        options = BatchOptions(replays_experts=self._replays_experts)
+        found = score_completions(
+            self._cfg, self._mesh, completions, prompt_of or self.prompts.__getitem__, score, options
+        )
         for completion, values in zip(completions, found, strict=True):
             setattr(completion, name, values)
 
@@ -225,7 +289,7 @@ class RolloutLoader:
         flat = [completion for group in groups for completion in group.completions]
         if cfg.kl_in_reward:
             for completion in flat:
-                completion.reward -= cfg.kl_coef * _sampled_kl(completion)
+                completion.reward -= cfg.kl_coef * sampled_kl(completion)
         if cfg.scale_rewards == "gdpo":
             names = list(groups[0].rewards)
             columns = [np.concatenate([group.rewards[name] for group in groups]) for name in names]
@@ -245,18 +309,18 @@ class RolloutLoader:
     def _metrics(self, groups: list[Group], completions: list[Completion], filled: Filled[Group]) -> dict[str, float]:
         """Numbers about the rollout under TRL's names; rewards are those of the groups that are trained on."""
         rewards = np.array([completion.reward for completion in completions])
-        stds = [_std(np.array([c.reward for c in group.completions])) for group in groups]
+        stds = [std(np.array([c.reward for c in group.completions])) for group in groups]
         result = {
-            "reward": _mean(rewards),
+            "reward": mean(rewards),
             "reward_std": float(np.mean(stds)),
-            "frac_reward_zero_std": float(np.mean([std == 0 for std in stds])),
-            "reward_generated": _mean(np.concatenate(self._all_rewards)),
+            "frac_reward_zero_std": float(np.mean([each == 0 for each in stds])),
+            "reward_generated": mean(np.concatenate(self._all_rewards)),
             "rollout/generated_tokens": float(self._num_tokens),
         }
-        result |= _length_metrics(completions)
+        result |= length_metrics(completions)
         for name in groups[0].rewards:
             values = np.concatenate([group.rewards[name] for group in groups])
-            result |= {f"rewards/{name}/mean": _mean(values), f"rewards/{name}/std": _std(values)}
+            result |= {f"rewards/{name}/mean": mean(values), f"rewards/{name}/std": std(values)}
         rates = [rate for group in groups if (rate := self._pass_rate(group)) is not None]
         if rates:
             result |= {"accuracy": float(np.mean(rates)), "pass_at_g": float(np.mean([rate > 0 for rate in rates]))}
@@ -304,6 +368,18 @@ class RolloutLoader:
             f"{steps}, in microbatches of {share} completions over all ranks"
         )
 
+    def _announce_experts(self) -> None:
+        """Log the memory of recorded experts."""
+        cfg = self._cfg
+        if cfg.router_replay == "none":
+            return
+        longest = max(len(self.prompts[index].ids) for index in range(len(self.prompts)))
+        tokens = cfg.rollout_batch_size * (longest + cfg.num_generations * cfg.max_completion_length)
+        log.info(
+            f"router_replay: {cfg.router_replay}: {record_bytes(self._model, 1)} bytes a token, at most "
+            f"{record_bytes(self._model, tokens) / 2**20:,.1f} MB of each rank's memory for a rollout"
+        )
+
     def report(self) -> dict[str, Any]:
         """Counts since the start of the training."""
         return self.prompts.report() | {"epoch": self._num_prompts_used() / len(self.prompts)}
@@ -341,7 +417,10 @@ class RolloutLoader:
             "shape": self._shape(),
         }
         files = {STATE_FILE: json.dumps(state).encode()}
-        return files if self._rollout is None else files | {COMPLETIONS_FILE: to_bytes(self._rollout.completions)}
+        if self._rollout is None:
+            return files
+        pairs = {PAIRS_FILE: to_bytes(self._rollout.pairs)} if self._rollout.pairs else {}
+        return files | pairs | {COMPLETIONS_FILE: to_bytes(self._rollout.completions)}
 
     def load_files(self, directory: Path) -> None:
         """See StepSource."""
@@ -367,7 +446,7 @@ class RolloutLoader:
                     f"{directory} was saved between the steps of a rollout, which cannot be divided otherwise "
                     f"({changed}). Restore these, or resume from a checkpoint after a whole rollout."
                 )
-            self._rollout = Rollout(from_bytes(read_bytes(path, CheckpointError), str(path)))
+            self._rollout = Rollout(_read(path), _read(directory / PAIRS_FILE) if self._pairs is not None else [])
         elif self._step % self.steps_per_rollout:
             raise CheckpointError(
                 f"{directory}: {COMPLETIONS_FILE} is missing, the completions that step {self._step + 1} trains on. "
@@ -376,8 +455,8 @@ class RolloutLoader:
 
     def _shape(self) -> dict[str, int]:
         """What a rollout that is not used up depends on."""
-        keys = ("rollout_batch_size", "num_generations", "steps_per_generation", "num_iterations")
-        return {key: vars(self._cfg)[key] for key in keys}
+        keys = ["rollout_batch_size", "num_generations", "steps_per_generation", "num_iterations"]
+        return {key: vars(self._cfg)[key] for key in (keys if self._pairs is None else [*keys, "upo_offline_pairs"])}
 
     def close(self) -> None:
         """End the processes that compute rewards."""
@@ -394,36 +473,17 @@ def open_prompts(context: DataContext) -> RolloutLoader:
     prompts = PromptSet.open(specs_of(cfg, "train"), "train", prompt_options(context, tools), cfg.download_hub)
     scorer = Scorer(cfg, given=reward_models(cfg)) if context.mesh.rank == 0 else None
     check_records(scorer, prompts)
-    return RolloutLoader(context, prompts, scorer, tools)
+    server = None
+    if cfg.rollout_base_url is not None and context.mesh.rank == 0:
+        server = RolloutServer(cfg, context.tokenizer.vocab_size)
+        if cfg.rollout_update_command is None:  # a command may start the server
+            server.check(context.tokenizer)
+    pairs = OfflinePairs.open(context) if cfg.upo_offline_weight else None
+    return RolloutLoader(context, prompts, scorer, tools, server, pairs)
 
 
-def _sampled_kl(completion: Completion) -> float:
-    """The sum over a completion's tokens of log old - log ref (k1)."""
-    assert completion.old_logps is not None and completion.reference_logps is not None
-    return float(np.nansum(completion.old_logps.astype(np.float64) - completion.reference_logps))
-
-
-def _length_metrics(completions: Sequence[Completion]) -> dict[str, float]:
-    """The lengths of completions in tokens that the policy chose, and the share without an end token."""
-    lengths = np.array([completion.num_sampled for completion in completions], np.float64)
-    has_ended = np.array([not completion.is_truncated for completion in completions])
-    result = {
-        "completions/mean_length": float(lengths.mean()),
-        "completions/min_length": float(lengths.min()),
-        "completions/max_length": float(lengths.max()),
-        "completions/clipped_ratio": float(1 - has_ended.mean()),
-    }
-    if has_ended.any():
-        result["completions/mean_terminated_length"] = float(lengths[has_ended].mean())
-    return result
-
-
-def _mean(values: np.ndarray) -> float:
-    given = values[~np.isnan(values)]
-    return float(given.mean()) if len(given) else float("nan")
-
-
-def _std(values: np.ndarray) -> float:
-    """The standard deviation with the divisor n - 1; 0 for fewer than two values."""
-    given = values[~np.isnan(values)]
-    return float(given.std(ddof=1)) if len(given) > 1 else 0.0
+def _read(path: Path) -> list[Completion]:
+    try:
+        return from_bytes(read_bytes(path, CheckpointError), str(path))
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} is missing. Resume from another checkpoint.") from None

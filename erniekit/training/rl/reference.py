@@ -1,6 +1,7 @@
 """The reference of policy optimisation, which the policy is kept near."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import paddle
 
@@ -23,7 +24,10 @@ class PolicyReference:
                 parameter.stop_gradient = True
 
     def log_probs(self, batches: Sequence[PackedBatch]) -> list[paddle.Tensor]:
-        """Log-probabilities of each microbatch's labels; see TokenScorer."""
+        """Log-probabilities of each microbatch's labels; see TokenScorer. The reference's own routers choose its
+        experts, since it is a model of its own.
+        """
+        batches = [replace(batch, completions=replace(batch.completions, experts=None)) for batch in batches]
         if self.second_model is not None:
             return self._scorer.log_probs(self.second_model, batches)
         with lora.disabled(self._policy):

@@ -16,7 +16,7 @@ from erniekit.nn.narrow import gather
 from erniekit.parallel import comm
 from erniekit.parallel.mesh import Mesh
 from erniekit.training.forward_pass import final_norm, forward_pass
-from erniekit.training.rl.batches import microbatches
+from erniekit.training.rl.batches import BatchOptions, microbatches
 from erniekit.training.rl.completions import Completion
 
 
@@ -69,12 +69,15 @@ def score_completions(
     completions: Sequence[Completion],
     prompt_of: Callable[[int], Prompt],
     score: Callable[[Sequence[PackedBatch]], list[paddle.Tensor]],
+    options: BatchOptions,
 ) -> list[np.ndarray]:
     """What `score` says of the tokens of each completion, float32 [n], NaN for those that the policy did not choose, by
-    passes in the microbatches of training. Every rank gets all.
+    passes in the microbatches of training. Every rank gets all. `options`: of the batches; all sampled tokens are
+    labels.
     """
+    assert not options.mask_truncated, "every completion is scored"
     size, world = cfg.batch_size, mesh.degrees.data
-    batches = microbatches(completions, prompt_of, size, mesh.data, world)
+    batches = microbatches(completions, prompt_of, size, mesh.data, world, options)
     mine: list[list[float]] = []
     for batch, values in zip(batches, score(batches), strict=True):
         ends = np.cumsum(batch.completions.lengths)[:-1]

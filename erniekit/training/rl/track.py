@@ -11,11 +11,14 @@ from erniekit.data.vision.prompt import PicturePrompt
 from erniekit.training.rl.completions import Completion
 from erniekit.training.rl.tools import Continuation, Dialogue, ToolLoop
 
+_TURN_BITS = 192  # above the bits of rl.generate.draw_number
+
 
 @dataclass
 class Track:
     """The tokens of a completion so far. ids: what was sampled, and the results of tools. inputs: the same as the model
-    reads them. short: inputs with one placeholder for each picture. is_sampled, logps: of each of the ids.
+    reads them. short: inputs with one placeholder for each picture. is_sampled, logps: of each of the ids. experts: of
+    every token that the model has read so far (generation.request.Generation), where they are recorded.
     """
 
     prompt: Prompt
@@ -27,6 +30,7 @@ class Track:
     is_sampled: list[bool] = field(default_factory=list)
     logps: list[float] = field(default_factory=list)
     plans: list[MediaPlan] = field(default_factory=list)
+    experts: np.ndarray | None = None
     num_turns: int = 0
     is_truncated: bool = False
 
@@ -34,6 +38,11 @@ class Track:
     def begin(prompt: Prompt, draw: int, tools: ToolLoop | None) -> "Track":
         """The beginning of a completion; `draw` is the number of its random generator."""
         return Track(prompt, draw, None if tools is None else tools.begin(prompt))
+
+    @property
+    def random_draw(self) -> int:
+        """The number of the random generator of the next turn."""
+        return self.draw + (self.num_turns << _TURN_BITS)
 
     def sequence(self) -> PicturePrompt | None:
         """Prompt and completion with their pictures; None for text alone."""

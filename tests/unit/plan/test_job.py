@@ -41,6 +41,20 @@ def test_a_reference_belongs_to_the_losses_that_compare_with_one():
     assert job("stage=DPO").has_reference
     assert not job("stage=DPO", "loss_type=simpo").has_reference
     assert not job("stage=SFT").has_reference
+    assert not job("stage=RL").has_reference and job("stage=RL", "kl_coef=0.1").has_second_model
+
+
+def test_passes_without_gradients_are_counted():
+    """KTO's mismatched pairs take one of the policy and one of the reference; a rollout of policies is scored once."""
+    passes = {
+        ("stage=SFT",): 0,
+        ("stage=DPO",): 1,
+        ("stage=KTO",): 3,
+        ("stage=KTO", "kto_loss_type=apo_zero_unpaired"): 1,
+        ("stage=RL",): 0,
+        ("stage=RL", "kl_coef=0.1", "num_iterations=4"): 0.5,
+    }
+    assert {keys: job(*keys).passes_ahead for keys in passes} == passes
 
 
 @pytest.mark.parametrize(

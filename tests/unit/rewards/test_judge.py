@@ -13,7 +13,7 @@ import pytest
 
 from erniekit.config.schema_rewards import RewardArgs
 from erniekit.rewards import Sample, Scorer, judge
-from erniekit.utils import log
+from erniekit.utils import http_json, log
 from erniekit.utils.errors import ConfigError
 
 KEY = "a-secret-key"
@@ -58,7 +58,7 @@ class _Handler(BaseHTTPRequestHandler):
 @pytest.fixture
 def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
     monkeypatch.setenv(judge.KEY_VARIABLE, KEY)
-    monkeypatch.setattr(judge.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(http_json.time, "sleep", lambda seconds: None)
     one = Server()
     threading.Thread(target=one.serve_forever, daemon=True).start()
     yield one
@@ -139,7 +139,7 @@ def test_a_failure_is_no_mark_of_0(server: Server, status: int, reply: Any, expe
 
 
 def test_a_server_that_is_not_there_is_a_failure(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(judge.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(http_json.time, "sleep", lambda seconds: None)
     monkeypatch.delenv(judge.KEY_VARIABLE, raising=False)
     cfg = RewardArgs(
         reward_funcs=("judge",), judge_base_url="http://127.0.0.1:1/v1", judge_model="m", reward_max_failures=1.0

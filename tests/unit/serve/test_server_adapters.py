@@ -5,13 +5,17 @@ from pathlib import Path
 import pytest
 from support.adapters import attach_random
 from support.tiny_directories import model_directory
-from support.tiny_server import QUESTION, Asking, client, opened
+from support.tiny_server import COMPLETIONS, QUESTION, Asking, client, error_of, opened
+from support.tiny_sizes import KINDS
 
 from erniekit import LLM, SamplingParams, lora
 from erniekit.build import load_model
 from erniekit.checkpoint.fingerprint import fingerprint
 from erniekit.checkpoint.peft_attach import save_adapter
+from erniekit.generation.engine import Engine
 from erniekit.generation.load import ChatModel
+from erniekit.generation.request import Limits, Request
+from erniekit.generation.sampling import Sampling
 from erniekit.utils.errors import CheckpointError, ConfigError, UserError
 
 GREEDY = SamplingParams(temperature=0, max_tokens=8)
@@ -107,3 +111,96 @@ def test_the_base_is_plain_where_no_adapter_is_given(root: Path):
     with client(root / "m", model) as asking:
         assert asking.served.adapters == ()
         assert "'tiny' is" in asking.bad(status=404, model="sql")["message"]
+
+
+# --- adapters that come and go
+
+LOAD, UNLOAD = "/v1/load_lora_adapter", "/v1/unload_lora_adapter"
+
+
+def changed(asking: Asking, path: str, **fields: str) -> None:
+    answer = asking.http.post(path, json=fields)
+    assert answer.status_code == 200, answer.text
+
+
+def refused(asking: Asking, path: str, status: int, **fields: str) -> str:
+    return error_of(asking.http.post(path, json=fields), status)["message"]
+
+
+def scores(asking: Asking, name: str) -> list[float]:
+    """Log-probabilities of a text and of what a model adds to it; what is kept of a prompt changes their last bits."""
+    answer = asking.complete(model=name, echo=True, logprobs=0, max_tokens=4)
+    return answer["choices"][0]["logprobs"]["token_logprobs"][1:]
+
+
+@pytest.mark.parametrize("kind", ["dense", "moe"])
+def test_adapters_come_and_go_while_the_server_runs(tmp_path: Path, kind: str):
+    """Each answers as it does where it was there from the start, also with others beside it."""
+    sizes = {name: value for name, value in KINDS[kind].items() if name != "vocab_size"}
+    model_directory(tmp_path / "m", **sizes)
+    for seed, name in enumerate(("one", "two")):
+        save_adapter(attach_random(load_model(tmp_path / "m"), rank=2 + seed), tmp_path / "a" / name)
+    names = ("one", "two")
+    with client(tmp_path / "m", lora_modules=[f"{name}={tmp_path / 'a' / name}" for name in names]) as asking:
+        wanted = {name: scores(asking, name) for name in ("tiny", *names)}
+    with client(tmp_path / "m", lora_directory=str(tmp_path / "a")) as asking:
+        for name in names:
+            changed(asking, LOAD, lora_name=name, lora_path=str(tmp_path / "a" / name))
+            assert scores(asking, name) == pytest.approx(wanted[name], abs=1e-4)
+        assert asking.served.adapters == names and scores(asking, "tiny") == pytest.approx(wanted["tiny"], abs=1e-4)
+        changed(asking, UNLOAD, lora_name="one")
+        assert asking.served.adapters == ("two",)
+        asking.bad(status=404, model="one")
+        assert scores(asking, "two") == pytest.approx(wanted["two"], abs=1e-4)
+        changed(asking, LOAD, lora_name="one", lora_path=str(tmp_path / "a" / "two"))
+        assert scores(asking, "one") == pytest.approx(wanted["two"], abs=1e-4)
+        assert wanted["two"] != pytest.approx(wanted["one"], abs=1e-2) and len(wanted["one"]) > 4
+
+
+def test_what_may_not_be_loaded_is_refused(root: Path, tmp_path: Path):
+    model = opened(root / "m")
+    with client(root / "m", model) as asking:
+        for path, fields in ((LOAD, {"lora_path": str(root / "sql")}), (UNLOAD, {})):
+            assert "lora_directory" in refused(asking, path, 403, lora_name="sql", **fields)
+    (root / "inside").mkdir()
+    (root / "inside" / "link").symlink_to(root / "sql")
+    with client(root / "m", model, lora_directory=str(root / "inside")) as asking:
+        for outside in (str(root / "sql"), f"{root}/inside/../sql", f"{root}/inside/link", "/"):
+            assert "not below lora_directory" in refused(asking, LOAD, 403, lora_name="a", lora_path=outside)
+        for nowhere in (f"{root}/inside/nowhere", f"{root}/inside/\0", f"{root}/inside/" + "x" * 5000):
+            assert "no such directory" in refused(asking, LOAD, 404, lora_name="a", lora_path=nowhere)
+        assert "there is no adapter" in refused(asking, UNLOAD, 404, lora_name="a")
+    with client(root / "m", model, lora_directory=str(root)) as asking:
+        assert "holds no adapter" in refused(asking, LOAD, 400, lora_name="a", lora_path=str(root / "m"))
+        assert "a model of this name" in refused(asking, LOAD, 400, lora_name="tiny", lora_path=str(root / "sql"))
+        changed(asking, LOAD, lora_name="sql", lora_path=str(root / "sql"))
+        assert "Unload it first" in refused(asking, LOAD, 400, lora_name="sql", lora_path=str(root / "sql"))
+
+
+def test_an_adapter_in_use_stays(root: Path):
+    model = opened(root / "m", lora_modules=[f"sql={root / 'sql'}"])
+    engine = Engine(model.model, num_kept=2)
+    generation = engine.add(Request([5, 9, 33], Limits(3), Sampling(), adapter="sql"))
+    with pytest.raises(UserError, match="answers with this adapter are being generated"):
+        engine.forget_adapter("sql")
+    while not generation.answer.stop:
+        engine.step()
+    assert len(engine._kept) == 1
+    engine.forget_adapter("sql")
+    assert not engine._kept
+
+
+def test_ids_have_the_scores_of_all_tokens_and_may_stand_for_their_texts(server: Asking):
+    asked = {"return_token_ids": True, "return_tokens_as_token_ids": True, "logprobs": 0, "temperature": 1, "seed": 3}
+    stop = server.complete(**asked)["choices"][0]["token_ids"][2]
+    whole = server.complete(**asked, stop_token_ids=[stop])["choices"][0]
+    assert whole["finish_reason"] == "stop" and whole["token_ids"][-1] == stop
+    assert whole["logprobs"]["tokens"] == [f"token_id:{number}" for number in whole["token_ids"]]
+    assert len(whole["logprobs"]["token_logprobs"]) == len(whole["token_ids"])
+    chunks = server.stream(COMPLETIONS, **asked, stop_token_ids=[stop])
+    parts = [chunk["choices"][0] for chunk in chunks]
+    assert [each for part in parts for each in part["logprobs"]["token_logprobs"]] == whole["logprobs"][
+        "token_logprobs"
+    ]
+    plain = server.complete(**asked | {"return_token_ids": False}, stop_token_ids=[stop])["choices"][0]
+    assert len(plain["logprobs"]["tokens"]) == len(whole["token_ids"]) - 1, "the end token has no text"

@@ -160,6 +160,9 @@ def test_what_is_still_lacking_is_padded_and_said(capsys):
     assert filled.num_padded == 3 and [outcome.index for outcome in filled.outcomes] == calls[0]
     printed = capsys.readouterr().err
     assert "3 of 3 groups teach nothing" in printed and "too easy" in printed and "max_resample_times" in printed
+    assert filled.metrics()["sampling/padded_prompts"] == 3
+    prompts.begin_rollout(1)
+    assert fill_rollout(prompts, args, 3, generate).num_padded and "teach nothing" not in capsys.readouterr().err
 
 
 def test_without_dynamic_sample_all_groups_are_used():

@@ -1,0 +1,39 @@
+"""Numbers about the completions of a rollout."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from erniekit.training.rl.completions import Completion
+
+
+def sampled_kl(completion: Completion) -> float:
+    """The sum over a completion's tokens of log old - log ref (k1)."""
+    assert completion.old_logps is not None and completion.reference_logps is not None
+    return float(np.nansum(completion.old_logps.astype(np.float64) - completion.reference_logps))
+
+
+def length_metrics(completions: Sequence[Completion]) -> dict[str, float]:
+    """The lengths of completions in tokens that the policy chose, and the share without an end token."""
+    lengths = np.array([completion.num_sampled for completion in completions], np.float64)
+    has_ended = np.array([not completion.is_truncated for completion in completions])
+    result = {
+        "completions/mean_length": float(lengths.mean()),
+        "completions/min_length": float(lengths.min()),
+        "completions/max_length": float(lengths.max()),
+        "completions/clipped_ratio": float(1 - has_ended.mean()),
+    }
+    if has_ended.any():
+        result["completions/mean_terminated_length"] = float(lengths[has_ended].mean())
+    return result
+
+
+def mean(values: np.ndarray) -> float:
+    given = values[~np.isnan(values)]
+    return float(given.mean()) if len(given) else float("nan")
+
+
+def std(values: np.ndarray) -> float:
+    """The standard deviation with the divisor n - 1; 0 for fewer than two values."""
+    given = values[~np.isnan(values)]
+    return float(given.std(ddof=1)) if len(given) > 1 else 0.0
