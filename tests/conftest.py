@@ -2,6 +2,9 @@
 
 import os
 import tempfile
+from pathlib import Path
+
+import pytest
 
 from erniekit.utils import runtime
 
@@ -21,3 +24,18 @@ except ImportError:  # the tests that need it say so themselves
 else:
     settings.register_profile("erniekit", deadline=None, derandomize=True, database=None)
     settings.load_profile("erniekit")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Mark the cases of slow_cases.txt."""
+    lines = Path(__file__).with_name("slow_cases.txt").read_text(encoding="utf-8").splitlines()
+    entries = [line for line in lines if line and not line.startswith("#")]
+    matched = set()
+    for item in items:
+        for entry in entries:
+            if item.nodeid == entry or item.nodeid.startswith(entry if "[" in entry else f"{entry}["):
+                item.add_marker(pytest.mark.slow)
+                matched.add(entry)
+    if config.args == ["tests"] and (unknown := [entry for entry in entries if entry not in matched]):
+        raise pytest.UsageError("tests/slow_cases.txt has lines that match no test:\n" + "\n".join(unknown))
