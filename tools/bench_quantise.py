@@ -86,7 +86,7 @@ def pass_seconds(source: Path) -> float:
     """Seconds of the clock for one pass over memory in one thread: 16 MB at a time of the source's files are read from
     the page cache, and as many weights in fp32 are copied.
     """
-    bits, weights, copied = np.empty(1 << 23, np.uint16), np.zeros(1 << 23, np.float32), np.empty(1 << 23, np.float32)
+    bits, weights, copied = np.empty(1 << 23, np.uint16), np.ones(1 << 23, np.float32), np.ones(1 << 23, np.float32)
     begin = time.perf_counter()
     for path in source.glob("*.safetensors"):
         with open(path, "rb", buffering=0) as file:
