@@ -73,9 +73,7 @@ def main() -> None:
     lines = args.prompts.read_text(encoding="utf-8").splitlines()[: max(args.batches)]
     prompts = [chat.tokenizer.encode(f"User: {json.loads(line)['src'][0]}\nAssistant: ") for line in lines]
     limits = Limits(args.tokens)
-    print(
-        "| answers at a time | drafts that were right | passes | cost of a pass | gain (rounds) |\n|---|---|---|---|---|"
-    )
+    print("| answers at a time | right drafts | passes | cost of a pass | gain (rounds) |\n|---|---|---|---|---|")
     for count in args.batches:
         print(bench(chat.model, prompts[:count], limits, args.rounds), flush=True)
 
