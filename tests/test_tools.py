@@ -4,6 +4,8 @@ Scripts that compare with torch, transformers, PEFT or TRL are skipped where tho
 """
 
 import importlib.util
+import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +16,8 @@ ROOT = Path(__file__).resolve().parents[1]
 TOKENIZER = "examples/models/tiny-dense"
 MOE = "examples/configs/tiny/sft/run_sft_moe.yaml"
 
-# Name of a case: the script and its arguments; {tmp} is a directory of the test with the file text.jsonl in it.
+# Name of a case: the script and its arguments; {tmp} is a directory of the test with the file text.jsonl in it,
+# and a model `drafts` whose prediction block drafts tokens.
 FAST = {
     "bench_sft, ours alone": "bench_sft.py --num-samples 60 --batches 4 --rounds 1 --against",
     "bench_step, ours alone": "bench_step.py tiny --only ours --rounds 1 --warmup 1 --batch 1 --seq 16",
@@ -30,6 +33,7 @@ FAST = {
     "gpu_acceptance, on a CPU": "gpu_acceptance.py --device cpu --steps 2 --out {tmp}/acceptance.txt",
     "bench_serving": f"bench_serving.py --start model_name_or_path={TOKENIZER} continue_training=false "
     "compute_type=fp32 --concurrency 2 --requests 2 --tokens 4 --out {tmp}/load.png",
+    "bench_drafts": "bench_drafts.py {tmp}/drafts --random --batches 2 --tokens 3 --rounds 1",
     "make_config_page": "make_config_page.py --check",
     "bench_data": f"bench_data.py --tokenizer {TOKENIZER} --steps 2 --seq 256 --rounds 1 data/demo/test.jsonl",
     "bench_data, pictures": "bench_data.py --pictures 2 --size 90x60 --rounds 1",
@@ -99,6 +103,10 @@ HELPERS = {"bench_worker.py", "comparison.py", "published_runs.py"}
 
 def run(arguments: str, directory: Path) -> None:
     (directory / "page.md").write_text("One sentence.\n", encoding="utf-8")
+    (directory / "drafts").mkdir()
+    config = json.loads((ROOT / TOKENIZER / "config.json").read_text()) | {"num_nextn_predict_layers": 1}
+    shutil.copytree(ROOT / TOKENIZER, directory / "drafts", dirs_exist_ok=True)
+    (directory / "drafts" / "config.json").write_text(json.dumps(config))
     (directory / "text.jsonl").write_text('{"text": "print(1 + 1)"}\n' * 20, encoding="utf-8")
     script, *words = [word.format(tmp=directory) for word in arguments.split()]
     done = subprocess.run(

@@ -11,12 +11,14 @@ server of its own on a free port.
 
 --against DIRECTORY also measures transformers' `generate` on torch with the configuration in that directory, random
 weights, fp32: one static batch of as many prompts as the largest number of requests at a time, prompts and answers as
-long as the server's. Server and torch take turns for --rounds rounds; needs the extra `parity`.
+long as the server's. Server and torch take turns for --rounds rounds; needs the extra `parity`. With --start it also
+compares the processor time that each of the two processes takes for a token, which other jobs change less.
 """
 
 import argparse
 import asyncio
 import json
+import os
 import random
 import re
 import statistics
@@ -175,20 +177,30 @@ class Static:
         return self.ids.shape[0] * tokens / (time.monotonic() - begun)
 
 
-def compare(args: argparse.Namespace, model: str, prompt: int) -> None:
+def processor_seconds(pid: int) -> float:
+    """Processor time that a process has had (proc(5))."""
+    fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def compare(args: argparse.Namespace, model: str, prompt: int, pid: int | None) -> None:
     """The server at its largest number of requests at a time and a static batch of transformers, by turns."""
     batch = max(args.concurrency)
     job = {"directory": str(args.against), "batch": batch, "prompt": prompt, "tokens": args.tokens}
     worker = Worker(__file__, "torch", job)
     calls = max(1, round(args.requests / batch))
-    pairs = []
+    pairs, costs = [], []
     for number in range(args.rounds):
         time.sleep(PAUSE)
-        begun = time.monotonic()
+        begun, before = time.monotonic(), processor_seconds(pid) if pid else 0
         results = asyncio.run(load(args, model, batch, None, 100 + number))
-        served = sum(result.tokens for result in results) / (time.monotonic() - begun)
+        tokens = sum(result.tokens for result in results)
+        served = tokens / (time.monotonic() - begun)
+        cost = (processor_seconds(pid) - before) / tokens if pid else 0
         time.sleep(PAUSE)
-        pairs.append((served, statistics.median(worker.ask("run")["rate"] for _ in range(calls))))
+        answers = [worker.ask("run") for _ in range(calls)]
+        pairs.append((served, statistics.median(answer["rate"] for answer in answers)))
+        costs.append((cost, statistics.median(answer["seconds"] for answer in answers) / (batch * args.tokens)))
     worker.close()
     ratios = [served / static for served, static in pairs]
     served, static = (statistics.median(each) for each in zip(*pairs, strict=True))
@@ -197,6 +209,13 @@ def compare(args: argparse.Namespace, model: str, prompt: int) -> None:
         f"{batch} {static:.0f} tokens/s (prompts of {prompt} tokens), ratio {statistics.median(ratios):.2f} "
         f"(rounds {min(ratios):.2f}-{max(ratios):.2f})"
     )
+    if pid:
+        ratios = [other / own for own, other in costs]
+        own, other = (1e6 * statistics.median(each) for each in zip(*costs, strict=True))
+        print(
+            f"processor time a token: server {own:.0f} us, transformers {other:.0f} us, ratio "
+            f"{statistics.median(ratios):.2f} (rounds {min(ratios):.2f}-{max(ratios):.2f})"
+        )
 
 
 def serve_static() -> None:
@@ -207,7 +226,8 @@ def serve_static() -> None:
     static.run(job["tokens"])  # warm-up
     answer({})
     for _ in commands:
-        answer({"rate": static.run(job["tokens"])})
+        before = time.process_time()
+        answer({"rate": static.run(job["tokens"]), "seconds": time.process_time() - before})
 
 
 def measure(args: argparse.Namespace, model: str, tables: dict[str, list[dict]]) -> int:
@@ -267,7 +287,7 @@ def main() -> None:
         prompt = measure(args, model, tables)
         show(tables)
         if args.against:
-            compare(args, model, prompt)
+            compare(args, model, prompt, process.pid if process else None)
     finally:
         if process:
             process.terminate()

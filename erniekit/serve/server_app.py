@@ -110,7 +110,7 @@ async def _metrics(request: HttpRequest, served: Served) -> Response:
 
 
 async def _openapi(request: HttpRequest, served: Served) -> Response:
-    return json_response(document())
+    return json_response(document((served.name, *served.adapters)))
 
 
 async def _api_error(request: HttpRequest, error: Exception) -> Response:

@@ -1,6 +1,6 @@
 """The OpenAPI document of a server, made of the tables of fields that requests are read by."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from erniekit.serve import server_fields as fields
@@ -23,6 +23,14 @@ _ERROR = {
         }
     },
 }
+_MESSAGE = {
+    "type": "object",
+    "required": ["role", "content"],
+    "properties": {
+        "role": {"enum": ["system", "developer", "user", "assistant", "tool"]},
+        "content": {"type": ["string", "array", "null"]},
+    },
+}
 _STATUSES = {
     "400": "The request is wrong; `param` names the field.",
     "401": "The key is missing or wrong.",
@@ -35,23 +43,21 @@ _STATUSES = {
 }
 
 
-def document() -> dict[str, Any]:
-    """The whole document."""
+def document(names: Sequence[str]) -> dict[str, Any]:
+    """The whole document of a server of models with these names."""
+    parameter = {"name": "name", "in": "path", "required": True, "schema": {"type": "string", "enum": [*names]}}
     return {
         "openapi": "3.1.0",
         "info": {"title": "erniekit server", "version": __version__},
         "paths": {
-            "/v1/chat/completions": {"post": _post("Answer a conversation.", fields.CHAT, streams=True)},
-            "/v1/completions": {"post": _post("Continue texts.", fields.COMPLETION, streams=True)},
-            "/tokenize": {"post": _post("The token ids of a text.", fields.TOKENIZE)},
-            "/detokenize": {"post": _post("The text of token ids.", fields.DETOKENIZE)},
-            "/v1/load_lora_adapter": {"post": _post("Load an adapter.", fields.LOAD_ADAPTER)},
-            "/v1/unload_lora_adapter": {"post": _post("Forget an adapter.", fields.UNLOAD_ADAPTER)},
+            "/v1/chat/completions": {"post": _post("Answer a conversation.", fields.CHAT, names, streams=True)},
+            "/v1/completions": {"post": _post("Continue texts.", fields.COMPLETION, names, streams=True)},
+            "/tokenize": {"post": _post("The token ids of a text.", fields.TOKENIZE, names)},
+            "/detokenize": {"post": _post("The text of token ids.", fields.DETOKENIZE, names)},
+            "/v1/load_lora_adapter": {"post": _post("Load an adapter.", fields.LOAD_ADAPTER, names)},
+            "/v1/unload_lora_adapter": {"post": _post("Forget an adapter.", fields.UNLOAD_ADAPTER, names)},
             "/v1/models": {"get": _get("The model that is served.")},
-            "/v1/models/{name}": {
-                "get": _get("One model.", "404")
-                | {"parameters": [{"name": "name", "in": "path", "required": True, "schema": {"type": "string"}}]}
-            },
+            "/v1/models/{name}": {"get": _get("One model.", "404") | {"parameters": [parameter]}},
             "/health": {"get": _get("Whether the engine answers.", "503")},
             "/ping": {"get": _get("The same as /health.", "503")},
             "/version": {"get": _get("The version of erniekit.")},
@@ -65,12 +71,17 @@ def document() -> dict[str, Any]:
     }
 
 
-def _post(summary: str, table: Mapping[str, Field], streams: bool = False) -> dict[str, Any]:
+def _post(summary: str, table: Mapping[str, Field], names: Sequence[str], streams: bool = False) -> dict[str, Any]:
+    properties = {name: field.schema() for name, field in table.items()}
+    if "model" in properties:
+        properties["model"] |= {"enum": [*names] if table["model"].required else [*names, None]}
+    if "messages" in properties:
+        properties["messages"] |= {"items": _MESSAGE, "minItems": 1}
     schema = {
         "type": "object",
         "additionalProperties": False,
         "required": [name for name, field in table.items() if field.required],
-        "properties": {name: field.schema() for name, field in table.items()},
+        "properties": properties,
     }
     kinds = {"application/json": {"schema": {"type": "object"}}}
     if streams:
