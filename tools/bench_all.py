@@ -207,8 +207,10 @@ def draw(lines: list[dict[str, Any]], path: Path) -> None:
     for axes, (title, ends) in zip(figure.subplots(len(_SHOWN), 1, sharex=True), _SHOWN.items(), strict=True):
         for name in (name for name in names if name.endswith(ends)):
             points = [(place, found[name]) for place, found in enumerate(numbers.values()) if name in found]
-            axes.plot(*zip(*points, strict=True), marker="o", markersize=3, linewidth=1, label=name.split(":")[0])
+            label = name.removesuffix(f": {title}")
+            axes.plot(*zip(*points, strict=True), marker="o", markersize=3, linewidth=1, label=label)
         axes.set_title(title, loc="left", fontsize=9)
+        axes.set_ylim(bottom=0)
         axes.spines[["top", "right"]].set_visible(False)
         if axes.lines:
             axes.legend(frameon=False, fontsize=6, loc="center left", bbox_to_anchor=(1, 0.5))

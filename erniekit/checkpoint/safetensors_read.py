@@ -1,6 +1,6 @@
 """Streaming reader of safetensors files: one tensor at a time, by seek and read, never a whole shard.
 
-The kernel is told what comes next in a file, so that the disk is not idle while a tensor is used.
+The kernel learns what comes next in a file, so that the disk is not idle while a tensor is used.
 """
 
 import os

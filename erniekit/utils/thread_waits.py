@@ -30,9 +30,13 @@ def waited_for_core() -> float | None:
 
 
 def blocktime_setter() -> Callable[[int], None] | None:
-    """The function that says for how many ms the threads of the calling thread spin; None if Paddle has other ones."""
+    """The function that says for how many ms the threads of the calling thread spin; None if Paddle has other threads,
+    or computes on a GPU.
+    """
     import paddle
 
+    if paddle.get_device() != "cpu":
+        return None
     for file in sorted((Path(paddle.__file__).parent / "libs").glob("libiomp5.so*")):
         try:
             setter = ctypes.CDLL(str(file)).kmp_set_blocktime
