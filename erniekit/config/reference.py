@@ -32,7 +32,7 @@ KEYS: dict[str, tuple[str, str]] = {
     "train": (
         "data,vision,text beside pictures,model,FP8,quantisation-aware training,shape,LoRA,preference,"
         "reward model,judged answers,distillation from a teacher,reinforcement learning,rewards,difficulty of prompts,"
-        "tools in rollouts,train,optimizer,parts of the model,parallel,mixture of experts",
+        "tools in rollouts,rollout server,train,optimizer,parts of the model,parallel,mixture of experts",
         "",
     ),
     "eval": (

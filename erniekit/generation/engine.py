@@ -278,11 +278,7 @@ class Engine:
         if len(going) == len(self._running):
             return
         assert self._stepper is not None, "running rows have a cache"
-        if self.records_experts:
-            for place, row in enumerate(self._running):
-                row.experts = self._stepper.cache.notes_of(place) if row.answer.stop else None
-        if self.num_kept:
-            self._keep([place for place, row in enumerate(self._running) if row.answer.stop])
+        self._keep([place for place, row in enumerate(self._running) if row.answer.stop])
         # The last rows fill the gaps, so that few change their places.
         behind = [place for place in going if place >= len(going)]
         is_going = set(going)
@@ -294,7 +290,13 @@ class Engine:
             self._stepper = None
 
     def _keep(self, places: list[int]) -> None:
+        """Keep what is wanted of rows that have ended: their experts, their keys and values."""
         assert self._stepper is not None
+        if self.records_experts:
+            for place in places:
+                self._running[place].experts = self._stepper.cache.notes_of(place)
+        if not self.num_kept:
+            return
         for place in places[-self.num_kept :]:
             row, cache = self._running[place], self._stepper.cache.copy([place])
             ids = [*row.request.prompt, *row.answer.ids][: int(cache.lengths[0])]

@@ -325,6 +325,8 @@ class RolloutLoader:
         if rates:
             result |= {"accuracy": float(np.mean(rates)), "pass_at_g": float(np.mean([rate > 0 for rate in rates]))}
         result |= {f"reward_failures/{name}": float(count) for name, count in self._failures.items()}
+        if self._server is not None:
+            result["rollout/retries"] = float(self._server.num_retries)
         return result | filled.metrics() | self._sampler.metrics() | self._logged
 
     def _records(self, groups: list[Group]) -> list[dict[str, Any]]:

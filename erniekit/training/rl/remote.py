@@ -150,7 +150,7 @@ def require_same_weights(cfg: Config, completions: Sequence[Completion]) -> None
 
 
 def _as_they_end(running: dict[Future[ServedTurn], Track]) -> Iterator[tuple[Future[ServedTurn], Track]]:
-    """Futures with their tracks as they end; more may be added meanwhile."""
+    """Futures with their tracks as they end; more may be added to `running`."""
     while running:
         heartbeat.waiting(None)
         ended, _ = wait(running, timeout=60.0, return_when=FIRST_COMPLETED)

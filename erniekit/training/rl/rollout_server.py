@@ -165,9 +165,7 @@ class RolloutServer:
         logps = scores.get("token_logprobs")
         if not logps or any(not isinstance(value, int | float) for value in logps):
             raise TrainError(f"{where} returns no log-probabilities of the tokens (logprobs), which the loss needs")
-        ids = choice.get("token_ids")
-        if ids is None:
-            ids = [_id_in(text) for text in scores.get("tokens") or []]
+        ids = _ids_in(choice, scores)
         if not ids or any(not isinstance(i, int) or not 0 <= i < self._vocab_size for i in ids):
             raise TrainError(
                 f"{where} returns no ids of this model's vocabulary: it has to know return_token_ids or "
@@ -177,8 +175,7 @@ class RolloutServer:
             raise TrainError(
                 f"{where} returns {len(logps)} log-probabilities for {len(ids)} tokens; the end token needs one, too"
             )
-        sent = choice.get("prompt_token_ids")
-        if sent is not None and list(sent) != list(prompt):
+        if choice.get("prompt_token_ids", list(prompt)) not in (None, list(prompt)):
             raise TrainError(
                 f"{where} has continued other tokens than those of the prompt. Does it add any of its own?"
             )
@@ -200,10 +197,14 @@ def _names(answer: Any) -> list[str]:
     return [model["id"] for model in answer["data"]]
 
 
-def _id_in(text: Any) -> int | None:
-    """The id in a text "token_id:N"."""
-    number = text.removeprefix(_ID_PREFIX) if isinstance(text, str) and text.startswith(_ID_PREFIX) else ""
-    return int(number) if number.isdigit() else None
+def _ids_in(choice: Any, scores: Any) -> list[Any]:
+    """The ids of an answer: `token_ids`, or those in its tokens "token_id:N"; None in the place of one that is not
+    known.
+    """
+    if choice.get("token_ids") is not None:
+        return list(choice["token_ids"])
+    words = [str(text).partition(_ID_PREFIX) for text in scores.get("tokens") or []]
+    return [int(number) if not before and prefix and number.isdigit() else None for before, prefix, number in words]
 
 
 def _number(seed: int, draw: int) -> int:

@@ -251,6 +251,13 @@ CASES: list[tuple[str, dict[str, Any], dict[str, Any], dict[str, Any] | None]] =
     ("train", {"mis_cap": 3}, RL, {**RL, "rollout_correction": "mis"}),
     ("train", {"importance_sampling_level": "token"}, {**RL, "rollout_correction": "misc"}, RL),
     ("train", {"upo_beta": 0.2, "upo_margin": 0.1}, RL, {**RL, "upo_weight": 0.1}),
+    ("train", {"upo_offline_path": "p.jsonl"}, RL, {**RL, "upo_offline_weight": 0.1}),
+    (
+        "train",
+        {"rollout_model": "m", "rollout_tolerance": 0.5},
+        RL,
+        {**RL, "rollout_base_url": "http://a/v1", "fine_tuning": "LoRA"},
+    ),
     ("train", {"print_completions_steps": 5}, {**RL, "num_completions_to_print": 0}, RL),
     ("train", {"max_resample_times": 5, "difficulty_low": 0.1}, RL, {**RL, "dynamic_sample": True}),
     ("train", {"difficulty_momentum": 0.5}, RL, {**RL, "difficulty_weighting": "variance"}),

@@ -173,6 +173,7 @@ def test_an_answer_of_a_server(other: Other, keys: dict[str, Any]):
         ({"logprobs": None}, "no log-probabilities"),
         ({"logprobs": {"token_logprobs": [-1.0, None, -1.0]}}, "no log-probabilities"),
         ({"token_ids": None}, "no ids of this model's vocabulary"),
+        ({"token_ids": None, "logprobs": GOOD["logprobs"] | {"tokens": ["4", "5", "2"]}}, "no ids of this model's"),
         ({"token_ids": [4, 60, 2]}, "no ids of this model's vocabulary"),
         ({"token_ids": [4, 5]}, "3 log-probabilities for 2 tokens"),
         ({"prompt_token_ids": [1, 3, 7]}, "other tokens than those of the prompt"),
