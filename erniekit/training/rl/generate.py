@@ -1,11 +1,10 @@
 """Generates the completions of a rollout with the model that is trained."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 
-import numpy as np
 import paddle
 
 from erniekit.config.schema import Config
@@ -46,9 +45,7 @@ class Generator:
             seed=cfg.seed if cfg.rollout_seed is None else cfg.rollout_seed,
         )
         self._greedy = Sampling(repetition_penalty=cfg.repetition_penalty)
-        allowed = np.ones(model.config.vocab_size, bool)
-        allowed[sorted(_never_sampled(model, template) - set(stops))] = False
-        self._constraint = None if allowed.all() else _constant(allowed)
+        self._never = tuple(sorted(_never_sampled(model, template) - set(stops)))
 
     def __call__(self, prompts: Sequence[Prompt], draws: Sequence[Sequence[int]], groups: Sequence[int]) -> list[Group]:
         """The completions of prompts, of prompt i one for each number in draws[i], which is the number of its random
@@ -93,7 +90,7 @@ class Generator:
             open_pictures=None if pictures is None else partial(tables_of, pictures),
             num_scores=0,
             score_temperature=self._sampling.temperature or 1.0,
-            constraint=self._constraint,
+            never=self._never,
         )
 
     def _run(self, tracks: Sequence[Track]) -> None:
@@ -151,10 +148,6 @@ def _never_sampled(model: CausalLM, template: Template) -> set[int]:
     if model.config.vision is not None:
         ids |= {token for token in model.config.vision.placeholders if token is not None}
     return {token for token in ids if 0 <= token < model.config.vocab_size}
-
-
-def _constant(allowed_V: np.ndarray) -> Callable[[Sequence[int]], np.ndarray]:
-    return lambda ids: allowed_V
 
 
 @contextmanager
