@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -66,3 +67,53 @@ def test_two_ranks_make_the_samples_and_losses_of_one(world2, one_rank, layout):
                 assert found[name] == pytest.approx(expected[name], abs=1e-5, rel=1e-4), name
             for name in ("reward", "reward_std", "completions/mean_length", "sampling/generated_prompts"):
                 assert found.get(name) == pytest.approx(expected.get(name)), name
+
+
+# Counts the calls of all ranks in a file.
+COUNTING = """
+from pathlib import Path
+
+calls = Path(__file__).with_name("calls")
+
+def double(number: int) -> str:
+    'Doubles a number.'
+    with calls.open("a") as file:
+        file.write("x")
+    return f"{2 * number}, call {calls.stat().st_size}"
+"""
+
+
+def train_with_tools(keys: dict[str, Any]) -> list[dict[str, Any]]:
+    """As train_rl, of a model every turn of which ends soon and is taken for a call."""
+    from erniekit.generation.tool_calls import Answer
+    from erniekit.training.rl import generate, tools
+
+    read_calls, tools.read_calls = (
+        tools.read_calls,
+        lambda text: Answer(text, [{"name": "double", "arguments": {"number": 21}}], 0),
+    )
+    begin = generate.Generator.__init__
+
+    def with_many_ends(self, *args, **kwargs):
+        begin(self, *args, **kwargs)
+        self._limits = replace(self._limits, stop_ids=(2, *range(20, 1200)))
+
+    generate.Generator.__init__ = with_many_ends
+    try:
+        return train_rl(keys)
+    finally:
+        generate.Generator.__init__, tools.read_calls = begin, read_calls
+
+
+@pytest.mark.parametrize("degree", ["tensor_parallel_degree", "pipeline_parallel_degree"])
+def test_of_ranks_that_share_a_model_one_executes_the_calls(world2, tmp_path, degree):
+    keys = rl_workspace(tmp_path) | {"save_strategy": "no", "max_steps": 2, "num_generations": 2}
+    (tmp_path / "tool.py").write_text(COUNTING, encoding="utf-8")
+    keys |= {"tools": f"{tmp_path / 'tool.py'}:double", "max_turns": 3, "max_completion_length": 90, "max_seq_len": 400}
+    histories = world2.run(train_with_tools, keys=keys | {degree: 2})
+    lines = [json.loads(line) for line in (tmp_path / "out" / "samples.jsonl").read_text().splitlines()]
+    results = [turn["content"] for line in lines for turn in line["turns"] if turn["role"] == "tool"]
+    assert sorted(int(result.split()[-1]) for result in results) == list(range(1, len(results) + 1)) and results
+    for steps in histories:
+        assert all(step["rollout/logp_difference/max"] < 2e-4 for step in steps)
+        assert [step["loss"] for step in steps] == pytest.approx([step["loss"] for step in histories[0]], abs=1e-6)

@@ -13,13 +13,14 @@ from erniekit.data.prompts import Prompt
 from erniekit.generation.decode import eval_mode
 from erniekit.generation.engine import Engine
 from erniekit.generation.pictures import tables_of
-from erniekit.generation.request import Generation, Limits, Request
+from erniekit.generation.ranks import from_leader, leads
+from erniekit.generation.request import Answer, Generation, Limits, Request
 from erniekit.generation.sampling import Sampling
 from erniekit.models.decoder import CausalLM
 from erniekit.models.stages import finish_passes
 from erniekit.parallel import comm
 from erniekit.training.rl.completions import Completion, Group
-from erniekit.training.rl.tools import ToolLoop
+from erniekit.training.rl.tools import Continuation, Dialogue, ToolLoop
 from erniekit.training.rl.track import Track, completion_of
 from erniekit.utils import heartbeat
 
@@ -117,7 +118,7 @@ class Generator:
         track.add_turn(answer.ids, answer.stop_id, [score.logprob for score in answer.scores])
         if self._tools is None or track.dialogue is None:
             return False
-        continuation = self._tools.after_turn(track.dialogue, answer.ids, answer.stop_id is not None)
+        continuation = self._after_turn(self._tools, track.dialogue, answer)
         if continuation is None:
             return False
         room = min(
@@ -129,6 +130,20 @@ class Generator:
             return False
         track.add_results(continuation)
         return True
+
+
+    def _after_turn(self, tools: ToolLoop, dialogue: Dialogue, answer: Answer) -> Continuation | None:
+        """What follows a turn. Of the ranks that share the model one executes the calls and tells the others, whose
+        dialogues stay as they began; it is the one whose completions are scored.
+        """
+        mesh, result = self._model.mesh, None
+        if leads(mesh):
+            result = tools.after_turn(dialogue, answer.ids, answer.stop_id is not None)
+        if mesh.degrees.tensor * mesh.degrees.pipeline == 1:
+            return result
+        assert result is None or not result.plans, "pictures are not sent"
+        told = from_leader(None if result is None else [result.ids, result.end_input], mesh)
+        return None if told is None else Continuation(*told)
 
 
 _TURN_BITS = 192  # above the bits of draw_number
