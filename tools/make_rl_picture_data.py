@@ -23,11 +23,12 @@ from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from make_vl_demo_data import COLOURS, PAPERS, SHAPES, draw_shape
+from make_vl_demo_data import COLOURS, SHAPES, draw_shape
 from PIL import Image, ImageDraw
 
 SHARE_RIGHT = 0.42
-COUNTS = {"sft": 700, "train": 280, "test": 100}
+COUNTS = {"sft": 3000, "train": 400, "test": 100}
+PAPERS = [(grey, grey, grey) for grey in range(200, 256, 5)]
 FIELDS = 4  # of a side of a picture
 MARK = 22  # pixels of a triangle's side
 WAYS = {"left": ((1, 0), (1, 1), (0, 0.5)), "right": ((0, 0), (0, 1), (1, 0.5)),

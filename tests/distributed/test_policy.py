@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 from support.rl_runs import rl_workspace
+from support.tiny_directories import write_lines
+from support.vision_directories import picture_records, vision_model_directory
 
 KEYS = {
     "rl_algorithm": "gspo",
@@ -55,10 +57,13 @@ def completions(directory: Path) -> list[str]:
     ],
 )
 def test_two_ranks_make_the_samples_and_losses_of_one(world2, one_rank, layout):
-    keys, wanted, texts = one_rank
-    changes = dict(part.split("=") for part in layout.split())
-    there = Path(keys["output_dir"]).parent / re.sub(r"\W", "_", layout)
-    histories = world2.run(train_rl, keys=keys | changes | {"output_dir": str(there)})
+    check(world2, *one_rank, dict(part.split("=") for part in layout.split()))
+
+
+def check(world, keys: dict[str, Any], wanted: list[dict[str, Any]], texts: list[str], layout: dict[str, Any]) -> None:
+    """A run in this layout makes the same completions, and losses, norms and rewards within rounding."""
+    there = Path(keys["output_dir"]).parent / re.sub(r"\W", "_", str(layout))
+    histories = world.run(train_rl, keys=keys | layout | {"output_dir": str(there)})
     assert completions(there) == texts
     for steps in histories:
         for found, expected in zip(steps, wanted, strict=True):
@@ -67,6 +72,35 @@ def test_two_ranks_make_the_samples_and_losses_of_one(world2, one_rank, layout):
                 assert found[name] == pytest.approx(expected[name], abs=1e-5, rel=1e-4), name
             for name in ("reward", "reward_std", "completions/mean_length", "sampling/generated_prompts"):
                 assert found.get(name) == pytest.approx(expected.get(name)), name
+
+
+def test_four_ranks_make_the_samples_and_losses_of_one(world4, one_rank):
+    layout = {"data_parallel_degree": 2, "tensor_parallel_degree": 2}
+    check(world4, *one_rank, layout)
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory) -> tuple[dict[str, Any], list[dict[str, Any]], list[str]]:
+    """As one_rank, of a model that sees pictures, on prompts with one picture, two and none."""
+    directory = tmp_path_factory.mktemp("pictures")
+    keys = rl_workspace(directory) | KEYS
+    vision_model_directory(directory / "vl", weights=True)
+    records = [record | {"prompt": record.pop("messages")[:1], "answer": "1"} for record in picture_records(directory)]
+    write_lines(directory / "vl.jsonl", [record for record in records if "videos" not in record])
+    keys |= {
+        "stage": "VL-RL",
+        "model_name_or_path": f"{directory}/vl",
+        "train_dataset_path": f"{directory}/vl.jsonl",
+        "train_dataset_type": "messages",
+        "max_seq_len": 200,
+        "num_generations": 2,
+    }
+    return keys, train_rl(keys | {"output_dir": f"{directory}/one"}), completions(directory / "one")
+
+
+@pytest.mark.parametrize("degree", ["data", "tensor", pytest.param("pipeline", marks=pytest.mark.slow)])
+def test_two_ranks_that_see_pictures_equal_one(world2, pictures, degree):
+    check(world2, *pictures, {f"{degree}_parallel_degree": 2})
 
 
 # Counts the calls of all ranks in a file.
