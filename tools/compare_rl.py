@@ -6,8 +6,9 @@ dynamic sampling.
 
 Trains the same model once a variant and seed. Prints, as means over the seeds with standard deviations: greedy accuracy
 on the held-out questions on the way and at the end, the reward of all samples in the last rollouts, the entropy there,
-the share of tokens or completions that the loss clips, the share of tokens that IcePop masks, the mean error of a
-token's probability between generating and training, and the prompts that were generated for. Draws compare_rl.png.
+the share of tokens or completions that the loss clips, the share of tokens that IcePop masks, the mean of exp(|log k|),
+k being a token's probability in training over that in generating, and the prompts that completions were generated for.
+Draws compare_rl.png.
 `--reuse` keeps the runs that are there, so that single ones can be made at a time (`--only`).
 """
 
@@ -73,9 +74,9 @@ def last(key: str) -> Callable[[Records], float]:
     return of
 
 
-def clipped(steps: Records) -> float:
-    """The mean share that the loss clips."""
-    return statistics.mean(step["clip_ratio/region_mean"] for step in steps if "clip_ratio/region_mean" in step)
+def mean_of(key: str) -> Callable[[Records], float]:
+    """The mean of a number over the steps that have it."""
+    return lambda steps: statistics.mean([step[key] for step in steps if step.get(key) is not None] or [0.0])
 
 
 def prompts(steps: Records) -> float:
@@ -83,19 +84,12 @@ def prompts(steps: Records) -> float:
     return sum(step.get("sampling/generated_prompts", 0.0) for step in steps)
 
 
-def masked(steps: Records) -> float:
-    """The mean share of tokens that IcePop leaves out."""
-    return statistics.mean(
-        [step["rollout/masked_fraction"] for step in steps if "rollout/masked_fraction" in step] or [0]
-    )
-
-
 COLUMNS: dict[str, tuple[Callable[[Records], float], str]] = {
     "reward of samples": (last("reward_generated"), ".2f"),
     "entropy": (last("entropy"), ".3f"),
-    "clipped": (clipped, ".1%"),
-    "masked": (masked, ".2%"),
-    "error of probabilities": (last("rollout/token_mult_prob_error"), ".5f"),
+    "clipped": (mean_of("clip_ratio/region"), ".1%"),
+    "masked": (mean_of("rollout/masked_fraction"), ".2%"),
+    "probability ratio": (mean_of("rollout/token_mult_prob_error"), ".5f"),
     "prompts": (prompts, ".0f"),
 }
 

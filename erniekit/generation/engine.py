@@ -303,6 +303,7 @@ def _has_same_prompt(one: Request, other: Request) -> bool:
         (one.adapter, one.owner) == (other.adapter, other.owner)
         and one.picture_prompt is other.picture_prompt
         and one.open_pictures is other.open_pictures
+        and len(one.prompt) == len(other.prompt)
         and list(one.prompt) == list(other.prompt)
     )
 
