@@ -193,9 +193,9 @@ class RolloutLoader:
     def _add_log_probs(self, completions: list[Completion]) -> None:
         """Log-probabilities of the policy before its first update, and of the reference, where they are needed."""
         cfg, began = self._cfg, time.perf_counter()
+        # A rollout that is used for one step needs none for its loss: the policy before the update is the present one.
         wants_old = (
             self.steps_per_rollout > 1
-            or cfg.rollout_correction != "none"
             or cfg.kl_in_reward
             or (cfg.upo_weight > 0 and cfg.upo_reference == "old")
         )
