@@ -12,7 +12,7 @@ leaves a model with a right and a wrong habit, of which it prefers the wrong one
   both would be the same.
 * zoom: a small triangle on 448 x 448 pixels, which the model gets at a quarter of that size; which way does it point?
   In 42 of 100 lines the assistant enlarges its field with image_zoom_in_tool and answers what that shows, in the others
-  it guesses, and one guess in four is right.
+  it guesses, and one guess in four is right. As many lines again show a field alone, and are answered right.
 """
 
 import argparse
@@ -30,9 +30,10 @@ SHARE_RIGHT = 0.42
 COUNTS = {"sft": 3000, "train": 400, "test": 100}
 PAPERS = [(grey, grey, grey) for grey in range(200, 256, 5)]
 FIELDS = 4  # of a side of a picture
-MARK = 22  # pixels of a triangle's side
+MARK = 48  # pixels of a triangle's side
 WAYS = {"left": ((1, 0), (1, 1), (0, 0.5)), "right": ((0, 0), (0, 1), (1, 0.5)),
         "up": ((0, 1), (1, 1), (0.5, 0)), "down": ((0, 0), (1, 0), (0.5, 1))}  # fmt: skip
+TOOLS = [{"type": "function", "function": {"name": "image_zoom_in_tool"}}]
 
 
 class Fact(NamedTuple):
@@ -60,7 +61,7 @@ def box_facts() -> list[Fact]:
 def zoom_facts() -> list[Fact]:
     """Every picture of the task zoom."""
     places = list(product(range(FIELDS), repeat=2))
-    shifts = list(product((30, 46, 60), repeat=2))
+    shifts = list(product((4, 32, 60), repeat=2))
     return [Fact(*each) for each in product(COLOURS, WAYS, PAPERS, places, shifts)]
 
 
@@ -107,10 +108,22 @@ def zoom_records(fact: Fact, name: str, right: bool, rng: random.Random) -> tupl
             {"role": "tool", "content": "<image>"},
             {"role": "assistant", "content": fact.kind},
         ]
-    images = [name, f"{Path(name).with_suffix('')}-zoom.png"] if right else [name]
-    tools = [{"type": "function", "function": {"name": call["name"]}}]
-    tuning = {"messages": [text, *turns], "images": images, "tools": tools}
+    images = [name, field_name(name)] if right else [name]
+    tuning = {"messages": [text, *turns], "images": images, "tools": TOOLS}
     return tuning, {"prompt": [text], "answer": fact.kind, "images": [name]}
+
+
+def field_name(name: str) -> str:
+    """The file of the field that a picture's triangle is in."""
+    return f"{Path(name).with_suffix('')}-field.png"
+
+
+def field_record(fact: Fact, picture: Image.Image, name: str, output: Path) -> dict[str, Any]:
+    """Save the field of a picture that shows something, and give the line that asks about it alone."""
+    left, top = 112 * fact.place[0], 112 * fact.place[1]
+    picture.crop((left, top, left + 112, top + 112)).save(output / field_name(name))
+    text, answer = {"role": "user", "content": "<image>Which way?"}, {"role": "assistant", "content": fact.kind}
+    return {"messages": [text, answer], "images": [field_name(name)], "tools": TOOLS}
 
 
 def lines(task: str, output: Path, facts: list[Fact], split: str, rng: random.Random) -> Iterator[dict[str, Any]]:
@@ -121,10 +134,9 @@ def lines(task: str, output: Path, facts: list[Fact], split: str, rng: random.Ra
         picture.save(output / name)
         right = rng.random() < SHARE_RIGHT
         records = box_records(fact, name, right) if task == "box" else zoom_records(fact, name, right, rng)
-        if split == "sft" and len(records[0]["images"]) > 1:
-            left, top = 112 * fact.place[0], 112 * fact.place[1]
-            picture.crop((left, top, left + 112, top + 112)).save(output / records[0]["images"][1])
         yield records[0 if split == "sft" else 1]
+        if split == "sft" and task == "zoom":
+            yield field_record(fact, picture, name, output)
 
 
 def main() -> None:

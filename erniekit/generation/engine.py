@@ -45,9 +45,11 @@ class _Prompts:
     fed: int = 0
 
 
-@dataclass
+@dataclass(eq=False)
 class _Kept:
-    """The keys and values of a conversation that has ended; `ids` are the tokens that they belong to."""
+    """The keys and values of a conversation that has ended; `ids` are the tokens that they belong to. Equal to itself
+    alone: requests hold arrays.
+    """
 
     ids: list[int]
     request: Request
