@@ -131,7 +131,6 @@ class Generator:
         track.add_results(continuation)
         return True
 
-
     def _after_turn(self, tools: ToolLoop, dialogue: Dialogue, answer: Answer) -> Continuation | None:
         """What follows a turn. Of the ranks that share the model one executes the calls and tells the others, whose
         dialogues stay as they began; it is the one whose completions are scored.

@@ -195,9 +195,7 @@ class RolloutLoader:
         cfg, began = self._cfg, time.perf_counter()
         # A rollout that is used for one step needs none for its loss: the policy before the update is the present one.
         wants_old = (
-            self.steps_per_rollout > 1
-            or cfg.kl_in_reward
-            or (cfg.upo_weight > 0 and cfg.upo_reference == "old")
+            self.steps_per_rollout > 1 or cfg.kl_in_reward or (cfg.upo_weight > 0 and cfg.upo_reference == "old")
         )
         if wants_old:
             self._fill(completions, "old_logps", partial(self._token_scorer.log_probs, self._model))
