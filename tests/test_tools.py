@@ -43,6 +43,7 @@ FAST = {
     "make_demo_data": "make_demo_data.py --train 20 --test 5 --demo-dir {tmp} --examples-dir {tmp}",
     "make_tool_demo_data": "make_tool_demo_data.py --train 12 --test 4 --demo-dir {tmp} --examples-dir {tmp}",
     "make_rl_demo_data": "make_rl_demo_data.py --sft 4 --train 3 --test 2 --out {tmp}",
+    "make_rl_picture_data": "make_rl_picture_data.py {tmp}/pictures --sft 4 --train 3 --test 2",
     "bench_rl, ours alone": "bench_rl.py --only ours --rounds 1 --prompts 2 --generations 2 --tokens 4",
     "join_captions": "join_captions.py {tmp}/text.jsonl {tmp}/long.jsonl",
     "make_picture_example_data": "make_picture_example_data.py --out {tmp}",
@@ -58,6 +59,10 @@ SLOW = {
     "compare_balancing": f"compare_balancing.py {MOE} --steps 2 --out {{tmp}}/balancing",
     "compare_fp8": f"compare_fp8.py {MOE} batch_size=1 max_evaluate_steps=1 --steps 2 --out {{tmp}}/curve",
     "compare_layouts": "compare_layouts.py dense-dp2",
+    "compare_rl": (
+        "compare_rl.py examples/configs/tiny/rl/run_gspo.yaml --steps 2 --seeds 1 --only GSPO --out {tmp}/rl "
+        "model_name_or_path=examples/models/tiny-moe continue_training=false max_evaluate_steps=1 rollout_batch_size=4"
+    ),
     "demo_quantise": (
         "demo_quantise.py --schemes fp8 --model {tmp}/m --out {tmp}/d --require 0 max_steps=2 max_evaluate_steps=1"
     ),

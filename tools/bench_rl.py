@@ -55,6 +55,7 @@ def serve_ours(commands: Any, answer: Any, job: dict[str, Any]) -> None:
     from erniekit.utils import runtime
 
     runtime.prepare()
+    runtime.set_threads(job["threads"])
     from erniekit import config
     from erniekit.parallel.mesh import Mesh
     from erniekit.training.build import build_run

@@ -23,7 +23,6 @@ def wants_old_log_probs(cfg: Config) -> bool:
     return (
         cfg.steps_per_generation * cfg.num_iterations > 1
         or cfg.rollout_base_url is not None
-        or cfg.rollout_correction != "none"
         or cfg.kl_in_reward
         or (cfg.upo_weight > 0 and cfg.upo_reference == "old")
     )

@@ -80,12 +80,7 @@ def problems(cfg: Config) -> Iterator[str]:
     yield from _loss(cfg)
     yield from _reference(cfg)
     yield from server_problems(cfg)
-    yield from tool_problems(
-        cfg,
-        cfg.method.vision,
-        cfg.tensor_parallel_degree * cfg.pipeline_parallel_degree,
-        cfg.num_iterations * cfg.steps_per_generation,
-    )
+    yield from tool_problems(cfg, cfg.method.vision, cfg.num_iterations * cfg.steps_per_generation)
     yield from curriculum_problems(
         cfg, len(cfg.train_dataset_path), cfg.num_iterations * cfg.steps_per_generation, cfg.max_steps
     )

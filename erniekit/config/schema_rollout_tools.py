@@ -33,17 +33,12 @@ class RolloutToolArgs:
     )
 
 
-def tool_problems(args: RolloutToolArgs, sees_pictures: bool, num_model_ranks: int, num_steps: int) -> Iterator[str]:
-    """What is wrong with the keys, each as "key: what is wrong, and what to do". `num_model_ranks`: ranks that share
-    one copy of the model; `num_steps`: optimizer steps for which one rollout is used.
+def tool_problems(args: RolloutToolArgs, sees_pictures: bool, num_steps: int) -> Iterator[str]:
+    """What is wrong with the keys, each as "key: what is wrong, and what to do". `num_steps`: optimizer steps for which
+    one rollout is used.
     """
     if not args.tools:
         return
-    if num_model_ranks > 1:
-        yield (
-            "tools: not where ranks share the model (tensor_parallel_degree, pipeline_parallel_degree), since each of "
-            "them would have to see the same results at the same time. Use data ranks"
-        )
     for name in args.tools:
         is_own = ".py:" in name and name.rpartition(":")[2].isidentifier()
         if name not in BUILT_IN_TOOLS and not is_own:

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 import paddle
 
+from erniekit.generation.drawing import Way, draw_rows
 from erniekit.generation.ranks import chooses, from_chooser
 from erniekit.generation.request import Generation, TokenScore
 from erniekit.generation.sampling import choose
@@ -36,8 +37,14 @@ def choose_next(scores_BV: paddle.Tensor | None, rows: Sequence[Generation], mes
             "the model gives scores that are not finite, so its weights are not, or are too large. "
             "Use an earlier checkpoint."
         )
-    for row, token, line in zip(rows, tokens, table, strict=True):
-        row.append(token, None if row.request.num_scores is None else _token_score(line, row.request.num_scores))
+    if width < 0:
+        for row, token in zip(rows, tokens, strict=True):
+            row.append(token)
+        return tokens
+    logprobs = table[:, 1].copy().view(np.float64).tolist()
+    for row, token, logprob, line in zip(rows, tokens, logprobs, table, strict=True):
+        count = row.request.num_scores
+        row.append(token, None if count is None else TokenScore(logprob, _likeliest(line, count) if count else ()))
     return tokens
 
 
@@ -54,16 +61,33 @@ def _fill(table: np.ndarray, scores_BV: np.ndarray, rows: Sequence[Generation]) 
     if table.shape[1] == 1 and all(row.is_choice_plain for row in rows):
         table[:, 0] = scores_BV.argmax(axis=-1)
         return
-    for line, scores, row in zip(table, scores_BV, rows, strict=True):
-        line[0] = choose_alone(scores, row)
-        count = row.request.num_scores
-        if count is None:
-            continue
-        logprobs = _log_softmax(scores, row.request.score_temperature)
-        likeliest = np.argsort(-logprobs, kind="stable")[:count] if count else np.zeros(0, np.int64)
-        line[1:2] = logprobs[[line[0]]].view(np.int64)
-        line[2 : 2 + len(likeliest)] = likeliest
-        line[2 + count : 2 + count + len(likeliest)] = logprobs[likeliest].view(np.int64)
+    alike: dict[Way, list[int]] = {}
+    for place, row in enumerate(rows):
+        way = row.way
+        if way is None:
+            _fill_line(table[place], scores_BV[place], row)
+        else:
+            alike.setdefault(way, []).append(place)
+    for way, places in alike.items():
+        every = len(places) == len(rows)
+        of_these = scores_BV if every else scores_BV[places]
+        tokens, logprobs = draw_rows(of_these, way, [rows[place].generator for place in places])
+        table[places, 0] = tokens
+        if logprobs is not None:
+            table[places, 1] = logprobs.view(np.int64)
+
+
+def _fill_line(line: np.ndarray, scores_V: np.ndarray, row: Generation) -> None:
+    """See `_fill`."""
+    line[0] = choose_alone(scores_V, row)
+    count = row.request.num_scores
+    if count is None:
+        return
+    logprobs = _log_softmax(scores_V, row.request.score_temperature)
+    likeliest = np.argsort(-logprobs, kind="stable")[:count] if count else np.zeros(0, np.int64)
+    line[1:2] = logprobs[[line[0]]].view(np.int64)
+    line[2 : 2 + len(likeliest)] = likeliest
+    line[2 + count : 2 + count + len(likeliest)] = logprobs[likeliest].view(np.int64)
 
 
 def choose_alone(scores_V: np.ndarray, row: Generation) -> int:
@@ -74,8 +98,8 @@ def choose_alone(scores_V: np.ndarray, row: Generation) -> int:
     allowed = None if request.constraint is None else request.constraint(ids)
     if allowed is not None:
         scores_V = np.where(allowed, scores_V, np.float32(-np.inf))
-    banned = request.limits.stop_ids if len(ids) < request.limits.min_new_tokens else ()
-    return choose(scores_V, request.prompt, ids, request.sampling, row.generator, banned)
+    early = request.limits.stop_ids if len(ids) < request.limits.min_new_tokens else ()
+    return choose(scores_V, request.prompt, ids, request.sampling, row.generator, (*request.never, *early))
 
 
 def _log_softmax(scores_V: np.ndarray, temperature: float) -> np.ndarray:
@@ -85,8 +109,8 @@ def _log_softmax(scores_V: np.ndarray, temperature: float) -> np.ndarray:
     return scaled - np.log(np.exp(scaled).sum())
 
 
-def _token_score(line: np.ndarray, count: int) -> TokenScore:
-    """The scores in a row of the table; see `_fill`."""
+def _likeliest(line: np.ndarray, count: int) -> tuple[tuple[int, float], ...]:
+    """The likeliest tokens in a row of the table, with their log-probabilities; see `_fill`."""
     tokens, bits = line[2 : 2 + count], line[2 + count : 2 + 2 * count]
     pairs = zip(tokens.tolist(), bits.view(np.float64).tolist(), strict=True)
-    return TokenScore(float(line[1:2].view(np.float64)[0]), tuple((t, p) for t, p in pairs if t >= 0))
+    return tuple((token, logprob) for token, logprob in pairs if token >= 0)

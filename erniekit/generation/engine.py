@@ -45,9 +45,11 @@ class _Prompts:
     fed: int = 0
 
 
-@dataclass
+@dataclass(eq=False)
 class _Kept:
-    """The keys and values of a conversation that has ended; `ids` are the tokens that they belong to."""
+    """The keys and values of a conversation that has ended; `ids` are the tokens that they belong to. Equal to itself
+    alone: requests hold arrays.
+    """
 
     ids: list[int]
     request: Request
@@ -310,6 +312,7 @@ def _has_same_prompt(one: Request, other: Request) -> bool:
         (one.adapter, one.owner) == (other.adapter, other.owner)
         and one.picture_prompt is other.picture_prompt
         and one.open_pictures is other.open_pictures
+        and len(one.prompt) == len(other.prompt)
         and list(one.prompt) == list(other.prompt)
     )
 

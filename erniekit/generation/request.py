@@ -7,6 +7,7 @@ from typing import NamedTuple
 import numpy as np
 
 from erniekit.data.vision.prompt import PicturePrompt
+from erniekit.generation.drawing import Way
 from erniekit.generation.sampling import Sampling
 from erniekit.models.decoder import CausalLM
 from erniekit.models.pictures import PictureTables
@@ -77,6 +78,7 @@ class Request:
         kept beside that of each chosen token.
     score_temperature: the log-probabilities are those of the scores divided by it.
     constraint: restricts the tokens that may be chosen.
+    never: tokens that are never chosen, wherever the answer stands.
     adapter: the name of the adapter that the model has for this answer (lora.several); None: none.
     owner: who asks. Owners wait by turns, and share no keys and values.
     """
@@ -90,6 +92,7 @@ class Request:
     num_scores: int | None = None
     score_temperature: float = 1.0
     constraint: Constraint | None = None
+    never: tuple[int, ...] = ()
     adapter: str | None = None
     owner: str = ""
 
@@ -125,12 +128,19 @@ class Generation:
         self._context = context
         self.generator = _generator(request.sampling.seed, request.draw)
         self._num_told = 0  # of the tokens, by new_events
+        self._way = _way_of(request)
 
     @property
     def is_choice_plain(self) -> bool:
         """Whether the next token is simply the one with the highest score."""
         request, count = self.request, len(self.answer.ids)
-        return request.sampling.plain and count >= request.limits.min_new_tokens and request.constraint is None
+        restricted = request.constraint is not None or bool(request.never)
+        return request.sampling.plain and count >= request.limits.min_new_tokens and not restricted
+
+    @property
+    def way(self) -> Way | None:
+        """How the next token is drawn; None: not in a way that rows of a batch can share (generation.drawing)."""
+        return self._way if len(self.answer.ids) >= self.request.limits.min_new_tokens else None
 
     def append(self, token: int, score: TokenScore | None = None) -> None:
         """Add a chosen token to the answer, or end it."""
@@ -157,6 +167,17 @@ class Generation:
         elif answer.stop:
             events[-1:] = [(events[-1] if events else Event())._replace(stop=answer.stop)]
         return events
+
+
+def _way_of(request: Request) -> Way | None:
+    """How an answer's tokens are drawn, if it is from the whole distribution."""
+    sampling, temperature = request.sampling, request.sampling.temperature
+    if request.constraint is not None or sampling.penalises or sampling.filters or request.num_scores:
+        return None
+    score_temperature = None if request.num_scores is None else request.score_temperature
+    if score_temperature is not None and temperature not in (0, score_temperature):
+        return None
+    return Way(temperature, request.never, score_temperature)
 
 
 def _generator(seed: int | None, draw: int) -> np.random.Generator:

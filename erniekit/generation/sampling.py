@@ -52,10 +52,20 @@ class Sampling:
         return self.temperature == 0
 
     @property
+    def penalises(self) -> bool:
+        """Whether single tokens' scores are changed."""
+        has_penalty = self.repetition_penalty != 1 or self.frequency_penalty != 0 or self.presence_penalty != 0
+        return has_penalty or bool(self.logit_bias)
+
+    @property
+    def filters(self) -> bool:
+        """Whether a token is drawn among the likeliest ones alone."""
+        return not self.greedy and (self.top_k != 0 or self.top_p < 1 or self.min_p > 0)
+
+    @property
     def plain(self) -> bool:
         """Whether the choice is simply the highest score."""
-        penalises = self.repetition_penalty != 1 or self.frequency_penalty != 0 or self.presence_penalty != 0
-        return self.greedy and not penalises and not self.logit_bias
+        return self.greedy and not self.penalises
 
 
 def penalise_repetition(scores_V: np.ndarray, previous: Sequence[int] | np.ndarray, penalty: float) -> np.ndarray:

@@ -213,19 +213,25 @@ class KVCache:
         used = max(count for _, count in sources)
         self.capacity = max(self.capacity, _capacity_for(max(used, room)))
         self.lengths = np.array([0 if each is None else each[1] for each in beginnings], dtype=np.int64)
-        self._next_positions = np.zeros((self.num_places, self.capacity), dtype=np.int64)
-        self._notes = _no_notes(self._note_shape, self.num_places, self.capacity)
-        for row, each in enumerate(beginnings):
-            if each is not None:
-                self._next_positions[row, : each[1]] = each[0]._next_positions[0, : each[1]]
-                if self._notes is not None and each[0]._notes is not None:
-                    self._notes[row, : each[1]] = each[0]._notes[0, : each[1]]
+        self._begin_host_arrays(beginnings)
         # Most rows begin alike, with what the chat template puts before a question.
         order = None if len(distinct) == self.num_places else paddle.to_tensor([*map(distinct.index, beginnings)])
         for layer in range(len(self.keys)):
             if sources[0][0].keys[layer] is not None:
                 self.keys[layer] = self._begun([each and (each[0].keys[layer], *each) for each in distinct], order)
                 self.values[layer] = self._begun([each and (each[0].values[layer], *each) for each in distinct], order)
+
+    def _begin_host_arrays(self, beginnings: "Sequence[tuple[KVCache, int] | None]") -> None:
+        """Positions and notes of the tokens that rows begin with."""
+        self._next_positions = np.zeros((self.num_places, self.capacity), dtype=np.int64)
+        self._notes = _no_notes(self._note_shape, self.num_places, self.capacity)
+        for row, each in enumerate(beginnings):
+            if each is None:
+                continue
+            source, count = each
+            self._next_positions[row, :count] = source._next_positions[0, :count]
+            if self._notes is not None and source._notes is not None:
+                self._notes[row, :count] = source._notes[0, :count]
 
     def _begun(self, parts: Sequence[Any], order: paddle.Tensor | None) -> paddle.Tensor:
         """A layer's buffer that begins with (another cache's buffer, the cache, how many tokens) or with nothing."""

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 from support.loopback_server import KEY, serving
 from support.rl_runs import rl_workspace
 from support.tiny_directories import write_lines
+from support.vision_directories import picture_records, vision_model_directory
 
 KEYS = {
     "rl_algorithm": "gspo",
@@ -57,10 +59,13 @@ def completions(directory: Path) -> list[str]:
     ],
 )
 def test_two_ranks_make_the_samples_and_losses_of_one(world2, one_rank, layout):
-    keys, wanted, texts = one_rank
-    changes = dict(part.split("=") for part in layout.split())
-    there = Path(keys["output_dir"]).parent / re.sub(r"\W", "_", layout)
-    histories = world2.run(train_rl, keys=keys | changes | {"output_dir": str(there)})
+    check(world2, *one_rank, dict(part.split("=") for part in layout.split()))
+
+
+def check(world, keys: dict[str, Any], wanted: list[dict[str, Any]], texts: list[str], layout: dict[str, Any]) -> None:
+    """A run in this layout makes the same completions, and losses, norms and rewards within rounding."""
+    there = Path(keys["output_dir"]).parent / re.sub(r"\W", "_", str(layout))
+    histories = world.run(train_rl, keys=keys | layout | {"output_dir": str(there)})
     assert completions(there) == texts
     for steps in histories:
         for found, expected in zip(steps, wanted, strict=True):
@@ -87,6 +92,30 @@ def replayed(tmp_path_factory) -> tuple[dict[str, Any], list[dict[str, Any]], li
         "upo_offline_path": str(directory / "pairs.jsonl"),
         "upo_offline_pairs": 3,
         "save_strategy": "no",
+    }
+    return keys, train_rl(keys | {"output_dir": f"{directory}/one"}), completions(directory / "one")
+
+
+def test_four_ranks_make_the_samples_and_losses_of_one(world4, one_rank):
+    layout = {"data_parallel_degree": 2, "tensor_parallel_degree": 2}
+    check(world4, *one_rank, layout)
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory) -> tuple[dict[str, Any], list[dict[str, Any]], list[str]]:
+    """As one_rank, of a model that sees pictures, on prompts with one picture, two and none."""
+    directory = tmp_path_factory.mktemp("pictures")
+    keys = rl_workspace(directory) | KEYS
+    vision_model_directory(directory / "vl", weights=True)
+    records = [record | {"prompt": record.pop("messages")[:1], "answer": "1"} for record in picture_records(directory)]
+    write_lines(directory / "vl.jsonl", [record for record in records if "videos" not in record])
+    keys |= {
+        "stage": "VL-RL",
+        "model_name_or_path": f"{directory}/vl",
+        "train_dataset_path": f"{directory}/vl.jsonl",
+        "train_dataset_type": "messages",
+        "max_seq_len": 200,
+        "num_generations": 2,
     }
     return keys, train_rl(keys | {"output_dir": f"{directory}/one"}), completions(directory / "one")
 
@@ -135,3 +164,58 @@ def test_two_ranks_share_what_a_server_generates(world2, tmp_path, layout):
     assert [step["loss"] for step in first] == [step["loss"] for step in second]
     for step in first[::2]:
         assert step["rollout/logp_difference/max"] < 1e-4
+
+
+@pytest.mark.parametrize("degree", ["data", "tensor", pytest.param("pipeline", marks=pytest.mark.slow)])
+def test_two_ranks_that_see_pictures_equal_one(world2, pictures, degree):
+    check(world2, *pictures, {f"{degree}_parallel_degree": 2})
+
+
+# Counts the calls of all ranks in a file.
+COUNTING = """
+from pathlib import Path
+
+calls = Path(__file__).with_name("calls")
+
+def double(number: int) -> str:
+    'Doubles a number.'
+    with calls.open("a") as file:
+        file.write("x")
+    return f"{2 * number}, call {calls.stat().st_size}"
+"""
+
+
+def train_with_tools(keys: dict[str, Any]) -> list[dict[str, Any]]:
+    """As train_rl, of a model every turn of which ends soon and is taken for a call."""
+    from erniekit.generation.tool_calls import Answer
+    from erniekit.training.rl import generate, tools
+
+    read_calls, tools.read_calls = (
+        tools.read_calls,
+        lambda text: Answer(text, [{"name": "double", "arguments": {"number": 21}}], 0),
+    )
+    begin = generate.Generator.__init__
+
+    def with_many_ends(self, *args, **kwargs):
+        begin(self, *args, **kwargs)
+        self._limits = replace(self._limits, stop_ids=(2, *range(20, 1200)))
+
+    generate.Generator.__init__ = with_many_ends
+    try:
+        return train_rl(keys)
+    finally:
+        generate.Generator.__init__, tools.read_calls = begin, read_calls
+
+
+@pytest.mark.parametrize("degree", ["tensor_parallel_degree", "pipeline_parallel_degree"])
+def test_of_ranks_that_share_a_model_one_executes_the_calls(world2, tmp_path, degree):
+    keys = rl_workspace(tmp_path) | {"save_strategy": "no", "max_steps": 2, "num_generations": 2}
+    (tmp_path / "tool.py").write_text(COUNTING, encoding="utf-8")
+    keys |= {"tools": f"{tmp_path / 'tool.py'}:double", "max_turns": 3, "max_completion_length": 90, "max_seq_len": 400}
+    histories = world2.run(train_with_tools, keys=keys | {degree: 2})
+    lines = [json.loads(line) for line in (tmp_path / "out" / "samples.jsonl").read_text().splitlines()]
+    results = [turn["content"] for line in lines for turn in line["turns"] if turn["role"] == "tool"]
+    assert sorted(int(result.split()[-1]) for result in results) == list(range(1, len(results) + 1)) and results
+    for steps in histories:
+        assert all(step["rollout/logp_difference/max"] < 2e-4 for step in steps)
+        assert [step["loss"] for step in steps] == pytest.approx([step["loss"] for step in histories[0]], abs=1e-6)

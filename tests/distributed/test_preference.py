@@ -26,6 +26,20 @@ TWO = {
     "untied-tp2-sp-rm": ("untied", TENSOR2 | {"sequence_parallel": True}, REWARD_MODEL),
     "moe-lora-pp2-rm": ("moe", PIPE2, REWARD_MODEL | LORA),
 }
+JUDGED = {"stage": "KTO", "train_dataset_path": "judged.jsonl", "beta": 0.3, "desirable_weight": 1.5}
+PATH_OF_TEACHER = "teacher_model_name_or_path"
+DISTILLED = {"stage": "GKD", "train_dataset_path": "answers.jsonl", PATH_OF_TEACHER: "dense"}
+DISTILLED |= {"lmbda": 0.5, "max_new_tokens": 5, "temperature": 1.0}
+DATA2 = {"data_parallel_degree": 2}
+TWO |= {
+    "dense-dp2-judged": ("dense", DATA2, JUDGED),
+    "dense-dp2-gkd": ("dense", DATA2, DISTILLED),
+    "untied-tp2-sp-judged": ("untied", TENSOR2 | {"sequence_parallel": True}, JUDGED),
+    "moe-pp2-judged": ("moe", PIPE2, JUDGED),
+    "dense-tp2-gkd": ("dense", TENSOR2, DISTILLED),
+    "dense-pp2-gkd": ("dense", PIPE2, DISTILLED),
+}
+SLOW = {"untied-tp2-sp-judged", "moe-pp2-judged", "dense-tp2-gkd", "dense-pp2-gkd"}
 
 
 @pytest.fixture(scope="module")
@@ -41,17 +55,22 @@ def directory(tmp_path_factory) -> Path:
         for a in range(9)
         for b in range(9)
     ]
-    (path / "train.jsonl").write_text("".join(json.dumps(x, ensure_ascii=False) + "\n" for x in lines))
+    answers = [{"src": line["src"], "tgt": line["response"][0]} for line in lines]
+    judged = [answer | {"label": number % 3 > 0} for number, answer in enumerate(answers)]
+    for name, records in (("train", lines), ("answers", answers), ("judged", judged)):
+        text = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+        (path / f"{name}.jsonl").write_text(text)
     return path
 
 
 alone: dict[str, dict] = {}
 
 
-@pytest.mark.parametrize("layout", TWO)
+@pytest.mark.parametrize("layout", [pytest.param(x, marks=[pytest.mark.slow] * (x in SLOW)) for x in TWO])
 def test_two_ranks_equal_one(world2: World, directory: Path, layout: str):
     model, degrees, method = TWO[layout]
-    keys = {"stage": "DPO"} | method
+    paths = {key: f"{directory}/{method[key]}" for key in ("train_dataset_path", PATH_OF_TEACHER) if key in method}
+    keys = {"stage": "DPO"} | method | paths
     if "ref_logps_cache" in keys:
         keys["ref_logps_cache"] = str(directory / layout / "cache.npz")
     name = f"{model} {method}"

@@ -13,6 +13,9 @@ import erniekit
 from erniekit.checkpoint.safetensors_read import Reader
 from erniekit.config import load
 from erniekit.evaluate.run import evaluate
+from erniekit.models.config import ModelConfig
+from erniekit.models.decoder import CausalLM
+from erniekit.models.init import init_weights
 from erniekit.utils.errors import CheckpointError, ConfigError
 
 METRICS = ("reward_chosen", "reward_rejected", "reward_margin", "reward_accuracy", "logp_chosen", "logp_rejected", "kl")
@@ -97,6 +100,15 @@ def test_accumulated_and_packed_rows_give_one_step(pairs, model, dropout):
                 assert ours[name] == pytest.approx(theirs[name], rel=2e-4, abs=1e-5), name
 
 
+def teacher_in(directory):
+    """A model with other random weights than those that training starts from."""
+    shutil.copytree(directory / "dense", directory / "teacher")
+    model = CausalLM(ModelConfig.from_dir(directory / "teacher"))
+    init_weights(model, 7)
+    erniekit.save_model(model, directory / "teacher")
+    return directory / "teacher"
+
+
 @pytest.mark.parametrize(
     "keys",
     [
@@ -105,10 +117,18 @@ def test_accumulated_and_packed_rows_give_one_step(pairs, model, dropout):
         pytest.param({"loss_type": "kto_pair", "sft_loss_ratio": 0.5, "neftune": True}, marks=pytest.mark.slow),
         pytest.param({"loss_type": "orpo", "num_train_epochs": 3}, marks=pytest.mark.slow),
         {"attention_probs_dropout_prob": 0.3, "dropout_warmup_steps": 6, "recompute": True},
+        {"stage": "KTO"},
+        {"stage": "GKD", "lmbda": 0.5, "max_new_tokens": 6, "temperature": 1.0},
     ],
-    ids=["plain", "moving reference", "kto", "orpo", "attention dropout"],
+    ids=["plain", "moving reference", "kto pairs", "orpo", "attention dropout", "judged", "distilled"],
 )
 def test_a_resumed_run_repeats_an_uninterrupted_one_bit_for_bit(pairs, keys):
+    if keys.get("stage") in ("KTO", "GKD"):
+        lines = [{"src": [f"{a}加{a * a}？"], "tgt": [str(a + a * a)]} for a in range(60)]
+        lines = [line | {"label": a % 3 > 0} for a, line in enumerate(lines)] if keys["stage"] == "KTO" else lines
+        (pairs / "train.jsonl").write_text("".join(json.dumps(x, ensure_ascii=False) + "\n" for x in lines))
+    if keys.get("stage") == "GKD":
+        keys = keys | {"teacher_model_name_or_path": str(teacher_in(pairs))}
     keys = {"save_strategy": "steps", "save_steps": 4, "batch_size": 1, **keys}
     whole = train(pairs, output_dir=str(pairs / "whole"), max_steps=8, **keys)
     train(pairs, output_dir=str(pairs / "parts"), max_steps=8, **keys)
@@ -116,7 +136,7 @@ def test_a_resumed_run_repeats_an_uninterrupted_one_bit_for_bit(pairs, keys):
     rest = train(pairs, output_dir=str(pairs / "parts"), max_steps=8, **keys)
     assert len(rest.history) == 4
     for ours, theirs in zip(whole.history[4:], rest.history, strict=True):
-        assert all(ours[name] == theirs[name] for name in ("step", "loss", "grad_norm", "reward_margin"))
+        assert all(ours[name] == theirs[name] for name in ours.keys() & {"step", "loss", "grad_norm", "reward_margin"})
     one, other = Reader(pairs / "whole"), Reader(pairs / "parts")
     for name in one.keys():  # noqa: SIM118 no mapping
         assert one.read(name).tobytes() == other.read(name).tobytes(), name

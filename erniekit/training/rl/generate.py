@@ -5,7 +5,6 @@ from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 
-import numpy as np
 import paddle
 
 from erniekit.config.schema import Config
@@ -14,6 +13,7 @@ from erniekit.data.prompts import Prompt
 from erniekit.generation.decode import eval_mode
 from erniekit.generation.engine import Engine
 from erniekit.generation.pictures import tables_of
+from erniekit.generation.ranks import from_leader, leads
 from erniekit.generation.request import Generation, Limits, Request
 from erniekit.generation.sampling import Sampling
 from erniekit.models.decoder import CausalLM
@@ -21,7 +21,7 @@ from erniekit.models.stages import finish_passes
 from erniekit.parallel import comm
 from erniekit.training.rl.completions import Completion, Group
 from erniekit.training.rl.expert_record import add_experts
-from erniekit.training.rl.tools import ToolLoop
+from erniekit.training.rl.tools import Continuation, Dialogue, ToolLoop
 from erniekit.training.rl.track import Track, completion_of
 from erniekit.utils import heartbeat
 
@@ -47,9 +47,7 @@ class Generator:
             seed=cfg.seed if cfg.rollout_seed is None else cfg.rollout_seed,
         )
         self._greedy = Sampling(repetition_penalty=cfg.repetition_penalty)
-        allowed = np.ones(model.config.vocab_size, bool)
-        allowed[sorted(never_sampled(model, template) - set(stops))] = False
-        self._constraint = None if allowed.all() else _constant(allowed)
+        self._never = tuple(sorted(never_sampled(model, template) - set(stops)))
         self._records_experts = cfg.router_replay != "none"
 
     def begin_rollout(self, step: int) -> None:
@@ -102,7 +100,7 @@ class Generator:
             open_pictures=None if pictures is None else partial(tables_of, pictures),
             num_scores=0,
             score_temperature=self._sampling.temperature or 1.0,
-            constraint=self._constraint,
+            never=self._never,
         )
 
     def _run(self, tracks: Sequence[Track]) -> None:
@@ -113,6 +111,7 @@ class Generator:
             num_kept=0 if self._tools is None else _KEPT,
             records_experts=self._records_experts,
         )
+        after_turn = None if self._tools is None else self._after_turn
         running = {id(generation): (generation, track) for track in tracks for generation in [self._add(engine, track)]}
         while not engine.is_idle:
             heartbeat.waiting(None)
@@ -122,7 +121,7 @@ class Generator:
                 _, track = running.pop(id(generation))
                 answer, track.experts = generation.answer, generation.experts
                 track.add_turn(answer.ids, answer.stop_id, [score.logprob for score in answer.scores])
-                if goes_on(self._cfg, self._model, self._tools, track, answer.ids, answer.stop_id):
+                if has_next_turn(self._cfg, self._model, after_turn, track, answer.ids, answer.stop_id):
                     following = self._add(engine, track)
                     running[id(following)] = following, track
         finish_passes(self._model)
@@ -130,16 +129,33 @@ class Generator:
     def _add(self, engine: Engine, track: Track) -> Generation:
         return engine.add(self._request(track))
 
+    def _after_turn(self, dialogue: Dialogue, ids: Sequence[int], ended: bool) -> Continuation | None:
+        """What follows a turn. Of the ranks that share the model one executes the calls and sends the others their
+        results. Their dialogues stay as they began: only the completions of the one that executes are scored.
+        """
+        mesh, tools, result = self._model.mesh, self._tools, None
+        assert tools is not None
+        if leads(mesh):
+            result = tools.after_turn(dialogue, ids, ended)
+        if mesh.degrees.tensor * mesh.degrees.pipeline == 1:
+            return result
+        assert result is None or not result.plans, "pictures are not sent"
+        sent = from_leader(None if result is None else [result.ids, result.end_input], mesh)
+        return None if sent is None else Continuation(*sent)
 
-def goes_on(
-    cfg: Config, model: CausalLM, tools: ToolLoop | None, track: Track, ids: Sequence[int], stop_id: int | None
+
+AfterTurn = Callable[[Dialogue, Sequence[int], bool], Continuation | None]
+
+
+def has_next_turn(
+    cfg: Config, model: CausalLM, after_turn: AfterTurn | None, track: Track, ids: Sequence[int], stop_id: int | None
 ) -> bool:
-    """Add the results of the calls of a turn, which its completion has got, to it; whether another turn follows. ids:
-    of the turn without its end token, stop_id.
+    """Add the results of the calls of a turn, which its completion has got, to it; whether another turn follows.
+    `after_turn`: as ToolLoop.after_turn; None: there are no tools. ids: of the turn without its end token, stop_id.
     """
-    if tools is None or track.dialogue is None:
+    if after_turn is None or track.dialogue is None:
         return False
-    continuation = tools.after_turn(track.dialogue, ids, stop_id is not None)
+    continuation = after_turn(track.dialogue, ids, stop_id is not None)
     if continuation is None:
         return False
     room = min(
@@ -174,10 +190,6 @@ def never_sampled(model: CausalLM, template: Template) -> set[int]:
     if model.config.vision is not None:
         ids |= {token for token in model.config.vision.placeholders if token is not None}
     return {token for token in ids if 0 <= token < model.config.vocab_size}
-
-
-def _constant(allowed_V: np.ndarray) -> Callable[[Sequence[int]], np.ndarray]:
-    return lambda ids: allowed_V
 
 
 @contextmanager

@@ -17,7 +17,7 @@ from erniekit.data.prompts import Prompt
 from erniekit.models.decoder import CausalLM
 from erniekit.parallel.agree import on_first
 from erniekit.training.rl.completions import Completion, Group
-from erniekit.training.rl.generate import goes_on, never_sampled, stop_ids
+from erniekit.training.rl.generate import has_next_turn, never_sampled, stop_ids
 from erniekit.training.rl.rollout_server import RolloutServer, ServedTurn
 from erniekit.training.rl.tools import ToolLoop
 from erniekit.training.rl.track import Track, completion_of
@@ -108,12 +108,13 @@ class RemoteGenerator:
     def _run(self, tracks: Sequence[Track]) -> None:
         """Ask for turns in threads until every completion is over; tools run in this one."""
         pool = ThreadPoolExecutor(min(self._cfg.rollout_max_running, len(tracks)), thread_name_prefix="rollouts")
+        after_turn = None if self._tools is None else self._tools.after_turn
         try:
             running: dict[Future[ServedTurn], Track] = {pool.submit(self._ask, track): track for track in tracks}
             for future, track in _as_they_end(running):
                 turn = future.result()
                 track.add_turn(turn.ids, turn.stop_id, turn.logps)
-                if goes_on(self._cfg, self._model, self._tools, track, turn.ids, turn.stop_id):
+                if has_next_turn(self._cfg, self._model, after_turn, track, turn.ids, turn.stop_id):
                     running[pool.submit(self._ask, track)] = track
         finally:
             pool.shutdown(wait=False, cancel_futures=True)

@@ -107,6 +107,15 @@ def test_owners_wait_by_turns_and_share_nothing(dense: CausalLM):
     assert [generations[place].num_reused for place in order] == [0, 0, 0, 3, 3, 3, 3], "each its own conversations"
 
 
+def test_conversations_of_equal_tokens_are_told_apart(dense: CausalLM):
+    engine = Engine(dense, num_kept=2)
+    _, first, again = (
+        finished(engine, engine.add(Request(np.array(PROMPTS[2]), Limits(3), Sampling(), owner=owner)))
+        for owner in "abb"
+    )
+    assert again.num_reused == len(PROMPTS[2]) - 1 and again.answer.ids == first.answer.ids
+
+
 def test_what_is_kept_has_a_bound(dense: CausalLM):
     engine = Engine(dense, num_kept=2)
     for draw, prompt in enumerate(PROMPTS):

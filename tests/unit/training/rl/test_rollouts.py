@@ -11,6 +11,8 @@ from erniekit import config
 from erniekit.checkpoint.safetensors_read import Reader
 from erniekit.training.reporting.completions import CompletionLog
 from erniekit.training.reporting.plot import LossPlot
+from erniekit.training.rl import loader
+from erniekit.training.rl.loader import RolloutLoader
 from erniekit.training.run import train
 from erniekit.utils.errors import CheckpointError, DataError, TrainError
 
@@ -90,6 +92,23 @@ def test_microbatches_change_nothing(keys, changes):
         for name in one.keys() - {"rollout/tokens_per_second", "num_tokens"}:  # neighbours share their prompt's tokens
             # fp32 sums in another order, after up to three updates
             assert one[name] == pytest.approx(two[name], rel=1e-4, abs=2e-5), name
+
+
+def test_a_rollout_of_one_step_is_not_scored_for_its_correction(keys, monkeypatch):
+    """The policy before the only update is the one that computes the loss."""
+    changes = {"rollout_correction": "icepop", "rollout_dtype": "bf16", "steps_per_generation": 1, "max_steps": 1}
+    passes: list[str] = []
+    fill = RolloutLoader._fill
+    monkeypatch.setattr(
+        RolloutLoader, "_fill", lambda self, c, name, score: passes.append(name) or fill(self, c, name, score)
+    )
+    [step] = run(keys, **changes)
+    assert not passes and step["rollout/logp_difference/max"] > 1e-4
+    monkeypatch.setattr(loader, "wants_old_log_probs", lambda cfg: True)  # as if a second step followed
+    [scored] = run(keys, **changes, output_dir=keys["output_dir"] + "2", save_strategy="no")
+    assert passes == ["old_logps"]
+    for name in ("loss", "grad_norm", "rollout/kl_k3"):
+        assert step[name] == pytest.approx(scored[name], rel=1e-5, abs=1e-7), name
 
 
 @pytest.mark.parametrize("step", [1, pytest.param(2, marks=pytest.mark.slow)])

@@ -15,6 +15,7 @@ from support.tiny_directories import write_lines
 from support.vision_directories import vision_model_directory
 
 from erniekit import config
+from erniekit.checkpoint.safetensors_read import Reader
 from erniekit.generation.tool_calls import Answer
 from erniekit.training.rl import generate, tools
 from erniekit.training.run import train
@@ -79,6 +80,22 @@ def test_pictures_are_the_same_in_generating_and_training(pictures):
     small, _ = run(pictures, batch_size=16, output_dir=pictures["output_dir"] + "2")
     assert small[0]["loss"] == pytest.approx(steps[0]["loss"], abs=1e-5)
     assert small[0]["grad_norm"] == pytest.approx(steps[0]["grad_norm"], rel=1e-3)
+
+
+def test_a_run_on_pictures_resumes_between_the_steps_of_a_rollout_to_the_bit(pictures):
+    """Pictures are not in the checkpoint: they are decoded again."""
+    keys = pictures | {"save_strategy": "steps", "save_steps": 1}
+    whole, _ = run(keys)
+    wanted = weights(keys["output_dir"])
+    steps, _ = run(keys, resume_from_checkpoint=f"{keys['output_dir']}/checkpoint-1")
+    assert [step["loss"] for step in steps] == [step["loss"] for step in whole]
+    assert [step["grad_norm"] for step in steps] == [step["grad_norm"] for step in whole]
+    assert weights(keys["output_dir"]) == wanted
+
+
+def weights(directory: str) -> dict[str, bytes]:
+    reader = Reader(Path(directory))
+    return {name: reader.read(name).tobytes() for name in reader.keys()}  # noqa: SIM118 no mapping
 
 
 def test_turns_and_results_are_the_same_in_generating_and_training(tmp_path, always_calls):
