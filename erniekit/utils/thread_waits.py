@@ -3,7 +3,7 @@ other programs use them too. No result depends on it.
 
 Paddle, MKL and oneDNN share Intel's OpenMP runtime. Its threads spin for 200 ms before they sleep, because waking one
 takes longer than most parallel parts of a step. Beside another program they take the core from the thread that they
-wait for: the step of a small model with experts becomes 2 to 3 times as fast if they sleep at once (docs/speed.md).
+wait for: a training run at a load of 14 is 1.7 times as fast if they sleep at once (docs/speed.md).
 """
 
 import ctypes
