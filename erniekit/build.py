@@ -34,6 +34,7 @@ from erniekit.models.init import init_weights
 from erniekit.models.parallelize import parallelize, rank_shard_of
 from erniekit.models.products import attach_products, describe
 from erniekit.models.qat import attach_qat, describe_qat
+from erniekit.models.sharded_blocks import divide
 from erniekit.models.weights import our_shapes
 from erniekit.nn import fused
 from erniekit.nn.linear import ProductFactory
@@ -119,7 +120,8 @@ class ModelOptions:
     directory has a text model, to which vision is added. `adapter`: a new one,
     a saved one, or none. `sequence_parallel`: tensor ranks share the tokens. `balance_pictures`: data ranks divide the
     vision transformer's work evenly. `training`: the mode that the model is returned in. `fused`: use Paddle's fused
-    operators where they apply, in this process.
+    operators where they apply, in this process. `divides_weights`: ranks divide the weights of the blocks (ZeRO stage
+    3); a copy of the model that is built with the same options is divided, too.
     """
 
     precision: Policy
@@ -133,6 +135,7 @@ class ModelOptions:
     balance_pictures: bool = False
     training: bool = False
     fused: bool = True
+    divides_weights: bool = False
 
 
 def training_options(cfg: Config, device: str | None = None) -> ModelOptions:
@@ -158,6 +161,7 @@ def training_options(cfg: Config, device: str | None = None) -> ModelOptions:
         balance_pictures=cfg.balance_pictures and cfg.method.vision,
         training=True,
         fused=cfg.fused_operators,
+        divides_weights=cfg.sharding == "stage3",
     )
 
 
@@ -283,6 +287,8 @@ class PreparedModel:
             activation_checkpoint.apply(model.model, options.recompute)
             if options.recompute.offloads:
                 log.info(activation_checkpoint.offload_line())
+        if options.divides_weights:
+            divide(model, mesh)
         model.end_ids, model.fill_id = self.generation.end_ids, self.generation.fill_id
         model.directory = None if self.reader is None else self.path
         if options.training:

@@ -12,6 +12,7 @@ from typing import Any
 from erniekit.config import checks
 from erniekit.config.schema import Config
 from erniekit.config.schema_kto import KtoArgs
+from erniekit.config.schema_parallel import ZERO_STAGES
 from erniekit.config.schema_preference import ALIASES, REFERENCE_FREE, PreferenceArgs
 from erniekit.models.config import ModelConfig
 from erniekit.models.pipeline_layout import check_layout, cut_layers, schedule_of
@@ -62,8 +63,8 @@ class Job:
 
     @property
     def zero_stage(self) -> int:
-        """0: optimizer state is whole on every data rank; 1: divided; 2: gradients as well."""
-        return {"": 0, "stage1": 1, "stage2": 2}[self.cfg.sharding]
+        """0: optimizer state is whole on every data rank; 1: divided; 2: gradients as well; 3: also weights."""
+        return ZERO_STAGES[self.cfg.sharding]
 
     @property
     def sequence_parallel(self) -> bool:

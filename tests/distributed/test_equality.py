@@ -15,6 +15,7 @@ TENSOR2 = {"tensor_parallel_degree": 2}
 EXPERT2 = {"expert_parallel_degree": 2}
 PIPE2 = {"pipeline_parallel_degree": 2}
 SHARD2 = {"sharding_parallel_degree": 2, "sharding": "stage1"}
+STAGE3 = SHARD2 | {"sharding": "stage3"}
 MTP = {"num_nextn_predict_layers": 1}
 DROPOUT = {"attention_probs_dropout_prob": 0.3, "dropout_warmup_steps": 3}
 MIXED, NF4 = {"compute_type": "wint4/8"}, {"compute_type": "nf4"}
@@ -39,6 +40,11 @@ TWO = {
     "dense-dp2": ("dense", DATA2),
     "dense-sharding2": ("dense", SHARD2),
     "moe-sharding2-stage2": ("moe", SHARD2 | {"sharding": "stage2"}),
+    "dense-stage3": ("dense", STAGE3),
+    "moe-stage3": ("moe", STAGE3 | MTP),
+    "moe-stage3-recompute": ("moe", STAGE3 | {"recompute": True}),
+    "moe-stage3-short": ("moe", STAGE3 | SHORT | MTP),
+    "moe-lora-stage3": ("moe", STAGE3 | LORA),
     "dense-tp2": ("dense", TENSOR2),
     "untied-tp2": ("untied", TENSOR2),
     "moe-tp2": ("moe", TENSOR2 | MTP),

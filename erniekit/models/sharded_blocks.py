@@ -1,0 +1,54 @@
+"""Which weights of a model ZeRO stage 3 divides: those of its blocks (parallel/sharded_units.py).
+
+A block is a decoder layer or a block for multi-token prediction. Whole on every rank stay, as in stage 2: embedding,
+output head, final norm, what stands around the blocks for multi-token prediction, vision transformer and resampler;
+routers, which are small and whose matrix a loss reads; parameters that an adapter's run trains whole; and what has no
+copy on another rank.
+"""
+
+from collections.abc import Iterator
+
+from paddle import nn
+
+from erniekit import lora
+from erniekit.models.decoder import CausalLM
+from erniekit.models.parallelize import placements
+from erniekit.models.pipeline_layout import parameter_chunks
+from erniekit.nn.roles import Role, named_roles
+from erniekit.parallel.buckets import Entry
+from erniekit.parallel.mesh import Mesh
+from erniekit.parallel.sharded_units import ShardedUnits
+from erniekit.parallel.zero import entries_of
+
+
+def blocks_of(model: CausalLM) -> Iterator[tuple[str, nn.Layer]]:
+    """The blocks of this process's part, by name, in the order of a forward pass."""
+    for number in model.model.layers.numbers:
+        yield f"model.layers.{number}", model.model.layers[number]
+    for depth, block in enumerate(model.model.mtp_block):
+        yield f"model.mtp_block.{depth}", block
+
+
+def divided_entries(model: CausalLM, mesh: Mesh) -> list[Entry]:
+    """The parameters of the blocks that are divided, in the order of a forward pass. Their shapes suffice."""
+    roles, where, state = named_roles(model), placements(model, mesh, sharded=True), lora.state_of(model)
+    whole = {name for name, role in roles.items() if role is Role.ROUTER} | set(() if state is None else state.saved)
+    unit_of, tensors = {}, {}
+    for block, layer in blocks_of(model):
+        for own, parameter in layer.named_parameters():
+            name = f"{block}.{own}"
+            if name not in whole and where[name].shard.size > 1:
+                unit_of[name], tensors[name] = block, parameter
+    entries = entries_of(tensors, where, parameter_chunks(model, model.chunks), units=unit_of)
+    return list(entries.values())
+
+
+def divide(model: CausalLM, mesh: Mesh) -> None:
+    """Divide the weights of the blocks over the ranks of their shard groups. Every rank calls it, when the model has
+    its weights, adapters and recomputation.
+    """
+    units = ShardedUnits(dict(model.named_parameters()), divided_entries(model, mesh))
+    for name, block in blocks_of(model):
+        if name in units.units:
+            block.forward = units.wrap(name, block.forward)
+    model.units = units
