@@ -23,6 +23,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import paddle
 from paddle.autograd import PyLayer
 
@@ -42,11 +43,48 @@ class Unit:
     buckets: tuple[Bucket, ...]
 
 
+class DividedTensor:
+    """A tensor [shape] of which each rank of a shard group keeps its chunk [c], padded with zeros. It stands for a
+    tensor where values are saved and loaded.
+    """
+
+    def __init__(self, entry: Entry, whole: paddle.Tensor) -> None:
+        """`entry`: the parameter that it has the shape of."""
+        self.entry, self.chunk = entry, chunk_of(entry, whole)
+
+    @property
+    def shape(self) -> list[int]:
+        """That of the whole tensor."""
+        return list(self.entry.shape)
+
+    @property
+    def dtype(self) -> paddle.dtype:
+        """That of the values."""
+        return self.chunk.dtype
+
+    def set_value(self, value: paddle.Tensor | np.ndarray) -> None:
+        """Keep this rank's chunk of a whole tensor."""
+        whole = paddle.to_tensor(value) if isinstance(value, np.ndarray) else value
+        assert list(whole.shape) == self.shape and whole.dtype == self.dtype, self.entry.name
+        self.chunk = chunk_of(self.entry, whole)
+
+    @paddle.no_grad()
+    def whole(self) -> paddle.Tensor:
+        """All values. Every rank of the shard group has to call it."""
+        return joined_chunks(comm.all_gather(self.chunk, self.entry.placement.shard), self.entry.shape)
+
+    def in_fp32(self) -> "DividedTensor":
+        """A copy."""
+        copy = object.__new__(DividedTensor)
+        copy.entry, copy.chunk = self.entry, self.chunk.astype("float32").clone()
+        return copy
+
+
 class ShardedUnits:
     """The divided parameters of this rank.
 
-    `chunks`: this rank's chunk [c] of each, by name, padded with zeros. `on_gradients(model_chunk, unit)` is called
-    when the gradients of a unit's parameters are complete, at the same point of the order on every rank.
+    `values`: what each holds between uses, by name. `on_gradients(model_chunk, unit)` is called when the gradients of a
+    unit's parameters are complete, at the same point of the order on every rank.
 
     Args:
         tensors: the parameters of the model by name. Those of `entries` lose their memory.
@@ -61,29 +99,20 @@ class ShardedUnits:
         self.tensors = {entry.name: tensors[entry.name] for entry in entries}
         self.entries = {entry.name: entry for entry in entries}
         self.units = {name: _unit(name, entries, limit) for name in dict.fromkeys(entry.unit for entry in entries)}
-        self.chunks: dict[str, paddle.Tensor] = {}
         self.on_gradients: Callable[[int, str], None] = lambda model_chunk, unit: None
         self._users: Counter[str] = Counter()  # of each unit: what needs it whole now
         self._reached: dict[int, set[str]] = {}  # units with a backward pass, by chunk of the model
         self._turns: dict[int, deque[str]] = {}  # those that have not had their turn in this backward pass
         self._open: str | None = None  # the unit whose backward pass runs
-        for name in self.tensors:
-            self.take(name, self.tensors[name])
+        self.values: dict[str, DividedTensor] = {}
+        for name, tensor in self.tensors.items():
+            self.values[name] = DividedTensor(self.entries[name], tensor)
+            tensor._clear_data()
 
-    # Values
-
-    @paddle.no_grad()
-    def take(self, name: str, whole: paddle.Tensor) -> None:
-        """Keep this rank's chunk of a whole parameter, which then has no memory."""
-        entry = self.entries[name]
-        self.chunks[name] = chunk_of(entry, whole)
-        self.tensors[name]._clear_data()
-
-    @paddle.no_grad()
-    def whole(self, name: str) -> paddle.Tensor:
-        """A copy of a whole parameter. Every rank of its shard group has to call it."""
-        entry = self.entries[name]
-        return joined_chunks(comm.all_gather(self.chunks[name], entry.placement.shard), entry.shape)
+    @property
+    def chunks(self) -> dict[str, paddle.Tensor]:
+        """This rank's chunk [c] of each parameter."""
+        return {name: value.chunk for name, value in self.values.items()}
 
     # Forward passes
 
@@ -117,7 +146,7 @@ class ShardedUnits:
             return
         for bucket in self.units[name].buckets:
             shard = bucket.placement.shard
-            chunks = [self.chunks[entry.name] for entry in bucket.entries]
+            chunks = [self.values[entry.name].chunk for entry in bucket.entries]
             sent = chunks[0] if len(chunks) == 1 else paddle.concat(chunks)
             matrix = comm.all_gather(sent, shard).reshape([shard.size, bucket.columns])
             pieces = [matrix] if len(chunks) == 1 else paddle.split(matrix, bucket.sections[:-1], axis=1)

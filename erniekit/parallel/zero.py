@@ -97,8 +97,8 @@ class ShardedParameters:
         """What this rank updates of a parameter: the parameter itself, or where the state is divided this
         rank's chunk [c], padded with zeros: a copy, or, of a divided weight, all that there is of it.
         """
-        if self.units is not None and name in self.units.chunks:
-            return self.units.chunks[name]
+        if self.units is not None and name in self.units.values:
+            return self.units.values[name].chunk
         return self.chunk_of(name, self.tensors[name])
 
     @paddle.no_grad()

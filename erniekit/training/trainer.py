@@ -306,9 +306,10 @@ class Trainer:
         if math.isfinite(loss) and math.isfinite(norm):
             return
         step = self.state.step + 1
-        named = self.run.model.named_parameters()
+        units = self.run.model.units
+        named = dict(self.run.model.named_parameters()) | ({} if units is None else units.chunks)
         found = {
-            "weights": [name for name, p in named if not bool(paddle.isfinite(p).all())],
+            "weights": [name for name, p in named.items() if not bool(paddle.isfinite(p).all())],
             "gradients": [name for name, gradient in gradients.items() if not bool(paddle.isfinite(gradient).all())],
             "sources": [source for batch in microbatches for source in batch.sources],
         }

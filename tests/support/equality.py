@@ -125,7 +125,7 @@ def train_some(keys: dict[str, Any]) -> dict[str, Any]:
     tensors, units = {}, run.model.units
     for name, tensor in [*run.model.named_parameters(), *run.model.named_buffers()]:
         spec = shard_specs.get(name)
-        tensor = units.whole(name) if units is not None and name in units.chunks else tensor
+        tensor = units.values[name].whole() if units is not None and name in units.values else tensor
         tensors[name] = (tensor.numpy(), spec, *((0, 1) if spec is None else part.share(spec)))
     return {"steps": steps, "tensors": tensors, "sent": sent}
 
