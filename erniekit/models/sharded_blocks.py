@@ -7,7 +7,9 @@ copy on another rank.
 """
 
 from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 
+import paddle
 from paddle import nn
 
 from erniekit import lora
@@ -41,6 +43,20 @@ def divided_entries(model: CausalLM, mesh: Mesh) -> list[Entry]:
                 unit_of[name], tensors[name] = block, parameter
     entries = entries_of(tensors, where, parameter_chunks(model, model.chunks), units=unit_of)
     return list(entries.values())
+
+
+def local_tensors(model: CausalLM) -> dict[str, paddle.Tensor]:
+    """What this process has of each parameter and buffer: of a divided one its chunk [c]."""
+    tensors = dict(model.named_parameters()) | dict(model.named_buffers())
+    return tensors if model.units is None else tensors | model.units.chunks
+
+
+@contextmanager
+def whole_weights(model: CausalLM) -> Iterator[None]:
+    """All weights are whole, for many passes that ranks do not run together (generation). Ranks enter it together."""
+    units = model.units
+    with nullcontext() if units is None else units.gathered(*units.units):
+        yield
 
 
 def divide(model: CausalLM, mesh: Mesh) -> None:

@@ -8,6 +8,7 @@ import numpy as np
 import paddle
 
 from erniekit.models.decoder import CausalLM
+from erniekit.models.sharded_blocks import local_tensors
 from erniekit.nn.shard import named_shard_specs
 from erniekit.parallel import comm
 from erniekit.parallel.mesh import Mesh
@@ -21,11 +22,10 @@ class ReplicaCheck:
     """
 
     def __init__(self, model: CausalLM, mesh: Mesh) -> None:
-        self.tensors = dict(model.named_parameters()) | dict(model.named_buffers())
-        self.units = model.units
-        shard_specs, divided = named_shard_specs(model), {} if self.units is None else self.units.entries
+        self._model = model
+        shard_specs, divided = named_shard_specs(model), {} if model.units is None else model.units.entries
         by_group: dict[Group, list[str]] = defaultdict(list)
-        for name in self.tensors:
+        for name in local_tensors(model):
             spec = shard_specs.get(name)
             is_expert = spec is not None and spec.over == "experts"
             if name in divided:
@@ -38,7 +38,7 @@ class ReplicaCheck:
 
     def __call__(self, step: int) -> None:
         """Raises TrainError on every rank of a group whose members differ, naming parameter and ranks."""
-        tensors = self.tensors if self.units is None else self.tensors | self.units.chunks
+        tensors = local_tensors(self._model)
         sums = {name: checksum(tensors[name]) for names in self._by_group.values() for name in names}
         problems = []
         for group, names in self._by_group.items():
