@@ -3,7 +3,7 @@ microbatches' activations it keeps: parallel/pipeline_schedule.py (`peak_live`).
 """
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from erniekit.parallel.buckets import Entry, is_eager, item_bytes
 
@@ -42,16 +42,17 @@ def weight_bytes(entries: Iterable[Entry]) -> int:
 
 
 def unit_bytes(entries: Iterable[Entry]) -> int:
-    """Bytes of the largest unit of divided parameters, which is whole while it computes; 0 if there is none."""
+    """Bytes of the weights of the largest unit, which is whole while it computes, with the padding of its chunks."""
+    return largest_unit(entries, lambda entry: item_bytes(entry.dtype))
+
+
+def largest_unit(entries: Iterable[Entry], element_bytes: Callable[[Entry], int]) -> int:
+    """The bytes of the largest unit of divided parameters; 0 where nothing is divided."""
     sizes: Counter[str] = Counter()
     for entry in entries:
-        sizes[entry.unit] += joined_elements(entry) * item_bytes(entry.dtype) if entry.unit else 0
+        if entry.unit:
+            sizes[entry.unit] += entry.placement.shard.size * entry.chunk * element_bytes(entry)
     return max(sizes.values(), default=0)
-
-
-def joined_elements(entry: Entry) -> int:
-    """Elements of a parameter that is gathered, with the padding of its chunks."""
-    return entry.placement.shard.size * entry.chunk
 
 
 def gradient_bytes(entries: Iterable[Entry], zero_stage: int, master_grad: bool) -> int:
