@@ -18,8 +18,8 @@ class Layout:
     """Degrees, batch and precision of a run.
 
     `data`: all data ranks (the context ranks of a sequence, `context`, are counted beside them). `sharding`: ranks that
-    share one copy of the optimizer's state; `zero_stage` 3 divides the weights as well, with `blocks_alone` only those of
-    the decoder layers, gathered while nothing else runs, as in this toolkit. `microbatch_tokens`: tokens of
+    share one copy of the optimizer's state; `zero_stage` 3 divides the weights as well, with `blocks_alone` only those
+    of the decoder layers, gathered while nothing else runs, as in this toolkit. `microbatch_tokens`: tokens of
     a microbatch on one data rank, in documents of the lengths `lengths`. `precision`: of the products in the parts
     `fp8_parts`. `deduplicated`: a token is sent once to each rank that has experts of it, not once for each
     expert; `fp8_dispatch`: in 8 bits, and so the gradients of what the experts return.

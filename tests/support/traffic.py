@@ -151,6 +151,7 @@ def measure(keys: dict[str, Any]) -> dict[str, Any]:
         "divided": sum(plan is not None for plan in plans),
         "state": (run.optimizer.state_bytes(), state_bytes(entries)),
         "weights": (weights, weight_bytes(all_entries)),
+        "undivided weights": sum(4 * entry.size for entry in all_entries),
         "undivided": state_bytes(entries, divided=False),
         "peak": (peaks[0], peak_live(*depth)),
         "depth": depth,
