@@ -86,7 +86,7 @@ def _sent_row(name: str, ranks: list[dict[str, Any]]) -> str:
 
 
 def _pipeline_rows(name: str, ranks: list[dict[str, Any]]) -> Iterator[str]:
-    from test_schedule import buffered_time
+    from test_pipeline_schedule import buffered_time
 
     from erniekit.parallel.pipeline_schedule import bubble_fraction, plan
 

@@ -17,7 +17,8 @@ from erniekit.models.decoder import CausalLM
 from erniekit.models.parallelize import placements
 from erniekit.models.pipeline_layout import parameter_chunks
 from erniekit.nn.roles import Role, named_roles
-from erniekit.parallel.buckets import Entry
+from erniekit.parallel.buckets import Entry, item_bytes
+from erniekit.parallel.memory import unit_bytes
 from erniekit.parallel.mesh import Mesh
 from erniekit.parallel.sharded_units import ShardedUnits
 from erniekit.parallel.zero import entries_of
@@ -49,6 +50,19 @@ def local_tensors(model: CausalLM) -> dict[str, paddle.Tensor]:
     """What this process has of each parameter and buffer: of a divided one its chunk [c]."""
     tensors = dict(model.named_parameters()) | dict(model.named_buffers())
     return tensors if model.units is None else tensors | model.units.chunks
+
+
+def weights_line(model: CausalLM) -> str:
+    """One line for the log: what divided weights take on this rank."""
+    assert model.units is not None
+    divided, units = model.units.entries.values(), len(model.units.units)
+    own = sum(tensor.size * tensor.element_size() for tensor in local_tensors(model).values())
+    saved = sum((entry.size - entry.chunk) * item_bytes(entry.dtype) for entry in divided)
+    return (
+        f"weights: {own / 2**20:.1f} MiB on this rank between uses, {(own + saved) / 2**20:.1f} MiB if they were not "
+        f"divided; those of one of {units} blocks are whole while it computes, at most "
+        f"{unit_bytes(divided) / 2**20:.1f} MiB"
+    )
 
 
 @contextmanager

@@ -43,6 +43,7 @@ from erniekit.models.pipeline_layout import (
     plan_actions,
     schedule_of,
 )
+from erniekit.models.sharded_blocks import weights_line
 from erniekit.models.vision_config import VisionConfig
 from erniekit.parallel.agree import all_or_none
 from erniekit.parallel.grad_sync import GradientSync
@@ -214,6 +215,8 @@ def build_run(cfg: Config, mesh: Mesh, method: Method | None = None) -> Run:
     optimizer = build_optimizer(cfg, model, parameters, matrices)
     if mesh.world > 1:
         log.info(sync.memory_line(cfg.moment_dtype))
+    if model.units is not None and model.units.units:
+        log.info(weights_line(model))
     return Run(
         cfg=cfg,
         method=method,

@@ -37,6 +37,7 @@ TWO = {
 FOUR = {
     "moe-tp2-sp-ep2": ("moe", 2, SEQUENCE2 | EXPERT2),
     "moe-pp2-ep2": ("moe", 2, PIPE2 | EXPERT2),
+    "dense-stage3-4": ("dense", 4, STAGE3 | {"sharding_parallel_degree": 4}),
     "moe-ep2-stage3": ("moe", 4, EXPERT2 | STAGE3 | {"sharding_parallel_degree": 4}),
     "untied-tp2-sp-stage3": ("untied", 2, SEQUENCE2 | STAGE3),
     "dense-pp2-stage3": ("dense", 2, PIPE2 | STAGE3),
