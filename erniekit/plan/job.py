@@ -67,6 +67,12 @@ class Job:
         return ZERO_STAGES[self.cfg.sharding]
 
     @property
+    def sends_layer_gradients(self) -> bool:
+        """Whether the gradients of a layer are sent when its backward pass is done, those of its experts too."""
+        experts = self.degrees.expert if self.model.moe_num_experts else 1
+        return self.zero_stage == 3 and self.degrees.sharding > experts
+
+    @property
     def sequence_parallel(self) -> bool:
         """Whether tensor ranks share the tokens between projections."""
         return self.cfg.sequence_parallel and self.degrees.tensor > 1
