@@ -6,7 +6,7 @@ routers, which are small and whose matrix a loss reads; parameters that an adapt
 copy on another rank.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 
 import paddle
@@ -20,7 +20,7 @@ from erniekit.nn.roles import Role, named_roles
 from erniekit.parallel.buckets import Entry, item_bytes
 from erniekit.parallel.memory import unit_bytes
 from erniekit.parallel.mesh import Mesh
-from erniekit.parallel.sharded_units import ShardedUnits
+from erniekit.parallel.sharded_units import DividedTensor, ShardedUnits
 from erniekit.parallel.zero import entries_of
 
 
@@ -32,10 +32,12 @@ def blocks_of(model: CausalLM) -> Iterator[tuple[str, nn.Layer]]:
         yield f"model.mtp_block.{depth}", block
 
 
-def divided_entries(model: CausalLM, mesh: Mesh) -> list[Entry]:
-    """The parameters of the blocks that are divided, in the order of a forward pass. Their shapes suffice."""
+def divided_entries(model: CausalLM, mesh: Mesh, saved: Iterable[str] = ()) -> list[Entry]:
+    """The parameters of the blocks that are divided, in the order of a forward pass. Their shapes suffice. `saved`:
+    those that an adapter will train whole, where it is not attached yet.
+    """
     roles, where, state = named_roles(model), placements(model, mesh, sharded=True), lora.state_of(model)
-    whole = {name for name, role in roles.items() if role is Role.ROUTER} | set(() if state is None else state.saved)
+    whole = {name for name, role in roles.items() if role is Role.ROUTER} | set(saved if state is None else state.saved)
     unit_of, tensors = {}, {}
     for block, layer in blocks_of(model):
         for own, parameter in layer.named_parameters():
@@ -73,11 +75,26 @@ def whole_weights(model: CausalLM) -> Iterator[None]:
         yield
 
 
-def divide(model: CausalLM, mesh: Mesh) -> None:
-    """Divide the weights of the blocks over the ranks of their shard groups. Every rank calls it, when the model has
-    its weights, adapters and recomputation.
+class WeightTaker:
+    """Divides each weight as soon as it has been read or drawn, so that of divided weights one is whole at a time.
+    `saved`: see divided_entries.
     """
-    units = ShardedUnits(dict(model.named_parameters()), divided_entries(model, mesh))
+
+    def __init__(self, model: CausalLM, mesh: Mesh, saved: Iterable[str] = ()) -> None:
+        self._entries = {entry.name: entry for entry in divided_entries(model, mesh, saved)}
+        self.values: dict[str, DividedTensor] = {}
+
+    def __call__(self, name: str, parameter: paddle.Tensor) -> None:
+        """The parameter has its values."""
+        if name in self._entries:
+            self.values[name] = DividedTensor.taken_from(parameter, self._entries[name])
+
+
+def divide(model: CausalLM, mesh: Mesh, values: Mapping[str, DividedTensor] | None = None) -> None:
+    """Divide the weights of the blocks over the ranks of their shard groups. Every rank calls it, when the model has
+    its weights, adapters and recomputation. `values`: those that a WeightTaker has divided.
+    """
+    units = ShardedUnits(dict(model.named_parameters()), divided_entries(model, mesh), values=values)
     for name, block in blocks_of(model):
         if name in units.units:
             block.forward = units.wrap(name, block.forward)

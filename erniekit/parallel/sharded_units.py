@@ -52,6 +52,13 @@ class DividedTensor:
         """`entry`: the parameter that it has the shape of."""
         self.entry, self.chunk = entry, chunk_of(entry, whole)
 
+    @classmethod
+    def taken_from(cls, parameter: paddle.Tensor, entry: Entry) -> "DividedTensor":
+        """The values of a parameter, which then has no memory."""
+        value = cls(entry, parameter)
+        parameter._clear_data()
+        return value
+
     @property
     def shape(self) -> list[int]:
         """That of the whole tensor."""
@@ -90,10 +97,15 @@ class ShardedUnits:
         tensors: the parameters of the model by name. Those of `entries` lose their memory.
         entries: the parameters that are divided, in the order of the units in a forward pass; `Entry.unit` is the unit.
         limit: elements of a bucket.
+        values: of parameters that have lost their memory already.
     """
 
     def __init__(
-        self, tensors: Mapping[str, paddle.Tensor], entries: Sequence[Entry], limit: int = DEFAULT_LIMIT
+        self,
+        tensors: Mapping[str, paddle.Tensor],
+        entries: Sequence[Entry],
+        limit: int = DEFAULT_LIMIT,
+        values: Mapping[str, DividedTensor] | None = None,
     ) -> None:
         assert all(entry.unit and entry.placement.shard.size > 1 for entry in entries)
         self.tensors = {entry.name: tensors[entry.name] for entry in entries}
@@ -104,10 +116,11 @@ class ShardedUnits:
         self._reached: dict[int, set[str]] = {}  # units with a backward pass, by chunk of the model
         self._turns: dict[int, deque[str]] = {}  # those that have not had their turn in this backward pass
         self._open: str | None = None  # the unit whose backward pass runs
-        self.values: dict[str, DividedTensor] = {}
+        self.values = dict(values or {})
         for name, tensor in self.tensors.items():
-            self.values[name] = DividedTensor(self.entries[name], tensor)
-            tensor._clear_data()
+            if name not in self.values:
+                self.values[name] = DividedTensor.taken_from(tensor, self.entries[name])
+        assert self.values.keys() == self.entries.keys()
 
     @property
     def chunks(self) -> dict[str, paddle.Tensor]:

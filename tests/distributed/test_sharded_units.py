@@ -1,10 +1,18 @@
 """Blocks whose weights are divided: their gradients are those of whole weights, and between uses there is a chunk."""
 
+import dataclasses
+from pathlib import Path
+
 import numpy as np
 import paddle
 import pytest
+from support.equality import keys_for, prepare
 from support.worlds import World
 
+from erniekit.checkpoint.model_io import save_model
+from erniekit.models.config import ModelConfig
+from erniekit.models.decoder import CausalLM
+from erniekit.models.init import init_weights
 from erniekit.parallel import backend, comm
 from erniekit.parallel.grad_sync import GradientSync
 from erniekit.parallel.placement import Placement
@@ -105,3 +113,37 @@ def test_one_block_is_whole_at_a_time_and_a_chunk_is_left(world2: World):
         for name in NAMES:
             assert rank["chunks"][name] == [13 if name.endswith("matrix") else 3]
             np.testing.assert_array_equal(rank["values"][name], start_of(name).numpy())
+
+
+def loaded(keys: dict[str, object]) -> tuple[int, int, int, int]:
+    """Bytes of a rank's weights: when the model has been built, at the most until then, undivided, of the largest."""
+    from paddle.base import core
+    from support.memory_truth import allocated
+    from support.traffic import stored_weight_bytes
+
+    from erniekit import config
+    from erniekit.parallel.mesh import ParallelDims, build_mesh
+    from erniekit.training.build import prepare
+
+    cfg = config.load(None, keys, "train")
+    mesh = build_mesh(ParallelDims.from_config(cfg, backend.world().size))
+    prepared = prepare(cfg, Path(cfg.model_name_or_path), mesh)
+    before = allocated()
+    core.host_memory_stat_reset_peak_value("Allocated", 0)
+    model = prepared.build(mesh)
+    peak = core.host_memory_stat_peak_value("Allocated", 0) - before
+    sizes = [4 * p.size for _, p in model.named_parameters()]
+    return stored_weight_bytes(model), peak, sum(sizes), max(sizes)
+
+
+@pytest.mark.parametrize("continue_training", [False, True], ids=["drawn", "read"])
+def test_one_weight_is_whole_at_a_time_while_they_are_made(world2: World, tmp_path: Path, continue_training: bool):
+    prepare(tmp_path)
+    config = ModelConfig.from_dir(tmp_path / "dense")
+    deep = CausalLM(dataclasses.replace(config, num_hidden_layers=16))
+    init_weights(deep, 1)
+    save_model(deep, tmp_path / "deep")
+    keys = keys_for(str(tmp_path), "deep", 2, sharding="stage3", sharding_parallel_degree=2)
+    for kept, peak, whole, largest in world2.run(loaded, keys=keys | {"continue_training": continue_training}):
+        assert kept < 0.6 * whole  # the embedding is whole
+        assert peak < kept + 2 * largest < whole  # one weight, and a copy of it on its way
