@@ -34,6 +34,7 @@ from erniekit.models.init import init_weights
 from erniekit.models.parallelize import parallelize, rank_shard_of
 from erniekit.models.products import attach_products, describe
 from erniekit.models.qat import attach_qat, describe_qat
+from erniekit.models.sharded_blocks import WeightTaker, divide
 from erniekit.models.weights import our_shapes
 from erniekit.nn import fused
 from erniekit.nn.linear import ProductFactory
@@ -119,7 +120,8 @@ class ModelOptions:
     directory has a text model, to which vision is added. `adapter`: a new one,
     a saved one, or none. `sequence_parallel`: tensor ranks share the tokens. `balance_pictures`: data ranks divide the
     vision transformer's work evenly. `training`: the mode that the model is returned in. `fused`: use Paddle's fused
-    operators where they apply, in this process.
+    operators where they apply, in this process. `divides_weights`: ranks divide the weights of the blocks (ZeRO stage
+    3); a copy of the model that is built with the same options is divided, too.
     """
 
     precision: Policy
@@ -133,6 +135,7 @@ class ModelOptions:
     balance_pictures: bool = False
     training: bool = False
     fused: bool = True
+    divides_weights: bool = False
 
 
 def training_options(cfg: Config, device: str | None = None) -> ModelOptions:
@@ -158,6 +161,7 @@ def training_options(cfg: Config, device: str | None = None) -> ModelOptions:
         balance_pictures=cfg.balance_pictures and cfg.method.vision,
         training=True,
         fused=cfg.fused_operators,
+        divides_weights=cfg.sharding == "stage3",
     )
 
 
@@ -261,9 +265,11 @@ class PreparedModel:
         # Each parameter is allocated when its weight is read, and directly in its final dtype.
         model = _lazy_model(self.config, precision, mesh, layers)
         stored = set() if self.reader is None else {logical.param for logical in self.reader.logicals}
-        init_weights(model, options.seed, lambda name: name not in stored)
+        taker = WeightTaker(model, mesh, self._saved()) if options.divides_weights else None
+        on_set = (lambda name, tensor: None) if taker is None else taker
+        init_weights(model, options.seed, lambda name: name not in stored, on_set)
         if self.reader is not None:
-            fill_weights(model, self.reader, precision.rounded_to)
+            fill_weights(model, self.reader, precision.rounded_to, on_set=on_set)
             load_product_state(model, self.path)
         policy.apply(model, precision)
         self._report_products(model)
@@ -283,6 +289,8 @@ class PreparedModel:
             activation_checkpoint.apply(model.model, options.recompute)
             if options.recompute.offloads:
                 log.info(activation_checkpoint.offload_line())
+        if taker is not None:
+            divide(model, mesh, taker.values)
         model.end_ids, model.fill_id = self.generation.end_ids, self.generation.fill_id
         model.directory = None if self.reader is None else self.path
         if options.training:
@@ -290,6 +298,13 @@ class PreparedModel:
         else:
             model.eval()
         return model
+
+    def _saved(self) -> tuple[str, ...]:
+        """The parameters that an adapter trains whole."""
+        adapter = self.options.adapter
+        if isinstance(adapter, lora.LoraOptions):
+            return lora.choose_slots(our_shapes(self.config), adapter, self.config.tie_word_embeddings)[1]
+        return () if self.adapter is None else self.adapter.saved
 
     def _report_products(self, model: CausalLM) -> None:
         """Log lines about the products that compute with other weights than the model's own."""
@@ -372,6 +387,11 @@ def prepare_model(model_dir: str | Path, options: ModelOptions, shape: ModelConf
     adapter = None
     if isinstance(options.adapter, AdapterDirectory):
         adapter = read_adapter(options.adapter.path, model_config, path)
+        if options.divides_weights and adapter.options.dora:
+            raise ConfigError(
+                f"sharding: stage3 is not built for the columns' lengths of DoRA, which the adapter of lora_path: "
+                f"{options.adapter.path} has. Set sharding: stage2"
+            )
     elif options.adapter is not None:
         lora.choose_slots(our_shapes(model_config), options.adapter, model_config.tie_word_embeddings)
     return PreparedModel(path, options, model_config, reader, adapter, read_generation_config(path, model_config))

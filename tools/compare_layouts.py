@@ -52,6 +52,7 @@ def cost(chosen: list[str]) -> Iterator[str]:
 
     sent = ["| case | ranks | bytes that rank 0 sends | all ranks against the formula |", "|---|---|---|---|"]
     state = ["| case | rank | optimizer state | by formula | undivided |", "|---|---|---|---|---|"]
+    weights = ["| case | rank | weights between uses | by formula | undivided |", "|---|---|---|---|---|"]
     pipe = ["| case | stage | bubble | by formula | chunks kept | by formula |", "|---|---|---|---|---|---|"]
     for size, table in ((2, cases.TWO), (4, cases.FOUR)):
         names = _among(chosen, table)
@@ -65,9 +66,13 @@ def cost(chosen: list[str]) -> Iterator[str]:
                     counted, formula = result["state"]
                     if result["undivided"] != counted:
                         state.append(f"| {name} | {rank} | {counted:,} | {formula:,} | {result['undivided']:,} |")
+                    counted, formula = result["weights"]
+                    if result["undivided weights"] != counted:
+                        row = f"| {name} | {rank} | {counted:,} | {formula:,} | {result['undivided weights']:,} |"
+                        weights.append(row)
                 pipe += _pipeline_rows(name, ranks)
             world.stop()
-    for lines in (sent, state, pipe):
+    for lines in (sent, state, weights, pipe):
         yield from [*lines, ""]
 
 
@@ -81,7 +86,7 @@ def _sent_row(name: str, ranks: list[dict[str, Any]]) -> str:
 
 
 def _pipeline_rows(name: str, ranks: list[dict[str, Any]]) -> Iterator[str]:
-    from test_schedule import buffered_time
+    from test_pipeline_schedule import buffered_time
 
     from erniekit.parallel.pipeline_schedule import bubble_fraction, plan
 

@@ -1,7 +1,7 @@
 """Loads and saves models: directories with config.json and safetensors, in the "-PT" or the "-Paddle" layout."""
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from itertools import groupby
 from pathlib import Path
 from typing import Protocol
@@ -57,12 +57,14 @@ def fill_weights(
     source: WeightSource,
     rounded_to: str | None = None,
     into: Mapping[str, paddle.Tensor] | None = None,
+    on_set: Callable[[str, paddle.Tensor], None] = lambda name, tensor: None,
 ) -> None:
     """Set every parameter and persistent buffer from an open directory, one at a time; the model's dtypes stay. A
     sharded model reads its shard of each. A product that stores its weight is filled while the weight is read, experts
     one by one.
 
-    `rounded_to`: the values are first rounded to this dtype ("bfloat16"). `into`: see `load_weights`.
+    `rounded_to`: the values are first rounded to this dtype ("bfloat16"). `into`: see `load_weights`. `on_set` is told
+    of each tensor when it has its values.
     """
     through = None if rounded_to is None else dtypes.header_name(rounded_to)
     tensors = named_tensors(model) if into is None else into
@@ -83,6 +85,7 @@ def fill_weights(
         array = next(pieces) if units[0].index is None else _stacked(pieces, tuple(tensor.shape))
         assert tuple(tensor.shape) == array.shape, (param, tensor.shape, array.shape)
         tensor.set_value(paddle.to_tensor(array).astype(tensor.dtype) if tensor.dtype != paddle.float32 else array)
+        on_set(param, tensor)
 
 
 def _fill(product: Product, matrices: Iterator[np.ndarray], param: str) -> None:

@@ -15,6 +15,7 @@ from erniekit.nn.roles import Role, named_roles
 from erniekit.nn.shard import WHOLE, RankShard, ShardSpec, named_shard_specs, shard, unshard
 from erniekit.parallel import comm
 from erniekit.parallel.mesh import Mesh
+from erniekit.parallel.sharded_units import DividedTensor
 
 
 class Shares:
@@ -80,11 +81,12 @@ class Shares:
         return tuple(sizes)
 
     @paddle.no_grad()
-    def gather(self, name: str, share: paddle.Tensor | np.ndarray) -> np.ndarray | None:
+    def gather(self, name: str, share: paddle.Tensor | DividedTensor | np.ndarray) -> np.ndarray | None:
         """Gather what this rank `writes` of a tensor, fp32 on the host: the whole tensor, or the rows of this rank's
-        experts; None where another rank writes it. The tensor ranks of a stage call it for the same tensors in the same
-        order.
+        experts; None where another rank writes it. The ranks of a stage call it for the same tensors in the same order.
         """
+        if isinstance(share, DividedTensor):
+            share = share.whole()
         spec = self.spec(name)
         if spec is None or spec.over == "experts":
             return (share if isinstance(share, np.ndarray) else to_numpy(share)) if self.writes(name) else None

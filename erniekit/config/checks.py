@@ -48,6 +48,7 @@ def problems(cfg: Config, command: str) -> list[str]:
             _training(cfg),
             _shape(cfg),
             _pipeline(cfg),
+            _sharding(cfg),
             _low_bit(cfg),
             _precision(cfg),
             _recompute(cfg),
@@ -239,6 +240,21 @@ def _pipeline(cfg: Config) -> Iterator[str]:
             f"pp_seg_method: expected layer:DecoderLayer (the same number of layers each), balanced (by cost), or the "
             f"layers at which stages begin, such as [0,14,28]; got {method!r}"
         )
+
+
+def _sharding(cfg: Config) -> Iterator[str]:
+    """What stage 3 cannot divide, or would divide wrongly."""
+    if cfg.sharding != "stage3":
+        return
+    instead = "Set sharding: stage2"
+    if cfg.compute_type in LOW_BIT:
+        yield f"sharding: stage3 does not divide weights in 8 or 4 bits (compute_type: {cfg.compute_type}). {instead}"
+    if cfg.fp8 != "none":
+        yield f"sharding: stage3 does not divide the FP8 copies of weights (fp8: {cfg.fp8}). {instead}, or fp8: none"
+    if cfg.qat != "none":
+        yield f"sharding: stage3 is not built for the rounded weights of qat: {cfg.qat}. {instead}, or qat: none"
+    if cfg.fine_tuning == "LoRA" and cfg.use_dora:
+        yield f"sharding: stage3 is not built for the columns' lengths of use_dora. {instead}, or use_dora: False"
 
 
 def _needed(cfg: Config, command: str) -> Iterator[str]:

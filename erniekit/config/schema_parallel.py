@@ -5,6 +5,8 @@ from typing import ClassVar
 
 from erniekit.config.fields import key, list_of
 
+ZERO_STAGES = {"": 0, "stage1": 1, "stage2": 2, "stage3": 3}  # of `sharding`
+
 
 @dataclass(frozen=True, kw_only=True)
 class ParallelArgs:
@@ -49,8 +51,9 @@ class ParallelArgs:
     )
     sharding: str = key(
         "",
-        "ZeRO: shard the optimizer's state over data ranks (stage1), or also the gradients (stage2); empty: neither.",
-        choices=("", "stage1", "stage2"),
+        "ZeRO: shard the optimizer's state over data ranks (stage1), or also the gradients (stage2), or also the "
+        "weights of the layers (stage3); empty: none of them.",
+        choices=tuple(ZERO_STAGES),
     )
     sharding_parallel_degree: int = key(
         -1, "Data ranks that share one copy of what `sharding` divides; -1: all of them.", ge=1, off=-1

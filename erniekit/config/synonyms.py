@@ -105,7 +105,7 @@ _STAGES = f"stage takes {join_names(BUILT, 'or')}"
 # Names of settings that are expressed differently here, or do not exist -> what to do instead.
 _OTHERWISE: dict[str, str] = {
     "deepspeed fsdp zero_stage sharding_stage zero_optimization use_distributed_optimizer": (
-        "sharding: stage1 or stage2 divides optimizer state and gradients over ranks"
+        "sharding: stage1, stage2 or stage3 divides optimizer state, gradients and weights over ranks"
     ),
     "finetuning_type finetune_type train_type tuner_type sft_type training_type peft_type": (
         "fine_tuning takes Full or LoRA"

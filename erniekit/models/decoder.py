@@ -49,6 +49,7 @@ from erniekit.nn.norm import RMSNorm
 from erniekit.nn.roles import Role
 from erniekit.nn.shard import WHOLE, RankShard, Shardable, ShardSpec
 from erniekit.parallel.mesh import Mesh
+from erniekit.parallel.sharded_units import ShardedUnits
 from erniekit.parallel.tensor import TensorRanks
 
 # Token ids, positions or segments [B, S] as callers have them.
@@ -251,6 +252,7 @@ class CausalLM(nn.Layer):
         # The ranks that hold the model together, and the layers of each chunk of this stage (models/stages.py).
         self.mesh = Mesh.single()
         self.picture_ranks: PictureRanks | None = None
+        self.units: ShardedUnits | None = None  # the blocks whose weights are divided over ranks (sharding: stage3)
         self.chunks: tuple[tuple[int, ...], ...] = (self.model.layers.numbers,)
         # Tied, the head is the embedding; transformers still gives a biased MoE head a bias of its own.
         bias = config.has_head_bias

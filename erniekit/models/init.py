@@ -15,11 +15,17 @@ from erniekit.nn.shard import named_shard_specs, shard
 from erniekit.utils.arrays import seeded_generator
 
 
-def init_weights(model: CausalLM, seed: int, wanted: Callable[[str], bool] = lambda name: True) -> None:
+def init_weights(
+    model: CausalLM,
+    seed: int,
+    wanted: Callable[[str], bool] = lambda name: True,
+    on_set: Callable[[str, paddle.Tensor], None] = lambda name, parameter: None,
+) -> None:
     """Set the parameters that this process holds and whose names are `wanted`: matrices normal with the configuration's
     initializer_range, norms 1, biases 0. Experts are drawn one by one, so that a process draws only its own. Values are
     drawn in fp32 and rounded to the parameter's dtype, one parameter at a time. A weight that a product holds is drawn
-    as if it were a parameter; a product's own parameters are initialised by the product.
+    as if it were a parameter; a product's own parameters are initialised by the product. `on_set` is told of each
+    parameter when it has its values.
     """
     shard_specs, roles, shapes = named_shard_specs(model), named_roles(model), our_shapes(model.config)
     std = model.config.initializer_range
@@ -40,6 +46,7 @@ def init_weights(model: CausalLM, seed: int, wanted: Callable[[str], bool] = lam
             value = draw(name, parameter.shape)
             is_wide = parameter.dtype == paddle.float32
             parameter.set_value(value if is_wide else paddle.to_tensor(value).astype(parameter.dtype))
+            on_set(name, parameter)
     for name, (projection, product) in held_weights(model).items():
         if wanted(name):
             value = draw(name, projection.weight_shape)

@@ -93,7 +93,7 @@ def layout_lines(cfg: Config, model_config: ModelConfig, degrees: ParallelDims) 
     if cfg.sharding_parallel_degree > 1 and not cfg.sharding:
         notes.append(
             f"sharding_parallel_degree: {cfg.sharding_parallel_degree}: plain data ranks: nothing is divided over them "
-            "without sharding: stage1 or stage2"
+            "without sharding: stage1, stage2 or stage3"
         )
     if degrees.world == 1:
         return notes

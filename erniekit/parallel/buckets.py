@@ -5,9 +5,9 @@ ceil(n / S); rank i updates elements i * c .. (i + 1) * c (ZeRO stage 1 and 2, R
 1910.02054, section 5). Every parameter is divided, whatever its size, so that the ranks differ by at most one element a
 parameter.
 
-A bucket is what one collective carries: parameters of one placement, one type, and one chunk of the model (what one
-backward pass reaches). It is a matrix [S, width]: row i consists of the i-th chunk of each parameter and then of one
-flag for each parameter, which counts the ranks that had a gradient for it.
+A bucket is what one collective carries: parameters of one placement, one type, one chunk of the model (what one
+backward pass reaches), and in stage 3 one block. It is a matrix [S, width]: row i consists of the i-th chunk of each
+parameter and then of one flag for each parameter, which counts the ranks that had a gradient for it.
 """
 
 import math
@@ -48,6 +48,7 @@ class Entry:
     placement: Placement
     model_chunk: int = 0
     num_moments: int = 2  # of the optimizer's state: AdamW's two, or Muon's momentum
+    unit: str = ""  # the block with which its weight is gathered (parallel/sharded_units.py); "": the weight is whole
 
     @property
     def size(self) -> int:
@@ -79,6 +80,11 @@ class Bucket:
     def model_chunk(self) -> int:
         """The chunk of the model that each of its parameters belongs to."""
         return self.entries[0].model_chunk
+
+    @property
+    def unit(self) -> str:
+        """The block with which its weights are gathered; "": they are whole."""
+        return self.entries[0].unit
 
     def gradient_dtype(self, master_grad: bool) -> str:
         """The type of the gradients in it."""
@@ -131,12 +137,12 @@ def _key(entry: Entry) -> tuple:
     """The properties that all parameters of one bucket share."""
     p = entry.placement
     groups = (p.gradient, p.shard, p.replica, p.partial, p.ends)
-    return entry.model_chunk, entry.dtype, p.copies, *(group.ranks for group in groups)
+    return entry.model_chunk, entry.unit, entry.dtype, p.copies, *(group.ranks for group in groups)
 
 
 def is_eager(placement: Placement, zero_stage: int) -> bool:
     """Whether gradients are exchanged after every backward pass, so that only a chunk of them is stored."""
-    return zero_stage == 2 and placement.shard.size > 1
+    return zero_stage >= 2 and placement.shard.size > 1
 
 
 def item_bytes(dtype: str) -> int:

@@ -1,4 +1,4 @@
-"""Gradients summed over ranks, in buckets, as ZeRO stages 0, 1 and 2 need them (Rajbhandari et al. 2020, arXiv
+"""Gradients summed over ranks, in buckets, as ZeRO stages 0 to 3 need them (Rajbhandari et al. 2020, arXiv
 1910.02054).
 
 What a step does, on one process as on many:
@@ -13,8 +13,10 @@ What a step does, on one process as on many:
 
 Stage 0 all-reduces whole gradients once a step. Stage 1 reduce-scatters them, each rank updates its chunk of every
 parameter, and the chunks are gathered (parallel/zero.py). Stage 2 reduce-scatters after every microbatch and keeps only
-the chunk. A parameter whose state is not divided (`placement.shard` of one rank) is treated as in stage 0, and the
-gradient of one that no other rank shares is left where it is: on one process nothing is copied.
+the chunk. Stage 3 does the same, but the gradients of a block whose weights are divided are sent as soon as its
+backward pass is done (parallel/sharded_units.py). A parameter whose state is not divided (`placement.shard` of one
+rank) is treated as in stage 0, and the gradient of one that no other rank shares is left where it is: on one process
+nothing is copied.
 
 Where collectives run while the computation continues (NCCL), a bucket is sent as soon as a backward pass has completed
 its gradients (stages 0 and 1: the step's last pass). Elsewhere it is sent at a fixed point, after the pass or at the
@@ -36,7 +38,7 @@ from erniekit.parallel.process_group import Group
 from erniekit.parallel.zero import ShardedParameters
 from erniekit.utils import heartbeat
 
-# In ZeRO stage 2, the buckets that may be under way at a time; more would need more memory than the chunks.
+# In ZeRO stages 2 and 3, the buckets that may be under way at a time; more would need more memory than the chunks.
 IN_FLIGHT = 2
 
 
@@ -45,7 +47,7 @@ class GradientSync:
 
     Args:
         parameters: the trainable parameters and their buckets.
-        zero_stage: 0, 1 or 2, see the module.
+        zero_stage: 0 to 3, see the module.
         master_grad: gradients of 16-bit parameters are added up and sent in fp32.
         overlap: send during the backward pass, where the backend runs collectives while the computation continues.
     """
@@ -54,7 +56,10 @@ class GradientSync:
         self, parameters: ShardedParameters, zero_stage: int = 0, master_grad: bool = True, overlap: bool = False
     ) -> None:
         self.parameters, self.zero_stage = parameters, zero_stage
-        self.master_grad, self.overlap = master_grad, overlap
+        # Divided weights give their buckets a fixed order, which does not allow for early ones.
+        self.master_grad, self.overlap = master_grad, overlap and zero_stage < 3
+        if parameters.units is not None:
+            parameters.units.on_gradients = self._send_unit
         self._tensors, self._entries, self._buckets = parameters.tensors, parameters.entries, parameters.buckets
         self._fp32_sums: dict[str, paddle.Tensor] = {}
         self._in_flight: deque[tuple[int, Work, paddle.Tensor]] = deque()  # bucket, its exchange, what it sends
@@ -97,6 +102,8 @@ class GradientSync:
     @paddle.no_grad()
     def after_backward(self, model_chunk: int = 0) -> None:
         """After each backward pass through a chunk of the model: its gradients are complete."""
+        if self.parameters.units is not None:
+            self.parameters.units.finish_backward(model_chunk)
         for name, entry in self._entries.items():
             if entry.model_chunk == model_chunk:
                 late = name in self._sent_early and self._tensors[name].grad is not None
@@ -112,6 +119,15 @@ class GradientSync:
             self._send(due.popleft())
         self._passes_left[model_chunk] -= 1
         self._begin_pass(model_chunk)
+
+    @paddle.no_grad()
+    def _send_unit(self, model_chunk: int, unit: str) -> None:
+        """Send the buckets of a block."""
+        due = self._due[model_chunk]
+        for index in [index for index in due if self._buckets[index].unit == unit]:
+            due.remove(index)
+            self._sent_early.update(entry.name for entry in self._buckets[index].entries)
+            self._send(index)
 
     def _fold(self, name: str) -> None:
         """Move a 16-bit gradient into its fp32 sum (`master_grad`)."""
@@ -141,7 +157,7 @@ class GradientSync:
         else:
             work = comm.start_all_reduce(matrix, _sums_over(bucket)[0])
         self._in_flight.append((index, work, matrix))
-        while self.zero_stage == 2 and len(self._in_flight) > (IN_FLIGHT if self.overlap else 0):
+        while self.zero_stage >= 2 and len(self._in_flight) > (IN_FLIGHT if self.overlap else 0):
             self._settle()
 
     def _flags_of(self, present: tuple[bool, ...], dtype: str) -> paddle.Tensor:

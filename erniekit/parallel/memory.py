@@ -1,8 +1,9 @@
-"""Bytes that one rank stores for optimizer state and gradients, by formula from sizes alone. How many microbatches'
-activations it keeps: parallel/pipeline_schedule.py (`peak_live`).
+"""Bytes that one rank stores for weights, optimizer state and gradients, by formula from sizes alone. How many
+microbatches' activations it keeps: parallel/pipeline_schedule.py (`peak_live`).
 """
 
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Callable, Iterable
 
 from erniekit.parallel.buckets import Entry, is_eager, item_bytes
 
@@ -35,8 +36,27 @@ def state_bytes(entries: Iterable[Entry], divided: bool = True, moment_dtype: st
     return total
 
 
+def weight_bytes(entries: Iterable[Entry]) -> int:
+    """Bytes of parameters on this rank between their uses: of a divided one its chunk."""
+    return sum((entry.chunk if entry.unit else entry.size) * item_bytes(entry.dtype) for entry in entries)
+
+
+def unit_bytes(entries: Iterable[Entry]) -> int:
+    """Bytes of the weights of the largest unit, which is whole while it computes, with the padding of its chunks."""
+    return largest_unit(entries, lambda entry: item_bytes(entry.dtype))
+
+
+def largest_unit(entries: Iterable[Entry], element_bytes: Callable[[Entry], int]) -> int:
+    """The bytes of the largest unit of divided parameters; 0 where nothing is divided."""
+    sizes: Counter[str] = Counter()
+    for entry in entries:
+        if entry.unit:
+            sizes[entry.unit] += entry.placement.shard.size * entry.chunk * element_bytes(entry)
+    return max(sizes.values(), default=0)
+
+
 def gradient_bytes(entries: Iterable[Entry], zero_stage: int, master_grad: bool) -> int:
-    """Bytes of gradients on this rank between two microbatches: whole ones, or in stage 2 this rank's chunk and a flag
+    """Bytes of gradients on this rank between two microbatches: whole ones, or in stages 2 and 3 its chunk and a flag
     (in addition to buckets under way, where exchanges overlap with computation).
     """
     return sum(

@@ -24,9 +24,10 @@ FLOAT32, INT64, FLOAT64 = 4, 8, 8  # bytes of an element
 def gradient_sync_bytes(
     buckets: Iterable[Bucket], zero_stage: int, num_microbatches: int, master_grad: bool, num_ranks: int
 ) -> Counter[str]:
-    """Gradients, their norm and parameters in one step. ZeRO stage 2 reduce-scatters every bucket after every
-    microbatch, the other stages once a step; stages 1 and 2 all-gather the updated chunks (Rajbhandari et al. 2020,
-    arXiv 1910.02054, section 7). Ranks that hold the same chunk all-reduce it.
+    """Gradients, their norm and parameters in one step. ZeRO stages 2 and 3 reduce-scatter every bucket after every
+    microbatch, the others once a step; all stages but 0 all-gather the updated chunks (Rajbhandari et al. 2020, arXiv
+    1910.02054, section 7), but for divided weights, which are gathered when they are used (`weight_gather_bytes`).
+    Ranks that hold the same chunk all-reduce it.
 
     `master_grad`: gradients of 16-bit parameters are sent in fp32. The norm is one fp64 number of each of `num_ranks`.
     """
@@ -38,8 +39,20 @@ def gradient_sync_bytes(
         sent["reduce_scatter"] += times * reduce_scatter_bytes(p.shard.size * row, p.shard.size)
         for group in (p.replica, p.partial, p.ends):
             sent["all_reduce"] += all_reduce_bytes(row, group.size)
-        sent["all_gather"] += all_gather_bytes(bucket.columns * item_bytes(bucket.entries[0].dtype), p.shard.size)
+        if not bucket.unit:
+            sent["all_gather"] += all_gather_bytes(bucket.columns * item_bytes(bucket.entries[0].dtype), p.shard.size)
     return sent
+
+
+def weight_gather_bytes(buckets: Iterable[Bucket], num_passes: int) -> int:
+    """All-gathers of ZeRO stage 3: of the blocks' weights, whether or not they are trained, for each pass through them.
+    A microbatch has a forward and a backward pass, and a reference one forward pass more. A block in front of the first
+    trained parameter has no backward pass.
+    """
+    return num_passes * sum(
+        all_gather_bytes(bucket.columns * item_bytes(bucket.entries[0].dtype), bucket.placement.shard.size)
+        for bucket in buckets
+    )
 
 
 # Tensor and sequence parallelism

@@ -4,7 +4,6 @@ which chunk of each parameter this rank updates, and how the updated chunks beco
 Where a parameter's state is not divided (`placement.shard` of one rank), its only chunk is the parameter itself.
 """
 
-import math
 from collections.abc import Container, Iterable, Mapping
 
 import numpy as np
@@ -14,6 +13,7 @@ from erniekit.parallel import comm
 from erniekit.parallel.buckets import DEFAULT_LIMIT, Entry, join_chunks, plan_buckets, take_chunk
 from erniekit.parallel.placement import Placement
 from erniekit.parallel.process_group import ALONE
+from erniekit.parallel.sharded_units import ShardedUnits, chunk_of, joined_chunks
 
 
 def entries_of(
@@ -21,11 +21,21 @@ def entries_of(
     placements: Mapping[str, Placement],
     model_chunks: Mapping[str, int],
     one_moment: Container[str] = (),
+    units: Mapping[str, str] | None = None,
 ) -> dict[str, Entry]:
-    """Trainable parameters as the plan of buckets sees them, by name; see ShardedParameters. Their shapes suffice."""
+    """Parameters as the plan of buckets sees them, by name; see ShardedParameters. Their shapes suffice. `units`: the
+    block of each whose weight is divided (ZeRO stage 3).
+    """
+    blocks = units or {}
     return {
         name: Entry(
-            name, tuple(p.shape), _dtype(p), placements[name], model_chunks.get(name, 0), 1 if name in one_moment else 2
+            name,
+            tuple(p.shape),
+            _dtype(p),
+            placements[name],
+            model_chunks.get(name, 0),
+            1 if name in one_moment else 2,
+            blocks.get(name, ""),
         )
         for name, p in tensors.items()
     }
@@ -40,6 +50,7 @@ class ShardedParameters:
         model_chunks: the chunk of the pipeline stage that a parameter belongs to; 0 where it is not named.
         limit: elements of a bucket.
         one_moment: the parameters whose optimizer state has one moment instead of two.
+        units: the blocks whose weights are divided, too (ZeRO stage 3).
     """
 
     def __init__(
@@ -49,9 +60,12 @@ class ShardedParameters:
         model_chunks: Mapping[str, int] | None = None,
         limit: int = DEFAULT_LIMIT,
         one_moment: Container[str] = (),
+        units: ShardedUnits | None = None,
     ) -> None:
         self.tensors = {name: p for name, p in parameters if not p.stop_gradient}
-        self.entries = entries_of(self.tensors, placements, model_chunks or {}, one_moment)
+        self.units = units
+        unit_names = {} if units is None else {name: entry.unit for name, entry in units.entries.items()}
+        self.entries = entries_of(self.tensors, placements, model_chunks or {}, one_moment, unit_names)
         self.buckets = plan_buckets(list(self.entries.values()), limit)
         self._check_plan()
 
@@ -81,35 +95,31 @@ class ShardedParameters:
     @paddle.no_grad()
     def local_chunk(self, name: str) -> paddle.Tensor:
         """What this rank updates of a parameter: the parameter itself, or where the state is divided this
-        rank's chunk [c], a copy padded with zeros.
+        rank's chunk [c], padded with zeros: a copy, or, of a divided weight, all that there is of it.
         """
+        if self.units is not None and name in self.units.values:
+            return self.units.values[name].chunk
         return self.chunk_of(name, self.tensors[name])
 
     @paddle.no_grad()
     def chunk_of(self, name: str, parameter: paddle.Tensor) -> paddle.Tensor:
         """As `local_chunk`, of another tensor of a parameter's shape."""
         entry = self.entries[name]
-        shard = entry.placement.shard
-        if shard.size == 1:
-            return parameter
-        begin = min(shard.index * entry.chunk, entry.size)
-        end = min(begin + entry.chunk, entry.size)
-        padding = paddle.zeros([entry.chunk - (end - begin)], dtype=parameter.dtype)
-        return paddle.concat([parameter.reshape([-1])[begin:end], padding])
+        return parameter if entry.placement.shard.size == 1 else chunk_of(entry, parameter)
 
     @paddle.no_grad()
     def publish(self, updated: Mapping[str, paddle.Tensor]) -> None:
         """Gather the updated chunks of all ranks into the parameters. A parameter that `updated` does not name keeps
-        its values.
+        its values. Divided weights are gathered when they are used.
         """
         for bucket in self.buckets:
             shard = bucket.placement.shard
-            if shard.size == 1:
+            if shard.size == 1 or bucket.unit:
                 continue
             chunks = [updated[e.name] if e.name in updated else self.local_chunk(e.name) for e in bucket.entries]
             matrix = comm.all_gather(paddle.concat(chunks), shard).reshape([shard.size, bucket.columns])
             for entry, rows in zip(bucket.entries, paddle.split(matrix, bucket.sections[:-1], axis=1), strict=True):
-                paddle.assign(_whole(rows, entry.shape), self.tensors[entry.name])
+                paddle.assign(joined_chunks(rows, entry.shape), self.tensors[entry.name])
 
     @paddle.no_grad()
     def whole(self, name: str, chunk: paddle.Tensor) -> paddle.Tensor:
@@ -119,7 +129,7 @@ class ShardedParameters:
         entry = self.entries[name]
         if entry.placement.shard.size == 1:
             return chunk
-        return _whole(comm.all_gather(chunk, entry.placement.shard), entry.shape)
+        return joined_chunks(comm.all_gather(chunk, entry.placement.shard), entry.shape)
 
     def gather(self, name: str, chunk: paddle.Tensor) -> np.ndarray:
         """As `whole`, but the result is on the host."""
@@ -132,11 +142,6 @@ class ShardedParameters:
         """This rank's chunk [c] of a tensor of a parameter's shape; the whole tensor where nothing is divided."""
         shard = self.entries[name].placement.shard
         return whole if shard.size == 1 else take_chunk(whole, shard.index, shard.size)
-
-
-def _whole(rows: paddle.Tensor, shape: tuple[int, ...]) -> paddle.Tensor:
-    """[S, c] as a tensor of `shape`, without the padding."""
-    return rows.reshape([-1])[: math.prod(shape)].reshape(shape)
 
 
 def _dtype(parameter: paddle.Tensor) -> str:

@@ -98,6 +98,8 @@ def _received(job: Job, device: Device) -> Operation:
 def layer_operations(job: Job, device: Device, model: CausalLM, layer: DecoderLayer, number: int) -> list[Operation]:
     """One decoder layer with what is recomputed in it; `number`: which one it is in the whole model."""
     width = job.model.hidden_size
+    if job.sends_layer_gradients:  # they do not wait: rank_tensors counts those of the layer that computes
+        device = replace(device, master_grad=False)
     modules = frozenset() if number in job.cfg.no_recompute_layers else job.cfg.recomputed_modules
     attention = _attention(job, device, model, layer)
     feed_forward = _feed_forward(job, device, layer, modules)

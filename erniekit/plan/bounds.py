@@ -97,7 +97,8 @@ def _resident(job: Job, run: Run, stage: int) -> float:
     entries = trained_entries(run.stage(stage), layout, embedding)
     if job.cfg.optim == "muon":  # embeddings have two moments, too, but a bound is from below
         entries = [replace(entry, num_moments=1) for entry in entries]
-    weights = sum(entry.size * item_bytes(entry.dtype) for entry in entries)
+    divided = layout.zero_stage == 3
+    weights = sum((entry.chunk if divided else entry.size) * item_bytes(entry.dtype) for entry in entries)
     gradients = gradient_bytes(entries, layout.zero_stage, layout.gradient_bytes == 4)
     state = 0 if layout.offload_optimizer else state_bytes(entries, moment_dtype=job.cfg.moment_dtype)
     return weights + gradients + state

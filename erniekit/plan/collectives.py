@@ -5,6 +5,7 @@ which tests compare with the bytes that real steps send; here they are applied t
 import math
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 
 from erniekit.parallel.buckets import Entry, item_bytes, plan_buckets
 from erniekit.parallel.placement import Placement
@@ -86,12 +87,16 @@ def transfer_bytes(layout: Layout, hidden: int) -> int:
     return pipeline_bytes(0, 2, 1, tokens, hidden, layout.element_bytes)
 
 
-def trained_entries(layers: Sequence[Layer], layout: Layout, embedding: int = 0) -> list[Entry]:
-    """Two parameters that stand for all trained weights of a stage on one rank: of experts and of the rest."""
+def trained_entries(
+    layers: Sequence[Layer], layout: Layout, embedding: int = 0, with_frozen: bool = False
+) -> list[Entry]:
+    """Two parameters that stand for all trained weights of a stage on one rank: of experts and of the rest; on demand
+    also for the frozen ones.
+    """
     dense, experts = float(embedding) / layout.tensor, 0.0
     for layer in layers:
         for product in layer.products:
-            if not product.trained:
+            if not product.trained and not with_frozen:
                 continue
             elements = product.parameters / layout.shards(product)
             if product.experts > 1:
@@ -133,6 +138,27 @@ def data_bytes(entries: Sequence[Entry], layout: Layout) -> Counter[str]:
     return Counter(all_gather=round(2 * times * gathered), reduce_scatter=round(times * scattered))
 
 
+def stage_data_bytes(layers: Sequence[Layer], layout: Layout, embedding: int = 0) -> Counter[str]:
+    """Gradients and weights of a stage in one step. Where only decoder layers are divided, everything else is exchanged
+    as in stage 2, and frozen weights of these layers are gathered, too. A reference has one pass more.
+    """
+    if layout.zero_stage < 3 or not layout.blocks_alone:
+        return data_bytes(trained_entries(layers, layout, embedding), layout)
+    blocks, others = [x for x in layers if _decoder(x)], [x for x in layers if not _decoder(x)]
+    sent = data_bytes(trained_entries(others, layout, embedding), replace(layout, zero_stage=2))
+    sent["reduce_scatter"] += data_bytes(trained_entries(blocks, layout), layout)["reduce_scatter"]
+    twice = data_bytes(trained_entries(blocks, layout, with_frozen=True), layout)["all_gather"]
+    sent["all_gather"] += round(twice * (1.5 if layout.reference else 1.0))
+    return sent
+
+
+def num_exchanges(layers: Sequence[Layer], layout: Layout) -> int:
+    """Collectives of each kind in a step, of which each has its latency; where they overlap, one."""
+    if layout.zero_stage < 3 or not layout.blocks_alone:
+        return 1
+    return 2 * layout.microbatches * sum(_decoder(layer) for layer in layers)
+
+
 def step_bytes(run: Run, stage: int) -> Counter[str]:
     """What one rank of a stage sends in a step, by dimension: tensor, expert, pipeline, data."""
     layout, layers = run.layout, run.stage(stage)
@@ -146,6 +172,5 @@ def step_bytes(run: Run, stage: int) -> Counter[str]:
     sent["pipeline"] = times * pipeline_bytes(
         stage, layout.pipeline, layout.chunks, tokens, hidden, layout.element_bytes
     )
-    entries = trained_entries(layers, layout, run.work.embedding if first else 0)
-    sent["data"] = sum(data_bytes(entries, layout).values())
+    sent["data"] = sum(stage_data_bytes(layers, layout, run.work.embedding if first else 0).values())
     return +sent

@@ -12,6 +12,7 @@ from typing import Any
 from erniekit.config import checks, pointless_rl
 from erniekit.config.schema import Config
 from erniekit.config.schema_kto import KtoArgs
+from erniekit.config.schema_parallel import ZERO_STAGES
 from erniekit.config.schema_preference import ALIASES, REFERENCE_FREE, PreferenceArgs
 from erniekit.config.schema_rl import RLArgs
 from erniekit.models.config import ModelConfig
@@ -63,8 +64,14 @@ class Job:
 
     @property
     def zero_stage(self) -> int:
-        """0: optimizer state is whole on every data rank; 1: divided; 2: gradients as well."""
-        return {"": 0, "stage1": 1, "stage2": 2}[self.cfg.sharding]
+        """0: optimizer state is whole on every data rank; 1: divided; 2: gradients as well; 3: also weights."""
+        return ZERO_STAGES[self.cfg.sharding]
+
+    @property
+    def sends_layer_gradients(self) -> bool:
+        """Whether the gradients of a layer are sent when its backward pass is done, those of its experts too."""
+        experts = self.degrees.expert if self.model.moe_num_experts else 1
+        return self.zero_stage == 3 and self.degrees.sharding > experts
 
     @property
     def sequence_parallel(self) -> bool:

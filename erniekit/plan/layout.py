@@ -1,7 +1,7 @@
 """How a model's work is divided over ranks: what the planner's communication and time need to know of a run.
 
-`layout_of` makes it from a job. It also describes runs of other toolkits, which have context parallelism, ZeRO stage 3
-and overlaps that this one has not; the planner's accuracy is measured on published runs of theirs.
+`layout_of` makes it from a job. It also describes runs of other toolkits, which have context parallelism and overlaps
+that this one has not; the planner's accuracy is measured on published runs of theirs.
 """
 
 from dataclasses import dataclass, field
@@ -18,7 +18,8 @@ class Layout:
     """Degrees, batch and precision of a run.
 
     `data`: all data ranks (the context ranks of a sequence, `context`, are counted beside them). `sharding`: ranks that
-    share one copy of the optimizer's state; `zero_stage` 3 divides the weights as well. `microbatch_tokens`: tokens of
+    share one copy of the optimizer's state; `zero_stage` 3 divides the weights as well, with `blocks_alone` only those
+    of the decoder layers, gathered while nothing else runs, as in this toolkit. `microbatch_tokens`: tokens of
     a microbatch on one data rank, in documents of the lengths `lengths`. `precision`: of the products in the parts
     `fp8_parts`. `deduplicated`: a token is sent once to each rank that has experts of it, not once for each
     expert; `fp8_dispatch`: in 8 bits, and so the gradients of what the experts return.
@@ -34,6 +35,7 @@ class Layout:
     data: int = 1
     sharding: int = 1
     zero_stage: int = 0
+    blocks_alone: bool = False
     sequence_parallel: bool = False
     schedule: str = "1f1b"
     microbatches: int = 1
@@ -139,6 +141,7 @@ def layout_of(job: Job) -> Layout:
         data=degrees.data,
         sharding=degrees.sharding if job.zero_stage else 1,
         zero_stage=job.zero_stage,
+        blocks_alone=True,
         sequence_parallel=job.sequence_parallel,
         schedule=job.schedule,
         microbatches=job.num_microbatches,

@@ -117,6 +117,7 @@ def _stage(
         "base of adapters": float(tensors.copies),
         # Gradients are exchanged, and parameters gathered, when no activations are left.
         "activations": activations.peak,
+        "block in use": float(tensors.unit + tensors.unit_gradients),
         "exchange": kept + max(exchanged - activations.peak, 0.0),
         "communicators": 0.0 if job.on_cpu else float(COMMUNICATOR_BYTES * _communicators(mesh)),
     }
@@ -126,7 +127,8 @@ def _stage(
 
 def _exchange(job: Job, tensors: RankTensors) -> tuple[float, float]:
     """Bytes that the exchange of gradients and parameters takes when all backward passes are done, and bytes that it
-    takes during them: in ZeRO stage 2, and where buckets are sent while the computation continues.
+    takes during them: in ZeRO stages 2 and 3, and where buckets are sent while the computation continues. Divided
+    weights are not gathered after the update, but before each use.
     """
     if not tensors.buckets:
         return 0.0, 0.0
@@ -139,11 +141,16 @@ def _exchange(job: Job, tensors: RankTensors) -> tuple[float, float]:
         for bucket in tensors.buckets
     )
     gathered = max(
-        size(bucket.columns * bucket.placement.shard.size, bucket.entries[0].dtype) for bucket in tensors.buckets
+        (
+            size(bucket.columns * bucket.placement.shard.size, bucket.entries[0].dtype)
+            for bucket in tensors.buckets
+            if not bucket.unit
+        ),
+        default=0.0,
     )
     after = max(2 * largest, 3 * gathered)
-    if job.on_cpu:
-        return after, 2 * largest if job.zero_stage == 2 else 0.0
+    if job.on_cpu or job.zero_stage == 3:
+        return after, 2 * largest if job.zero_stage >= 2 else 0.0
     return after, (IN_FLIGHT + 1 if job.zero_stage == 2 else 1) * largest
 
 

@@ -138,3 +138,5 @@ def _changes(job: Job) -> Iterator[dict[str, Any]]:
         yield {"expert_parallel_degree": degrees.expert // 2}
     if cfg.sharding == "stage2":
         yield {"sharding": "stage1"}
+    if cfg.sharding == "stage3":
+        yield {"sharding": "stage2"}

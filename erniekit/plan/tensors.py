@@ -18,14 +18,15 @@ from erniekit.models.decoder import CausalLM
 from erniekit.models.parallelize import placements
 from erniekit.models.pipeline_layout import parameter_chunks
 from erniekit.models.products import held_weights
+from erniekit.models.sharded_blocks import divided_entries
 from erniekit.moe.experts import Experts
 from erniekit.moe.layer import MoELayer
 from erniekit.nn.attention import SelfAttention
 from erniekit.nn.mlp import SwiGLU
 from erniekit.nn.norm import RMSNorm
 from erniekit.nn.roles import matrix_names
-from erniekit.parallel.buckets import Bucket, Entry, plan_buckets
-from erniekit.parallel.memory import gradient_bytes, state_bytes
+from erniekit.parallel.buckets import Bucket, Entry, item_bytes, plan_buckets
+from erniekit.parallel.memory import gradient_bytes, largest_unit, state_bytes, unit_bytes
 from erniekit.parallel.mesh import Mesh
 from erniekit.parallel.zero import entries_of
 from erniekit.plan.job import Job
@@ -41,6 +42,8 @@ class RankTensors:
     `weights`: parameters and buffers by the part of the model that they belong to. `state`: of the optimizer, on the
     device; `offloaded`: in host memory. `reference`: a preference loss's
     second model. `average`: the weights' moving average. `copies`: what an adapter remembers of its base.
+    `unit`: of the block whose weights are whole while it computes, where weights are divided (ZeRO stage 3), and
+    `unit_gradients`: of its gradients until they are sent.
     `trained`, `total`: numbers of parameters on this rank. `buckets`: what gradients and updated parameters are sent
     in; `entries`: the trained parameters.
     """
@@ -52,6 +55,8 @@ class RankTensors:
     reference: int
     average: int
     copies: int
+    unit: int
+    unit_gradients: int
     trained: int
     total: int
     entries: tuple[Entry, ...]
@@ -76,23 +81,28 @@ def rank_tensors(job: Job, mesh: Mesh, model: CausalLM) -> RankTensors:
         mesh: the rank, see Mesh.outline.
         model: its part of the model without memory, with what is frozen marked as such.
     """
-    weights = _weights(model)
+    divided = {entry.name: entry for entry in divided_entries(model, mesh)} if job.zero_stage == 3 else {}
     parameters = dict(model.named_parameters())
+    chunks = {id(parameters[name]): entry.chunk * item_bytes(entry.dtype) for name, entry in divided.items()}
+    weights = _weights(model, chunks)
     trained = {name: p for name, p in parameters.items() if not p.stop_gradient}
     where = placements(model, mesh, bool(job.cfg.sharding))
     one_moment = matrix_names(model) if job.cfg.optim == "muon" else ()
-    entries = entries_of(trained, where, parameter_chunks(model, model.chunks), one_moment)
+    units = {name: entry.unit for name, entry in divided.items()}
+    entries = entries_of(trained, where, parameter_chunks(model, model.chunks), one_moment, units)
     state = state_bytes(entries.values(), moment_dtype=job.cfg.moment_dtype)
-    waits = job.offloads_state and bool(entries)
+    waits, master_grad = job.offloads_state and bool(entries), job.cfg.amp_master_grad
     held = sum(prod(projection.weight_shape) for projection, _ in held_weights(model).values())
     return RankTensors(
         weights=dict(weights),
-        gradients=gradient_bytes(entries.values(), job.zero_stage, job.cfg.amp_master_grad),
+        gradients=gradient_bytes(entries.values(), job.zero_stage, master_grad),
         state=_largest_state(job, entries) if waits else state,
         offloaded=state if waits else 0,
         reference=sum(weights.values()) if job.has_second_model else 0,
-        average=0 if job.cfg.ema_decay is None else _average_bytes(model),
+        average=0 if job.cfg.ema_decay is None else _average_bytes(model, divided),
         copies=_copied_bytes(model),
+        unit=unit_bytes(divided.values()),
+        unit_gradients=largest_unit(entries.values(), lambda entry: item_bytes(entry.gradient_dtype(master_grad))),
         trained=sum(_size(p) for p in trained.values()),
         total=held + sum(_size(p) for p in parameters.values()),
         entries=tuple(entries.values()),
@@ -108,12 +118,16 @@ def _largest_state(job: Job, entries: Mapping[str, Entry]) -> int:
     return sum(sizes[: 1 if job.cfg.tensorwise_offload_optimizer else 2])
 
 
-def _average_bytes(model: CausalLM) -> int:
-    """The fp32 average of all that a checkpoint holds: parameters and buffers, or an adapter."""
-    tensors = list(model.named_parameters())
+def _average_bytes(model: CausalLM, divided: Mapping[str, Entry]) -> int:
+    """The fp32 average of all that a checkpoint holds: parameters and buffers, or an adapter; of a divided one its
+    chunk.
+    """
+    tensors = [(name, tensor) for name, tensor in model.named_parameters()]
     if lora.state_of(model) is None:
-        return sum(FP32_BYTES * _size(tensor) for _, tensor in [*tensors, *model.named_buffers()])
-    return sum(FP32_BYTES * _size(tensor) for _, tensor in tensors if not tensor.stop_gradient)
+        tensors += list(model.named_buffers())
+    else:
+        tensors = [(name, tensor) for name, tensor in tensors if not tensor.stop_gradient]
+    return sum(FP32_BYTES * (divided[name].chunk if name in divided else _size(tensor)) for name, tensor in tensors)
 
 
 def _copied_bytes(model: CausalLM) -> int:
@@ -126,14 +140,16 @@ def _copied_bytes(model: CausalLM) -> int:
     return sum(_bytes(tensor) for tensor in saved) + sum(adapter.missing_bytes for adapter in adapters)
 
 
-def _weights(model: CausalLM) -> Counter[str]:
-    """Bytes of parameters, buffers and held weights by part of the model."""
+def _weights(model: CausalLM, chunks: Mapping[int, int]) -> Counter[str]:
+    """Bytes of parameters, buffers and held weights by part of the model. `chunks`: of what a rank has of those that
+    are divided, by identity.
+    """
     parts: Counter[str] = Counter()
 
     def visit(layer: paddle.nn.Layer, around: str) -> None:
         part = _part(model, layer) or around
         own = [*layer.named_parameters(include_sublayers=False), *layer.named_buffers(include_sublayers=False)]
-        parts[part] += sum(_bytes(tensor) for _, tensor in own)
+        parts[part] += sum(chunks.get(id(tensor), _bytes(tensor)) for _, tensor in own)
         if isinstance(layer, QuantizedWeight):
             *stacked, num_in, num_out = layer.shape
             parts[part] += prod(stacked) * layer.scheme.num_bytes(num_in, num_out)

@@ -12,9 +12,8 @@ from functools import cached_property
 
 import numpy as np
 
-from erniekit.parallel.buckets import Entry
 from erniekit.parallel.pipeline_schedule import Compute, Forward
-from erniekit.plan.collectives import data_bytes, trained_entries, transfer_bytes
+from erniekit.plan.collectives import num_exchanges, stage_data_bytes, trained_entries, transfer_bytes
 from erniekit.plan.events import Duration, Timeline, execute
 from erniekit.plan.flops import TokenFlops, token_flops
 from erniekit.plan.hardware import GIGA, Hardware
@@ -257,9 +256,12 @@ def _stage_time(run: Run, stage: int, card: Hardware, known: _Passes) -> StageTi
     forward, backward = _chunk_times(run, stage, card, known)
     microbatch = sum(sum(chunk.values()) for chunk in (*forward, *backward))
     layers = run.stage(stage)
-    entries = trained_entries(layers, layout, run.work.embedding if stage == 0 else 0)
-    data = _data_seconds(entries, layout, card)
-    if layout.zero_stage < 2:
+    embedding = run.work.embedding if stage == 0 else 0
+    entries = trained_entries(layers, layout, embedding)
+    data = _data_seconds(layers, layout, card, embedding)
+    if layout.zero_stage == 3 and layout.blocks_alone:
+        hidden = 0.0
+    elif layout.zero_stage < 2:
         # Gradients leave while the last microbatch is computed backward, weights arrive during the first forward pass.
         hidden = microbatch
     else:
@@ -274,11 +276,12 @@ def _stage_time(run: Run, stage: int, card: Hardware, known: _Passes) -> StageTi
     return StageTime(tuple(forward), tuple(backward), data, exposed, optimizer, offload)
 
 
-def _data_seconds(entries: Sequence[Entry], layout: Layout, card: Hardware) -> float:
+def _data_seconds(layers: Sequence[Layer], layout: Layout, card: Hardware, embedding: int) -> float:
     ranks = layout.data * layout.context
     spans = layout.spans_hosts(ranks, layout.tensor)
     seconds = 0.0
-    for kind, sent in data_bytes(entries, layout).items():
+    exchanges = num_exchanges(layers, layout)
+    for kind, sent in stage_data_bytes(layers, layout, embedding).items():
         rate, latency = card.link("all_reduce" if kind == "all_reduce" else "all_gather", ranks, spans)
-        seconds += sent / rate + latency * (sent > 0)
+        seconds += sent / rate + exchanges * latency * (sent > 0)
     return seconds

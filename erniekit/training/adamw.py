@@ -145,9 +145,14 @@ class AdamW:
         """A parameter's whole master copy, fp32; None if it has none. If the state is divided, all ranks of the
         parameter's shard group must call this together.
         """
+        own = self.local_master(name)
+        return None if own is None else self.parameters.whole(name, own)
+
+    def local_master(self, name: str) -> paddle.Tensor | None:
+        """What this rank has of a parameter's master copy, fp32; None if it has none."""
         if name not in self.parameters.entries or not self._has_master(name):
             return None
-        return self.parameters.whole(name, self._home.get(name)["master"])
+        return self._home.get(name)["master"]
 
     def state_bytes(self) -> int:
         """The bytes of the state on this rank, counted over its tensors; the formula is parallel.memory.state_bytes."""

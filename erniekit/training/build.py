@@ -24,6 +24,7 @@ from erniekit.checkpoint.model_shape import (
 )
 from erniekit.config.methods import Records
 from erniekit.config.schema import Config
+from erniekit.config.schema_parallel import ZERO_STAGES
 from erniekit.data.chat.template import Template
 from erniekit.data.chat.tokenizer import Tokenizer, check_fits, load_tokenizer
 from erniekit.data.loader import StepSource
@@ -42,6 +43,7 @@ from erniekit.models.pipeline_layout import (
     plan_actions,
     schedule_of,
 )
+from erniekit.models.sharded_blocks import weights_line
 from erniekit.models.vision_config import VisionConfig
 from erniekit.parallel.agree import all_or_none
 from erniekit.parallel.grad_sync import GradientSync
@@ -202,17 +204,19 @@ def build_run(cfg: Config, mesh: Mesh, method: Method | None = None) -> Run:
     freeze(model, cfg)
     where, matrices = placements(model, mesh, bool(cfg.sharding)), muon.matrix_layouts(model, cfg, mesh)
     parameters = ShardedParameters(
-        model.named_parameters(), where, parameter_chunks(model, chunks), one_moment=matrices
+        model.named_parameters(), where, parameter_chunks(model, chunks), one_moment=matrices, units=model.units
     )
     sync = GradientSync(
         parameters,
-        zero_stage={"": 0, "stage1": 1, "stage2": 2}[cfg.sharding],
+        zero_stage=ZERO_STAGES[cfg.sharding],
         master_grad=cfg.amp_master_grad,
         overlap=mesh.world_group.handle is not None,
     )
     optimizer = build_optimizer(cfg, model, parameters, matrices)
     if mesh.world > 1:
         log.info(sync.memory_line(cfg.moment_dtype))
+    if model.units is not None and model.units.units:
+        log.info(weights_line(model))
     return Run(
         cfg=cfg,
         method=method,

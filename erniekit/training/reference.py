@@ -15,6 +15,7 @@ from erniekit.data.packed_batch import PackedBatch
 from erniekit.models.decoder import CausalLM
 from erniekit.models.inputs import ModelInputs
 from erniekit.models.scoring import pair_log_probs
+from erniekit.models.sharded_blocks import local_tensors
 from erniekit.training.forward_pass import final_norm, forward_pass
 
 
@@ -71,8 +72,8 @@ class SecondModel:
     @paddle.no_grad()
     def update(self, policy: CausalLM) -> None:
         """Copy the present weights of the policy."""
-        own = dict(self.model.named_parameters()) | dict(self.model.named_buffers())
-        for name, tensor in (dict(policy.named_parameters()) | dict(policy.named_buffers())).items():
+        own = local_tensors(self.model)
+        for name, tensor in local_tensors(policy).items():
             own[name].set_value(tensor)
 
 

@@ -8,6 +8,7 @@ import numpy as np
 import paddle
 
 from erniekit.models.decoder import CausalLM
+from erniekit.models.sharded_blocks import local_tensors
 from erniekit.nn.shard import named_shard_specs
 from erniekit.parallel import comm
 from erniekit.parallel.mesh import Mesh
@@ -16,23 +17,29 @@ from erniekit.utils.errors import TrainError
 
 
 class ReplicaCheck:
-    """Compares checksums of parameters and router biases among the ranks that hold the same values."""
+    """Compares checksums of parameters, or of chunks of divided ones, and router biases among the ranks that hold the
+    same values.
+    """
 
     def __init__(self, model: CausalLM, mesh: Mesh) -> None:
-        self.tensors = dict(model.named_parameters()) | dict(model.named_buffers())
-        shard_specs = named_shard_specs(model)
+        self._model = model
+        shard_specs, divided = named_shard_specs(model), {} if model.units is None else model.units.entries
         by_group: dict[Group, list[str]] = defaultdict(list)
-        for name in self.tensors:
+        for name in local_tensors(model):
             spec = shard_specs.get(name)
             is_expert = spec is not None and spec.over == "experts"
-            by_group[mesh.expert_data_group if is_expert else mesh.data_group].append(name)
+            if name in divided:
+                by_group[divided[name].placement.replica].append(name)
+            else:
+                by_group[mesh.expert_data_group if is_expert else mesh.data_group].append(name)
             if spec is None:
                 by_group[mesh.tensor_group].append(name)
         self._by_group = {group: names for group, names in by_group.items() if group.size > 1}
 
     def __call__(self, step: int) -> None:
         """Raises TrainError on every rank of a group whose members differ, naming parameter and ranks."""
-        sums = {name: checksum(self.tensors[name]) for names in self._by_group.values() for name in names}
+        tensors = local_tensors(self._model)
+        sums = {name: checksum(tensors[name]) for names in self._by_group.values() for name in names}
         problems = []
         for group, names in self._by_group.items():
             everywhere = comm.gather_objects([sums[name] for name in names], group)

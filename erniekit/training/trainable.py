@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import paddle
@@ -48,16 +49,25 @@ def describe_lora(model: CausalLM, cfg: Config, model_dir: Path) -> None:
 
 def trained_tensors(model: CausalLM) -> dict[str, paddle.Tensor]:
     """This process's tensors that belong into a checkpoint: all parameters and buffers, or those of the adapter and of
-    the products.
+    the products. A divided weight is a DividedTensor.
     """
-    state, tensors = lora.state_of(model), named_tensors(model)
+    state, tensors = lora.state_of(model), _present_tensors(model)
     if state is None:
         return tensors
     return {name: tensors[name] for name in (*adapter_parameters(state), *product_state(model)) if name in tensors}
 
 
+def _present_tensors(model: CausalLM) -> dict[str, paddle.Tensor]:
+    tensors = named_tensors(model)
+    return tensors if model.units is None else tensors | cast(dict[str, paddle.Tensor], model.units.values)
+
+
 def load_trained(model: CausalLM, directory: Path, into: Mapping[str, paddle.Tensor] | None = None) -> None:
-    """Set what a run trains, or tensors `into` under the same names, to what its checkpoint holds."""
+    """Set what a run trains, or tensors `into` under the same names, to what its checkpoint holds. Of divided weights
+    one at a time is whole.
+    """
+    if into is None and model.units is not None:
+        into = _present_tensors(model)
     if lora.state_of(model) is None:
         load_weights(model, directory, into=into)
     else:

@@ -12,6 +12,7 @@ import paddle
 from erniekit.checkpoint.model_dir import what_is_saved
 from erniekit.data.packed_batch import PackedBatch
 from erniekit.models.qat import MovingRanges
+from erniekit.models.sharded_blocks import local_tensors
 from erniekit.models.weights import num_parameters
 from erniekit.moe.expert_bias import update_biases
 from erniekit.moe.layer import MoELayer
@@ -309,9 +310,9 @@ class Trainer:
         if math.isfinite(loss) and math.isfinite(norm):
             return
         step = self.state.step + 1
-        named = self.run.model.named_parameters()
+        named = local_tensors(self.run.model)
         found = {
-            "weights": [name for name, p in named if not bool(paddle.isfinite(p).all())],
+            "weights": [name for name, p in named.items() if not bool(paddle.isfinite(p).all())],
             "gradients": [name for name, gradient in gradients.items() if not bool(paddle.isfinite(gradient).all())],
             "sources": [source for batch in microbatches for source in batch.sources],
         }

@@ -20,6 +20,7 @@ LAYOUTS_2 = {
     "pp2": {"pipeline_parallel_degree": 2},
     "ep2": {"expert_parallel_degree": 2},
     "sharding2": {"sharding": "stage2", "sharding_parallel_degree": 2},
+    "stage3": {"sharding": "stage3", "sharding_parallel_degree": 2},
 }
 LAYOUTS_4 = {
     "pp2 x ep2": {"pipeline_parallel_degree": 2, "expert_parallel_degree": 2},

@@ -15,6 +15,7 @@ MTP = {"num_nextn_predict_layers": 1}
 CASES = {
     "dense-sharding": ("dense", "bf16", 2, SHARD2),
     "moe-stage2-fp16": ("moe", "fp16", 2, STAGE2),
+    "moe-stage3": ("moe", "bf16", 2, SHARD2 | MTP | {"sharding": "stage3"}),
     "moe-ep2-sharding": ("moe", "bf16", 2, SHARD2 | {"expert_parallel_degree": 2}),
     "moe-tp2-sp": ("moe", "bf16", 1, TENSOR2 | MTP),
     "dense-pp2-fp16": ("dense", "fp16", 1, {"pipeline_parallel_degree": 2} | MTP),

@@ -15,6 +15,7 @@ TENSOR2 = {"tensor_parallel_degree": 2}
 EXPERT2 = {"expert_parallel_degree": 2}
 PIPE2 = {"pipeline_parallel_degree": 2}
 SHARD2 = {"sharding_parallel_degree": 2, "sharding": "stage1"}
+STAGE3 = SHARD2 | {"sharding": "stage3"}
 MTP = {"num_nextn_predict_layers": 1}
 DROPOUT = {"attention_probs_dropout_prob": 0.3, "dropout_warmup_steps": 3}
 MIXED, NF4 = {"compute_type": "wint4/8"}, {"compute_type": "nf4"}
@@ -39,6 +40,10 @@ TWO = {
     "dense-dp2": ("dense", DATA2),
     "dense-sharding2": ("dense", SHARD2),
     "moe-sharding2-stage2": ("moe", SHARD2 | {"sharding": "stage2"}),
+    "dense-stage3": ("dense", STAGE3),
+    "moe-stage3-recompute": ("moe", STAGE3 | MTP | {"recompute": True}),
+    "moe-stage3-short": ("moe", STAGE3 | SHORT | MTP),
+    "moe-lora-stage3": ("moe", STAGE3 | LORA),
     "dense-tp2": ("dense", TENSOR2),
     "untied-tp2": ("untied", TENSOR2),
     "moe-tp2": ("moe", TENSOR2 | MTP),
@@ -72,6 +77,7 @@ TWO = {
     # Pictures and videos in some rows, so that a rank has microbatches without any.
     "vl-dp2": ("vl", DATA2),
     "vl-sharding2-stage2": ("vl", SHARD2 | {"sharding": "stage2"}),
+    "vl-stage3": ("vl", STAGE3),
     "vl-ep2-sharding": ("vl", EXPERT2 | SHARD2 | PARTS),
     "vl-pp2": ("vl", PIPE2),
     "vl-pp2-interleaved": ("vl", PIPE2 | PARTS | {"virtual_pp_degree": 2}),
@@ -88,6 +94,9 @@ FOUR = {
     "moe-tp2-sp-ep2": ("moe", TENSOR2 | EXPERT2 | MTP | {"sequence_parallel": True}),
     "moe-tp2-sp-ep2-short": ("moe", TENSOR2 | EXPERT2 | MTP | SHORT | {"sequence_parallel": True}),
     "dense-pp2-dp2-sharding": ("dense", PIPE2 | SHARD2),
+    "moe-tp2-sp-stage3-short": ("moe", TENSOR2 | STAGE3 | MTP | SHORT | {"sequence_parallel": True}),
+    "moe-pp2-interleaved-stage3": ("moe", PIPE2 | STAGE3 | MTP | {"virtual_pp_degree": 2}),
+    "moe-ep2-stage3": ("moe", EXPERT2 | STAGE3 | {"sharding_parallel_degree": 4}),
     "dense-pp4": ("dense", {"pipeline_parallel_degree": 4} | MTP),
     "vl-pp2-ep2": ("vl", PIPE2 | EXPERT2),
     "vl-tp2-sp-ep2": ("vl", TENSOR2 | EXPERT2 | {"sequence_parallel": True}),

@@ -55,6 +55,7 @@ def completions(directory: Path) -> list[str]:
         "tensor_parallel_degree=2",
         pytest.param("pipeline_parallel_degree=2", marks=pytest.mark.slow),
         pytest.param("expert_parallel_degree=2", marks=pytest.mark.slow),
+        pytest.param("sharding=stage3 sharding_parallel_degree=2", marks=pytest.mark.slow),
         pytest.param("tensor_parallel_degree=2 sequence_parallel=True", marks=pytest.mark.slow),
     ],
 )

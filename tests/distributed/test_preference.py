@@ -16,6 +16,7 @@ KTO = {"loss_type": "kto_pair", "normalize_logps": True}
 
 TWO = {
     "dense-dp2-moving": ("dense", {"data_parallel_degree": 2}, MOVING),
+    "dense-stage3-moving": ("dense", {"sharding_parallel_degree": 2, "sharding": "stage3"}, MOVING),
     "dense-dp2-kto": ("dense", {"data_parallel_degree": 2}, KTO),
     "moe-ep2": ("moe", {"expert_parallel_degree": 2}, {}),
     "untied-tp2-sp": ("untied", TENSOR2 | {"sequence_parallel": True}, {}),

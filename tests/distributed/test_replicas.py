@@ -9,6 +9,7 @@ from erniekit.models.config import ModelConfig
 from erniekit.models.decoder import CausalLM
 from erniekit.models.init import init_weights
 from erniekit.models.parallelize import parallelize, rank_shard_of
+from erniekit.models.sharded_blocks import divide
 from erniekit.parallel.mesh import ParallelDims, build_mesh
 from erniekit.training.replica_check import ReplicaCheck
 from erniekit.utils.errors import TrainError
@@ -21,10 +22,14 @@ def check(degrees: dict[str, int], broken: tuple[int, str] | None) -> str:
     model = CausalLM(config, rank_shard_of(mesh, [(0, 1)]))
     init_weights(model, 1)
     parallelize(model, mesh, sequence_parallel=False)
-    if broken is not None and mesh.rank == broken[0]:
+    if broken is not None and mesh.rank == broken[0] and mesh.degrees.sharding == 1:
         parameter = dict(model.named_parameters())[broken[1]]
         with paddle.no_grad():
             parameter.set_value(parameter * (1 + 1e-7))
+    if mesh.degrees.sharding > 1:
+        divide(model, mesh)
+    if broken is not None and mesh.rank == broken[0] and model.units is not None:
+        model.units.values[broken[1]].chunk.scale_(1 + 1e-7)
     try:
         ReplicaCheck(model, mesh)(7)
     except TrainError as error:
@@ -35,7 +40,10 @@ def check(degrees: dict[str, int], broken: tuple[int, str] | None) -> str:
 NORM, EXPERTS = "model.norm.weight", "model.layers.1.mlp.experts.down_proj.weight"
 
 
-@pytest.mark.parametrize("degrees", [{"data": 4}, {"tensor": 2, "data": 2}, {"data": 4, "expert": 2}])
+DEGREES = [{"data": 4}, {"tensor": 2, "data": 2}, {"data": 4, "expert": 2}, {"data": 4, "sharding": 2}]
+
+
+@pytest.mark.parametrize("degrees", DEGREES)
 def test_equal_copies_pass(world4: World, degrees: dict[str, int]):
     assert world4.run(check, degrees=degrees, broken=None) == [""] * 4
 
@@ -46,6 +54,7 @@ def test_equal_copies_pass(world4: World, degrees: dict[str, int]):
         ({"data": 4}, (2, NORM), [0, 1, 2, 3]),
         ({"data": 4, "expert": 2}, (3, EXPERTS), [1, 3]),  # the ranks that hold the same experts
         ({"tensor": 2, "data": 2}, (1, NORM), [0, 1, 3]),  # its data ranks and its tensor ranks
+        ({"data": 4, "sharding": 2}, (2, EXPERTS), [0, 2]),  # the ranks that have the same chunk
     ],
 )
 def test_a_different_copy_is_named(world4: World, degrees: dict[str, int], broken: tuple[int, str], told: list[int]):

@@ -11,6 +11,7 @@ DATA2 = {"data_parallel_degree": 2}
 TENSOR2 = {"tensor_parallel_degree": 2}
 SEQUENCE2 = TENSOR2 | {"sequence_parallel": True}
 EXPERT2 = {"expert_parallel_degree": 2}
+STAGE3 = {"sharding_parallel_degree": 2, "sharding": "stage3"}
 PIPE2 = {"pipeline_parallel_degree": 2}
 
 # model, data ranks, keys
@@ -18,6 +19,8 @@ TWO = {
     "dense-dp2": ("dense", 2, DATA2),
     "dense-sharding2": ("dense", 2, {"sharding_parallel_degree": 2, "sharding": "stage1"}),
     "moe-sharding2-stage2": ("moe", 2, {"sharding_parallel_degree": 2, "sharding": "stage2"}),
+    "dense-stage3": ("dense", 2, STAGE3),
+    "moe-stage3-frozen": ("moe", 2, STAGE3 | {"frozen_parameters": [".*experts.*"]}),
     "dense-tp2": ("dense", 1, TENSOR2),
     "untied-tp2-sp": ("untied", 1, SEQUENCE2),
     "moe-tp2": ("moe", 1, TENSOR2),
@@ -34,6 +37,10 @@ TWO = {
 FOUR = {
     "moe-tp2-sp-ep2": ("moe", 2, SEQUENCE2 | EXPERT2),
     "moe-pp2-ep2": ("moe", 2, PIPE2 | EXPERT2),
+    "dense-stage3-4": ("dense", 4, STAGE3 | {"sharding_parallel_degree": 4}),
+    "moe-ep2-stage3": ("moe", 4, EXPERT2 | STAGE3 | {"sharding_parallel_degree": 4}),
+    "untied-tp2-sp-stage3": ("untied", 2, SEQUENCE2 | STAGE3),
+    "dense-pp2-stage3": ("dense", 2, PIPE2 | STAGE3),
     "moe-ep4": ("moe", 4, {"expert_parallel_degree": 4}),
     "dense-pp4": ("dense", 1, {"pipeline_parallel_degree": 4}),
     "vl-pp2-dp2": ("vl", 2, PIPE2 | DATA2),
@@ -54,7 +61,7 @@ def measured(world: World, directory: Path, model: str, data_ranks: int, keys: d
 
 def check(ranks: list[dict]) -> None:
     for rank, result in enumerate(ranks):
-        for name in ("sent", "state", "peak"):
+        for name in ("sent", "state", "weights", "peak"):
             counted, formula = result[name]
             assert counted == formula, f"rank {rank}: {name}"
 

@@ -16,7 +16,7 @@ from support.worlds import World
 from erniekit.parallel import backend, mesh
 from erniekit.parallel.process_group import World as Ranks
 
-STAGES = ("stage1", "stage2")
+STAGES = ("stage1", "stage2", "stage3")
 METHODS: dict[str, dict[str, Any]] = {
     "SFT": {},
     "SFT with MTP": {"num_nextn_predict_layers": 1},

@@ -122,9 +122,10 @@ def train_some(keys: dict[str, Any]) -> dict[str, Any]:
         sent.append(metrics.sent)
     run.close()
     shard_specs, part = named_shard_specs(run.model), run.model.shard
-    tensors = {}
+    tensors, units = {}, run.model.units
     for name, tensor in [*run.model.named_parameters(), *run.model.named_buffers()]:
         spec = shard_specs.get(name)
+        tensor = units.values[name].whole() if units is not None and name in units.values else tensor
         tensors[name] = (tensor.numpy(), spec, *((0, 1) if spec is None else part.share(spec)))
     return {"steps": steps, "tensors": tensors, "sent": sent}
 

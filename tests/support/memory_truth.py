@@ -102,6 +102,10 @@ LAYOUTS = (
     Layout("dense, 2 stages of 2 chunks", 2, "tiny-dense", _LONG | _FOUR_LAYERS | {"virtual_pp_degree": 2}),
     Layout("dense, stage 1", 2, "tiny-dense", _LONG | {"data_parallel_degree": 2, "sharding": "stage1"}),
     Layout("dense, stage 2", 2, "tiny-dense", _LONG | {"data_parallel_degree": 2, "sharding": "stage2"}),
+    Layout("dense, stage 3", 2, "tiny-dense", _LONG | {"data_parallel_degree": 2, "sharding": "stage3"}),
+    Layout("moe, stage 3, average of weights", 2, "tiny-moe",
+           _LONG | {"data_parallel_degree": 2, "sharding": "stage3", "ema_decay": 0.9}),
+    Layout("moe, stage 3, LoRA", 2, "tiny-moe", _LONG | _LORA | {"data_parallel_degree": 2, "sharding": "stage3"}),
     Layout("moe, 2 expert ranks, stage 1", 2, "tiny-moe",
            _LONG | {"expert_parallel_degree": 2, "sharding": "stage1"}),
     Layout("moe, 2 expert ranks, experts by name", 2, "tiny-moe",
@@ -118,6 +122,8 @@ LAYOUTS = (
     Layout("vl, vision frozen", 1, "tiny-vl", _VISION | {"freeze_config": "freeze_vision"}),
     Layout("dense of 100 M", 1, "tiny-dense", _100M),
     Layout("dense of 100 M, recompute", 1, "tiny-dense", _100M | {"recompute": True}),
+    Layout("dense of 100 M, recompute, stage 3", 2, "tiny-dense",
+           _100M | {"recompute": True, "data_parallel_degree": 2, "sharding": "stage3"}),
     Layout("dense of 100 M, 2 stages", 2, "tiny-dense", _100M | _FOUR_LAYERS),
 )  # fmt: skip
 
@@ -279,5 +285,7 @@ def _planned(cfg: Any, model: Any, mesh: Any) -> dict[str, int]:
         "gradients": tensors.gradients,
         "state": tensors.state,
         "reference": tensors.reference,
-        "activations": round(stage_activations(job, outline_stage(job, mesh.pipe)[0], mesh.pipe).peak),
+        "activations": tensors.unit
+        + tensors.unit_gradients
+        + round(stage_activations(job, outline_stage(job, mesh.pipe)[0], mesh.pipe).peak),
     }

@@ -32,6 +32,9 @@ def expected_bytes(run: Any, microbatches: list[Any], away: list[tuple[int, int]
         buckets, run.sync.zero_stage, len(microbatches), run.sync.master_grad, mesh.world
     )
     del sent["host"]
+    if run.model.units is not None:
+        gathered = [bucket for unit in run.model.units.units.values() for bucket in unit.buckets]
+        sent["all_gather"] += traffic.weight_gather_bytes(gathered, 2 * len(microbatches))
     for batch in microbatches:
         size = padded_length(run.model, batch)
         tokens = traffic.TokenCounts(size, batch.num_tokens, len(batch.supervised))
@@ -70,6 +73,24 @@ def stored_gradient_bytes(sync: Any) -> int:
     return sum(tensor.size * tensor.element_size() for tensor in stored)
 
 
+def entries_of_model(run: Any) -> list[Any]:
+    """Every parameter of this rank, trained or not."""
+    from erniekit.models.parallelize import placements
+    from erniekit.parallel.zero import entries_of
+
+    units = {} if run.model.units is None else run.model.units.entries
+    where = placements(run.model, run.mesh, bool(run.cfg.sharding))
+    unit_of = {name: entry.unit for name, entry in units.items()}
+    return list(entries_of(dict(run.model.named_parameters()), where, {}, units=unit_of).values())
+
+
+def stored_weight_bytes(model: Any) -> int:
+    """Bytes of parameters that a rank stores now, counted over the tensors that have memory."""
+    stored = [tensor for _, tensor in model.named_parameters() if tensor._is_initialized()]
+    stored += [] if model.units is None else model.units.chunks.values()
+    return sum(tensor.size * tensor.element_size() for tensor in stored)
+
+
 def measure(keys: dict[str, Any]) -> dict[str, Any]:
     """One step on this rank: pairs (counted, by formula) of bytes sent by kind, of bytes of optimizer state, and of
     chunks whose activations are kept at most.
@@ -80,7 +101,7 @@ def measure(keys: dict[str, Any]) -> dict[str, Any]:
     from erniekit.models.picture_balance import PictureRanks
     from erniekit.models.pipeline_layout import schedule_of
     from erniekit.parallel import backend, comm, pipeline
-    from erniekit.parallel.memory import state_bytes
+    from erniekit.parallel.memory import state_bytes, weight_bytes
     from erniekit.parallel.mesh import ParallelDims, build_mesh
     from erniekit.parallel.pipeline_schedule import peak_live
     from erniekit.training.build import build_run
@@ -121,6 +142,7 @@ def measure(keys: dict[str, Any]) -> dict[str, Any]:
         run.close()
     host = sent.pop("host", 0)
     entries = list(run.sync.parameters.entries.values())
+    all_entries, weights = entries_of_model(run), stored_weight_bytes(run.model)
     depth = (schedule_of(cfg), mesh.pipe, mesh.degrees.pipeline, len(batches), len(run.model.chunks))
     return {
         "sent": (_without_zeros(sent), _without_zeros(expected_bytes(run, batches, away, plans))),
@@ -128,6 +150,8 @@ def measure(keys: dict[str, Any]) -> dict[str, Any]:
         "away": away,
         "divided": sum(plan is not None for plan in plans),
         "state": (run.optimizer.state_bytes(), state_bytes(entries)),
+        "weights": (weights, weight_bytes(all_entries)),
+        "undivided weights": sum(4 * entry.size for entry in all_entries),
         "undivided": state_bytes(entries, divided=False),
         "peak": (peaks[0], peak_live(*depth)),
         "depth": depth,

@@ -22,6 +22,7 @@ from erniekit.losses.distillation import Divergence, linear_divergence
 from erniekit.models.decoder import CausalLM
 from erniekit.models.inputs import ModelInputs
 from erniekit.models.pipeline_layout import cut_layers
+from erniekit.models.sharded_blocks import whole_weights
 from erniekit.nn.narrow import gather
 from erniekit.parallel import comm
 from erniekit.training.forward_pass import final_norm
@@ -151,7 +152,8 @@ class GkdRecipe(Recipe):
             repetition_penalty=cfg.repetition_penalty,
             seed=seed,
         )
-        answers = dict(zip(order, decode(self._policy, prompts, self._limits, sampling), strict=True))
+        with whole_weights(self._policy):
+            answers = dict(zip(order, decode(self._policy, prompts, self._limits, sampling), strict=True))
         result = []
         for m, of_batch in enumerate(own):
             rows = []

@@ -17,6 +17,7 @@ from erniekit.generation.ranks import from_leader, leads
 from erniekit.generation.request import Generation, Limits, Request
 from erniekit.generation.sampling import Sampling
 from erniekit.models.decoder import CausalLM
+from erniekit.models.sharded_blocks import whole_weights
 from erniekit.models.stages import finish_passes
 from erniekit.parallel import comm
 from erniekit.training.rl.completions import Completion, Group
@@ -61,7 +62,7 @@ class Generator:
         mesh = self._model.mesh
         mine = [number for number, (i, _) in enumerate(tasks) if i % mesh.degrees.data == mesh.data]
         tracks = [Track.begin(prompts[tasks[number][0]], tasks[number][1], self._tools) for number in mine]
-        with eval_mode(self._model), _rounded(self._model, self._cfg.rollout_dtype):
+        with whole_weights(self._model), eval_mode(self._model), _rounded(self._model, self._cfg.rollout_dtype):
             self._run(tracks)
         found: dict[int, Completion] = {}
         lines = [[number, track.finished()] for number, track in zip(mine, tracks, strict=True)]

@@ -9,6 +9,7 @@ from erniekit import lora
 from erniekit.config.pointless_rl import has_reference
 from erniekit.data.packed_batch import PackedBatch
 from erniekit.models.decoder import CausalLM
+from erniekit.models.sharded_blocks import local_tensors
 from erniekit.training.recipes.base import RecipeContext
 from erniekit.training.rl.token_scores import TokenScorer
 from erniekit.utils import log
@@ -37,8 +38,8 @@ class PolicyReference:
     def update(self, policy: CausalLM, share: float) -> None:
         """Move towards the policy: share * policy + (1 - share) * reference (arXiv 2404.09656, TR-DPO, soft)."""
         assert self.second_model is not None, "config/rl_keys.py refuses an adapter"
-        own = dict(self.second_model.named_parameters()) | dict(self.second_model.named_buffers())
-        for name, tensor in (dict(policy.named_parameters()) | dict(policy.named_buffers())).items():
+        own = local_tensors(self.second_model)
+        for name, tensor in local_tensors(policy).items():
             own[name].set_value(tensor * share + own[name] * (1 - share))
 
 

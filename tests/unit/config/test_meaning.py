@@ -288,6 +288,20 @@ def test_ways_to_ask_for_adapters(given: dict, expected: dict):
 @pytest.mark.parametrize(
     ("given", "expected"),
     [
+        ({"compute_type": "wint8", "fine_tuning": "LoRA"}, "does not divide weights in 8 or 4 bits"),
+        ({"compute_type": "bf16", "fp8": "blockwise"}, "does not divide the FP8 copies of weights (fp8: blockwise)"),
+        ({"compute_type": "bf16", "qat": "w8a8"}, "is not built for the rounded weights of qat: w8a8"),
+        ({"fine_tuning": "LoRA", "use_dora": True}, "is not built for the columns' lengths of use_dora"),
+    ],
+)
+def test_what_divided_weights_cannot_do(given: dict, expected: str):
+    assert f"sharding: stage3 {expected}" in message(**{"sharding": "stage3"} | given)
+    assert cfg(**{"sharding": "stage2"} | given).sharding == "stage2"
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
         ({"continue_training": False}, "continue_training: fine_tuning: LoRA adapts trained weights"),
         ({"num_nextn_predict_layers": 1}, "num_nextn_predict_layers: 1: fine_tuning: LoRA does not train"),
         ({"use_dora": True, "tensor_parallel_degree": 2}, "use_dora: not with tensor_parallel_degree: 2"),

@@ -13,7 +13,7 @@ KNOWN = [*schema.fields(), *RULES]
     ("name", "expected"),
     [
         ("pref_beta", "did you mean beta?"),
-        ("deepspeed", "sharding: stage1 or stage2"),
+        ("deepspeed", "sharding: stage1, stage2 or stage3"),
         ("lr", "did you mean learning_rate?"),
         ("val_size", "eval_dataset_path"),
         ("dataset", "did you mean train_dataset_path?"),

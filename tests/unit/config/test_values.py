@@ -153,8 +153,8 @@ def test_a_switch_says_whether_to_resume(tmp_path: Path):
 
 
 def test_an_empty_word_among_the_choices_is_shown():
-    with pytest.raises(ConfigError, match=r"expected one of '' \(nothing\), stage1, stage2, got 'stage3'"):
-        load(None, ["sharding=stage3"], "version")
+    with pytest.raises(ConfigError, match=r"expected one of '' \(nothing\), stage1, stage2, stage3, got 'stage4'"):
+        load(None, ["sharding=stage4"], "version")
 
 
 def test_the_saved_yaml_keeps_texts_and_dollars(tmp_path: Path):

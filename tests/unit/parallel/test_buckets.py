@@ -1,5 +1,7 @@
 """Chunks and buckets: nothing is lost, nothing is sent twice, and every rank plans the same."""
 
+from dataclasses import replace
+
 import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
@@ -42,6 +44,11 @@ def test_every_shared_parameter_is_in_one_bucket_of_its_placement_and_type(rows,
         assert bucket.width == sum(bucket.sections)
     last = [min(entries.index(e) for e in bucket.entries) for bucket in buckets]
     assert last == sorted(last, reverse=True)  # in the order in which a backward pass completes them
+
+
+def test_blocks_have_buckets_of_their_own():
+    entries = [replace(entry(name, 4, SHARED), unit=unit) for name, unit in (("a", ""), ("b", "0"), ("c", "1"))]
+    assert [bucket.unit for bucket in plan_buckets(entries)] == ["1", "0", ""]
 
 
 def test_a_bucket_is_filled_from_the_last_parameter_to_the_first():

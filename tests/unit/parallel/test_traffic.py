@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from dataclasses import replace
 
 from support.placements import entry, placement
 
@@ -14,6 +15,7 @@ from erniekit.parallel.traffic import (
     picture_bytes,
     pipeline_bytes,
     tensor_parallel_bytes,
+    weight_gather_bytes,
 )
 
 
@@ -27,6 +29,15 @@ def test_gradient_sync():
     assert gradient_sync_bytes(whole, 2, 5, False, num_ranks=4) == {
         "reduce_scatter": 0, "all_reduce": 2 * 3 * 11 * 2 // 4, "all_gather": 0, "host": 3 * 8,
     }  # fmt: skip
+
+
+def test_weights_of_a_block_are_gathered_for_each_pass_and_not_after_the_update():
+    """3 chunks of 3 elements from the others, twice for each of 5 microbatches; the gradients as in stage 2."""
+    divided = [replace(entry("a", 10, placement(shard=4, copies=4)), unit="0")]
+    buckets = plan_buckets(divided)
+    assert weight_gather_bytes(buckets, 10) == 10 * 3 * 3 * 4
+    sent = gradient_sync_bytes(buckets, 3, 5, True, num_ranks=4)
+    assert (sent["reduce_scatter"], sent["all_gather"]) == (5 * 3 * 4 * 4, 0)
 
 
 def test_tensor_parallelism_of_a_dense_layer_is_four_all_reduces():

@@ -10,7 +10,7 @@ from support.tiny_sizes import MOE
 from erniekit import config
 from erniekit.models.config import ModelConfig
 from erniekit.plan import timing
-from erniekit.plan.collectives import distinct_groups, expert_rows, step_bytes, tensor_bytes
+from erniekit.plan.collectives import distinct_groups, expert_rows, stage_data_bytes, step_bytes, tensor_bytes
 from erniekit.plan.hardware import load_hardware
 from erniekit.plan.job import Cluster, make_job
 from erniekit.plan.layout import Layout, Run, layout_of
@@ -69,6 +69,17 @@ def test_the_kinds_add_up_to_the_step():
         step = step_time(run_of(**changes), CARD)
         assert sum(step.seconds_by_kind.values()) == pytest.approx(step.seconds)
         assert 0 < step.mfu() < step.mfu("full") < 1
+
+
+def test_divided_layers_are_gathered_twice_a_microbatch_and_nothing_hides_it():
+    two, three = (run_of(data=8, sharding=8, zero_stage=stage, blocks_alone=True) for stage in (2, 3))
+    before, after = (stage_data_bytes(run.stage(0), run.layout, run.work.embedding) for run in (two, three))
+    layers = sum(p.parameters for layer in three.stage(0) if layer.kind == "dense" for p in layer.products)
+    assert after["reduce_scatter"] == pytest.approx(before["reduce_scatter"])
+    # in 16 bits, from 7 of 8 ranks: not once after the update, but twice in each of 8 microbatches
+    assert after["all_gather"] - before["all_gather"] == pytest.approx((2 * 8 - 1) * 2 * layers * 7 / 8)
+    stage = step_time(three, CARD).stages[0]
+    assert stage.data_exposed == stage.data > step_time(two, CARD).stages[0].data
 
 
 def test_no_mfu_is_above_what_the_products_reach():
