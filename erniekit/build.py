@@ -11,7 +11,7 @@ import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import paddle
 
@@ -37,6 +37,7 @@ from erniekit.models.qat import attach_qat, describe_qat
 from erniekit.models.weights import our_shapes
 from erniekit.nn import fused
 from erniekit.nn.linear import ProductFactory
+from erniekit.parallel.context import Exchange
 from erniekit.parallel.mesh import Mesh
 from erniekit.precision import policy
 from erniekit.precision.fp8 import choose_fp8
@@ -118,8 +119,8 @@ class ModelOptions:
     `random_start`: parameters are drawn from `seed` and their names, and no weight file is read. `vision_start`: the
     directory has a text model, to which vision is added. `adapter`: a new one,
     a saved one, or none. `sequence_parallel`: tensor ranks share the tokens. `balance_pictures`: data ranks divide the
-    vision transformer's work evenly. `training`: the mode that the model is returned in. `fused`: use Paddle's fused
-    operators where they apply, in this process.
+    vision transformer's work evenly. `context_exchange`: what context ranks exchange. `training`: the mode that the
+    model is returned in. `fused`: use Paddle's fused operators where they apply, in this process.
     """
 
     precision: Policy
@@ -131,6 +132,7 @@ class ModelOptions:
     recompute: RecomputeOptions | None = None
     sequence_parallel: bool = False
     balance_pictures: bool = False
+    context_exchange: Exchange = "p2p"
     training: bool = False
     fused: bool = True
 
@@ -156,6 +158,7 @@ def training_options(cfg: Config, device: str | None = None) -> ModelOptions:
         recompute=_recompute_options(cfg) if cfg.recompute else None,
         sequence_parallel=cfg.sequence_parallel,
         balance_pictures=cfg.balance_pictures and cfg.method.vision,
+        context_exchange=cast(Exchange, cfg.cp_comm_type),
         training=True,
         fused=cfg.fused_operators,
     )
@@ -184,6 +187,7 @@ def inference_options(cfg: Config, adapter_dir: Path | None = None, random_start
         sequence_parallel=cfg.sequence_parallel,
         fused=cfg.fused_operators,
         balance_pictures=cfg.balance_pictures and cfg.method.vision,
+        context_exchange=cast(Exchange, cfg.cp_comm_type),
     )
 
 
@@ -257,6 +261,7 @@ class PreparedModel:
         fused.enable(self.options.fused)
         options, precision = self.options, self.options.precision
         mesh = Mesh.single() if mesh is None else mesh
+        _check_ring(mesh, options)
         layers = [tuple(range(self.config.num_hidden_layers))] if chunks is None else chunks
         # Each parameter is allocated when its weight is read, and directly in its final dtype.
         model = _lazy_model(self.config, precision, mesh, layers)
@@ -267,7 +272,7 @@ class PreparedModel:
             load_product_state(model, self.path)
         policy.apply(model, precision)
         self._report_products(model)
-        parallelize(model, mesh, options.sequence_parallel, layers, options.balance_pictures)
+        parallelize(model, mesh, options.sequence_parallel, layers, options.balance_pictures, options.context_exchange)
         if isinstance(options.adapter, AdapterDirectory):
             assert self.adapter is not None
             attach_stored(model, self.adapter, options.adapter.dropout)
@@ -300,6 +305,15 @@ class PreparedModel:
             log.info(describe_fp8(model, precision.fp8))
         if precision.qat is not None:
             log.info(describe_qat(model, precision.qat))
+
+
+def _check_ring(mesh: Mesh, options: ModelOptions) -> None:
+    """ConfigError where context ranks would need a ring between GPUs."""
+    if mesh.degrees.context > 1 and options.context_exchange == "p2p" and paddle.get_device() != "cpu":
+        raise ConfigError(
+            f"context_parallel_degree: {mesh.degrees.context}: the ring (cp_comm_type: p2p) is built for CPUs. On GPUs "
+            "set cp_comm_type: a2a"
+        )
 
 
 def _lazy_model(config: ModelConfig, precision: Policy, mesh: Mesh, layers: Sequence[Sequence[int]]) -> CausalLM:

@@ -40,6 +40,7 @@ class MethodFacts:
     title: its description in the documentation of `stage`.
     records: the kind of its records. vision: whether records may contain pictures and videos.
     token_files: whether it also trains on token files (dataset_type: pretrain).
+    divides_rows: whether context ranks may share the tokens of its rows.
     options: the groups of keys that only this method, and others with the same group, reads.
     also_reads: keys that it reads although their group belongs to other methods, or to commands that generate.
     unread: the keys of other groups that it does not read, with the reason.
@@ -54,6 +55,7 @@ class MethodFacts:
     records: Records
     vision: bool = False
     token_files: bool = False
+    divides_rows: bool = False
     options: tuple[type, ...] = ()
     also_reads: tuple[str, ...] = ()
     unread: Mapping[str, str] = field(default_factory=dict)
@@ -125,12 +127,13 @@ _RL = MethodFacts(
 METHODS: dict[str, MethodFacts] = {
     facts.name: facts
     for facts in (
-        MethodFacts("SFT", "fine-tuning", Records.CONVERSATIONS),
+        MethodFacts("SFT", "fine-tuning", Records.CONVERSATIONS, divides_rows=True),
         MethodFacts(
             "PT",
             "pretraining",
             Records.TEXT,
             token_files=True,
+            divides_rows=True,
             unread={"truncation": "a text that is longer than max_seq_len is split, and nothing of it is lost"},
         ),
         MethodFacts(

@@ -48,6 +48,7 @@ from erniekit.nn.narrow import add
 from erniekit.nn.norm import RMSNorm
 from erniekit.nn.roles import Role
 from erniekit.nn.shard import WHOLE, RankShard, Shardable, ShardSpec
+from erniekit.parallel.context import ContextRanks
 from erniekit.parallel.mesh import Mesh
 from erniekit.parallel.tensor import TensorRanks
 
@@ -250,6 +251,7 @@ class CausalLM(nn.Layer):
         self.model = Decoder(config, shard)
         # The ranks that hold the model together, and the layers of each chunk of this stage (models/stages.py).
         self.mesh = Mesh.single()
+        self.context: ContextRanks | None = None  # attached from outside where several processes share a row's tokens
         self.picture_ranks: PictureRanks | None = None
         self.chunks: tuple[tuple[int, ...], ...] = (self.model.layers.numbers,)
         # Tied, the head is the embedding; transformers still gives a biased MoE head a bias of its own.

@@ -40,16 +40,16 @@ class Score(NamedTuple):
 
 
 @paddle.no_grad()
-def score_hidden(model: CausalLM, hidden_TD: paddle.Tensor, places: np.ndarray, labels_T: np.ndarray) -> Score:
-    """Score the token numbers `places`, which have labels, from the hidden states of all tokens behind the final norm
-    [T, D]. Logits exist a chunk at a time. Logits that are not finite give a NaN.
+def score_hidden(model: CausalLM, hidden_TD: paddle.Tensor, places: np.ndarray, labels: np.ndarray) -> Score:
+    """Score the rows `places` of the hidden states of all tokens behind the final norm [T, D], whose labels are
+    `labels`. Logits exist a chunk at a time. Logits that are not finite give a NaN.
     """
     score = Score()
     if not len(places):
         return score
     for chunk in chunks_of(hidden_TD, model.config.vocab_size, len(places)):
         rows = places[chunk]
-        targets = paddle.to_tensor(labels_T[rows].astype(np.int64))
+        targets = paddle.to_tensor(labels[chunk].astype(np.int64))
         logits = model.head(paddle.gather(hidden_TD, paddle.to_tensor(rows))).astype("float32")
         nll = label_nll(logits, targets)
         # Paddle's CPU softmax takes NaN and infinite logits for equal ones, which hides them; times 0 they are NaN.

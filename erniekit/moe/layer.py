@@ -20,6 +20,7 @@ from erniekit.moe.router import Gate, RouterOptions, RouterStatics, Routing, rou
 from erniekit.nn.mlp import SwiGLU
 from erniekit.nn.narrow import add, concat, gather
 from erniekit.nn.roles import Component
+from erniekit.parallel.process_group import Group
 from erniekit.utils import heartbeat
 
 TEXT, VISION = 0, 1
@@ -55,28 +56,60 @@ class MoESizes:
 @dataclass(frozen=True)
 class TokenInfo:
     """What a sparse layer needs to know about T tokens: `row_lengths` (sums to T) of the packed rows, over which load
-    and capacity are counted; `modality` [T], 0 text and 1 vision, None for all text.
+    and capacity are counted; `modality` [T], 0 text and 1 vision, None for all text. `shares`: where these are a part
+    of the rows' tokens, what is known of the whole rows.
     """
 
     row_lengths: list[int]
     modality: np.ndarray | None = None
+    shares: "RowShares | None" = None
 
     def of_modality(self, modality: int) -> tuple[np.ndarray, list[int]]:
-        """The numbers of a modality's tokens, and how many each row has (rows without any are left out)."""
+        """The numbers of a modality's tokens, and how many each row has (rows without any are left out, unless another
+        rank has some).
+        """
+        numbers = self.count_modality(modality)
+        listed = numbers if self.shares is None else self.shares.whole.count_modality(modality)
+        return np.flatnonzero(self.modality == modality), [n for n, known in zip(numbers, listed, strict=True) if known]
+
+    def count_modality(self, modality: int) -> list[int]:
+        """How many tokens of a modality each row has."""
         assert self.modality is not None
-        chosen = self.modality == modality
         rows = np.repeat(np.arange(len(self.row_lengths)), self.row_lengths)
-        return np.flatnonzero(chosen), [int(n) for n in np.bincount(rows[chosen]) if n]
+        return np.bincount(rows[self.modality == modality], minlength=len(self.row_lengths)).tolist()
+
+
+@dataclass(frozen=True)
+class RowShares:
+    """What a context rank knows of the rows that its group shares: `whole` has all of their tokens."""
+
+    group: Group
+    whole: TokenInfo
+
+    def lengths(self, modality: int) -> list[int]:
+        """The tokens of a modality in each row that has some; of all text, in each row."""
+        if self.whole.modality is None:
+            return self.whole.row_lengths
+        return [n for n in self.whole.count_modality(modality) if n]
 
 
 class Routed(NamedTuple):
     """A router's decision with what was counted on the host: `usage` [E], the number of tokens that chose each expert;
-    `dropped`, the pairs beyond the capacity; `row_lengths` of the routed tokens.
+    `dropped`, the pairs beyond the capacity; `row_lengths` of the routed tokens; `share`: of whole rows, where context
+    ranks have parts of them.
     """
 
     routing: Routing
     usage: np.ndarray
     dropped: int
+    row_lengths: list[int]
+    share: "RowShare | None" = None
+
+
+class RowShare(NamedTuple):
+    """The rows that context ranks share, and how many tokens of the router's modality each has on all of them."""
+
+    group: Group
     row_lengths: list[int]
 
 
@@ -127,7 +160,7 @@ class MoELayer(nn.Layer):
         all_TD = all_TD if num_rows == num_tokens else all_TD[:num_tokens]
         if tokens.modality is None:
             finish, routed = self._start(all_TD, TEXT, tokens.row_lengths, None, num_tokens)
-            decisions = {TEXT: routed}
+            decisions = {TEXT: _with_share(routed, tokens, TEXT)}
         else:
             finish, decisions = self._by_modality(all_TD, tokens)
         # The shared experts run between start and finish, while tokens are sent to the routed ones.
@@ -160,13 +193,15 @@ class MoELayer(nn.Layer):
         needed = self.ranks is not None and self.ranks.expert.size > 1
         for modality in (TEXT, VISION):
             where, row_lengths = tokens.of_modality(modality)
-            if modality == TEXT or len(where) or needed:
+            # Context ranks count the loads of their rows together, also those that have none of a row's tokens.
+            counted = len(where) or (tokens.shares is not None and row_lengths)
+            if modality == TEXT or counted or needed:
                 selected = gather(x_TD, paddle.to_tensor(where))
                 finish, routed = self._start(selected, modality, row_lengths, where, x_TD.shape[0])
                 finishes.append(finish)
                 places.append(where)
-                if len(where):
-                    decisions[modality] = routed
+                if counted:
+                    decisions[modality] = _with_share(routed, tokens, modality)
         back = paddle.to_tensor(np.argsort(np.concatenate(places)))
         return lambda: gather(concat([finish() for finish in finishes]), back), decisions
 
@@ -208,6 +243,12 @@ class MoELayer(nn.Layer):
             return add_up(experts(rows, counts, of_rows) if done is None else done())
 
         return finish, Routed(routing, usage, dropped, row_lengths)
+
+
+def _with_share(routed: Routed, tokens: TokenInfo, modality: int) -> Routed:
+    """The decision with what is known of whole rows."""
+    shares = tokens.shares
+    return routed if shares is None else routed._replace(share=RowShare(shares.group, shares.lengths(modality)))
 
 
 def _dispatch(

@@ -107,8 +107,9 @@ _KEYS = {
         resume_from_checkpoint ignore_load_lr_and_optim ignore_save_lr_and_optim ckpt_quant_stage
         ignore_data_skip offload_optim tensorwise_offload_optimizer
         tensor_parallel_degree sequence_parallel pipeline_parallel_degree virtual_pp_degree pp_seg_method
-        pipeline_schedule expert_parallel_degree data_parallel_degree sharding sharding_parallel_degree
-        balance_pictures distributed_timeout rendezvous_timeout max_restarts elastic check_replicas_steps
+        pipeline_schedule expert_parallel_degree context_parallel_degree cp_comm_type data_parallel_degree
+        sharding sharding_parallel_degree balance_pictures
+        distributed_timeout rendezvous_timeout max_restarts elastic check_replicas_steps
         reward_workers reward_max_failures code_sandbox code_network
         judge_base_url judge_concurrency judge_timeout judge_max_retries judge_cache
         rollout_max_running log_completions num_completions_to_print print_completions_steps

@@ -14,6 +14,8 @@ DATA2 = {"data_parallel_degree": 2}
 TENSOR2 = {"tensor_parallel_degree": 2}
 EXPERT2 = {"expert_parallel_degree": 2}
 PIPE2 = {"pipeline_parallel_degree": 2}
+CONTEXT2 = {"context_parallel_degree": 2}
+HEADS2 = CONTEXT2 | {"cp_comm_type": "a2a"}
 SHARD2 = {"sharding_parallel_degree": 2, "sharding": "stage1"}
 MTP = {"num_nextn_predict_layers": 1}
 DROPOUT = {"attention_probs_dropout_prob": 0.3, "dropout_warmup_steps": 3}
@@ -59,6 +61,10 @@ TWO = {
     "lopsided-tp2": ("lopsided", TENSOR2 | WEIGHTS),
     "moe-dp2-short": ("moe", DATA2 | SHORT),
     "moe-ep2-short": ("moe", EXPERT2 | SHORT | MTP),
+    "dense-cp2": ("dense", CONTEXT2),
+    "moe-cp2": ("moe", CONTEXT2 | MTP),
+    "untied-cp2-heads": ("untied", HEADS2),
+    "moe-cp2-heads": ("moe", HEADS2 | MTP),
     "moe-dropout-dp2": ("moe", DATA2 | DROPOUT),
     "moe-dropout-tp2-sp": ("moe", TENSOR2 | MTP | DROPOUT | {"sequence_parallel": True}),
     "moe-dropout-pp2-recompute": ("moe", PIPE2 | MTP | DROPOUT | {"recompute": True}),
