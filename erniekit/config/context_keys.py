@@ -19,6 +19,8 @@ def problems(cfg: Config) -> Iterator[str]:
             f"{key}: not with moe_capacity_factor: {cfg.moe_capacity_factor:g}: which pairs are dropped depends on the "
             "earlier tokens of a row, which other ranks have. Leave one of the two out"
         )
+    if cfg.qat_distill_weight > 0:
+        yield f"{key}: not built with qat_distill_weight: {cfg.qat_distill_weight:g}. Leave one of the two out"
     if cfg.cp_comm_type == "p2p" and cfg.attention_probs_dropout_prob > 0:
         yield (
             f"{key}: the ring has no attention_probs_dropout_prob: {cfg.attention_probs_dropout_prob:g}. Set "

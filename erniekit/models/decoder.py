@@ -191,7 +191,7 @@ class Decoder(nn.Layer):
         features_MD = self._features(pictures.patches, pictures.grid)
         if pictures.plan is not None:
             features_MD = pictures.plan.return_features(features_MD)
-        return EncodedPictures(features_MD, pictures.places)
+        return EncodedPictures(features_MD, pictures.places, pictures.divided)
 
     def _features(self, patches: paddle.Tensor, grid_N3: np.ndarray) -> paddle.Tensor:
         assert self.vision_model is not None and self.resampler_model is not None, "a model of text alone"

@@ -11,7 +11,7 @@ import numpy as np
 import paddle
 from paddle import nn
 
-from erniekit.data.packed_batch import Modality, PackedBatch
+from erniekit.data.packed_batch import Modality, PackedBatch, PictureTable
 from erniekit.data.vision.positions import num_tokens
 from erniekit.models.config import ModelConfig
 from erniekit.models.picture_balance import PicturePlan
@@ -50,13 +50,15 @@ class Pictures:
     whose embeddings their features replace, in the order of the grid.
 
     With a `plan` patches and grid are those that this rank encodes, maybe for other data ranks, and `places` are of its
-    own tokens, in the order in which the plan returns their features.
+    own tokens, in the order in which the plan returns their features. `divided`: some of the tokens may be on other
+    context ranks, and have -1 there.
     """
 
     patches: paddle.Tensor
     grid: np.ndarray
     places: np.ndarray
     plan: PicturePlan | None = None
+    divided: bool = False
 
 
 @dataclass(frozen=True)
@@ -65,6 +67,7 @@ class EncodedPictures:
 
     features: paddle.Tensor
     places: np.ndarray
+    divided: bool = False
 
 
 @dataclass(frozen=True)
@@ -280,19 +283,45 @@ def pictures_of(model: Built, batch: PackedBatch, plan: PicturePlan | None = Non
     if not model.shard.has_embedding or (not len(table) and plan is None):
         return None
     assert vision is not None, "a model of text alone has no use for pictures"
-    counts = num_tokens(table.grid, vision.spatial_merge_size)
-    within = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
-    places = np.repeat(table.first_tokens, counts) + within
+    places = _places_of(table, vision.spatial_merge_size)
     placeholders = np.isin(batch.input_ids, vision.placeholders) & (batch.modality != Modality.TEXT)
     if not np.array_equal(places, np.flatnonzero(placeholders)):
         raise ValueError(
-            f"{placeholders.sum()} placeholders for {len(table)} images and videos of {counts.sum()} tokens, or not in "
+            f"{placeholders.sum()} placeholders for {len(table)} images and videos of {len(places)} tokens, or not in "
             "their places"
         )
+    divided = model.context is not None
+    if model.context is not None:
+        table = own_pictures(model, batch)
+        places = _places_of(table, vision.spatial_merge_size)
+        mask, rows = model.context.shard(batch.row_lengths).select(places)
+        places = np.full(len(places), -1)
+        places[mask] = rows
     if plan is None:
-        return Pictures(paddle.to_tensor(table.patches), table.grid, places)
+        return Pictures(paddle.to_tensor(table.patches), table.grid, places, None, divided) if len(table) else None
     patches = table.patches.reshape(-1, vision.patch_features)  # without pictures they have no width
-    return Pictures(plan.send_patches(patches), plan.encoded_grid, plan.returned(places), plan)
+    return Pictures(plan.send_patches(patches), plan.encoded_grid, plan.returned(places), plan, divided)
+
+
+def _places_of(table: PictureTable, merge_size: int) -> np.ndarray:
+    """The token numbers of pictures, in their order, int64 [M]."""
+    counts = num_tokens(table.grid, merge_size)
+    within = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
+    return np.repeat(table.first_tokens, counts) + within
+
+
+def own_pictures(model: Built, batch: PackedBatch) -> PictureTable:
+    """The pictures of a batch of which this rank has tokens. Where context ranks share the tokens of one, each of them
+    encodes it, and what its own tokens contribute to the gradients adds up.
+    """
+    table, vision = batch.pictures, model.config.vision
+    if model.context is None or vision is None or not len(table):
+        return table
+    tokens = model.context.shard(batch.row_lengths).tokens
+    ends = table.first_tokens + num_tokens(table.grid, vision.spatial_merge_size)
+    kept = np.searchsorted(tokens, table.first_tokens) < np.searchsorted(tokens, ends)
+    patches = table.patches[np.repeat(kept, table.grid.prod(axis=1))]
+    return PictureTable(patches, table.grid[kept], table.first_tokens[kept])
 
 
 def new_cache(model: Built, batch_size: int) -> KVCache:
@@ -385,7 +414,7 @@ def place_features(
     """
     start, stop = embedding.own_span(num_tokens)
     features, numbers = pictures.features, pictures.places
-    if stop - start < num_tokens:  # not only where some are outside: all ranks must have the same graph
+    if stop - start < num_tokens or pictures.divided:  # not only where some are outside: all ranks have the same graph
         own = np.flatnonzero((numbers >= start) & (numbers < stop))
         features, numbers = gather(features, paddle.to_tensor(own)), numbers[own] - start
     places = paddle.to_tensor(numbers)

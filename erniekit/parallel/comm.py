@@ -275,6 +275,11 @@ def reduce_from(x: paddle.Tensor, group: Group) -> paddle.Tensor:
     return x if group.size == 1 else _ReduceFrom.apply(x, group)
 
 
+def sum_over(x: paddle.Tensor, group: Group) -> paddle.Tensor:
+    """The sum over the ranks, of which each computes a part of the loss from it: an all-reduce forward and backward."""
+    return copy_to(reduce_from(x, group), group)
+
+
 def gather_rows(x: paddle.Tensor, group: Group) -> paddle.Tensor:
     """[n, ...] -> [size * n, ...], entering a tensor-parallel region with sequence parallelism: an all-gather forward,
     a reduce-scatter backward.

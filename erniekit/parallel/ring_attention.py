@@ -45,46 +45,53 @@ class _RingAttention(PyLayer):
     @staticmethod
     def forward(ctx: Any, qkv: paddle.Tensor, ring: RingAttention) -> paddle.Tensor:
         heads, num_tokens = ring.heads, qkv.shape[0]
-        z = ring.rotation.apply(qkv.reshape([num_tokens, heads.total, heads.dim]))
-        q, kv = _by_head(z, heads)
+        q, kv = _by_head(ring.rotation.apply(qkv.reshape([num_tokens, heads.total, heads.dim])), heads)
         out, lse = paddle.zeros_like(q), np.full(q.shape[:2], -np.inf, np.float32)
         queries = _queries(q, out, lse, heads)
         for source, block in _visits(kv, ring):
             keys = memory_of(block)
             for tile in ring.plan.tiles[source]:
-                k, v = _keys_of(keys, tile)
-                queries.attend(k, v, _rows_of(tile), tile.causal)
+                queries.attend(*_keys_of(keys, tile), _rows_of(tile), tile.causal)
         ctx.ring, ctx.q, ctx.kv, ctx.out, ctx.lse = ring, q, kv, out, lse
         return _by_token(out, num_tokens, heads)
 
     @staticmethod
     def backward(ctx: Any, dout: paddle.Tensor) -> paddle.Tensor:
-        ring, q, kv, out = ctx.ring, ctx.q, ctx.kv, ctx.out
-        heads, group, num_tokens = ring.heads, ring.group, dout.shape[0]
-        do, _ = _by_head(dout.reshape([num_tokens, heads.num_heads, heads.dim]), heads)
-        delta = np.einsum("gtd,gtd->gt", memory_of(do), memory_of(out))
-        queries = _queries(q, out, ctx.lse, heads)
-        dq, dkv_own = paddle.zeros_like(q), paddle.zeros_like(kv)
-        for source, block in _visits(kv, ring):
-            is_own, keys = source == group.index, memory_of(block)
-            dkv = dkv_own if is_own else paddle.zeros_like(block)
-            grads = memory_of(dkv)
-            for tile in ring.plan.tiles[source]:
-                k, v = _keys_of(keys, tile)
-                dk, dv = _keys_of(grads, tile)
-                queries.backward(k, v, _rows_of(tile), tile.causal, memory_of(do), delta, memory_of(dq), dk, dv)
-            if is_own:
-                continue
-            if source != (group.index - 1) % group.size:  # the source's next rank is the first to have a gradient
-                dkv = dkv.add_(comm.take_over(dkv.shape, group))
-            comm.pass_on(dkv, group)
-        home = ring.plan.travelling[group.index]
-        if group.size > 1 and len(home):
-            added = comm.take_over([2, heads.num_kv_heads, len(home), heads.dim], group)
-            memory_of(dkv_own)[:, :, home] += memory_of(added)
+        ring, num_tokens = ctx.ring, dout.shape[0]
+        saved = ctx.q, ctx.kv, ctx.out, ctx.lse
         ctx.ring = ctx.q = ctx.kv = ctx.out = ctx.lse = None
-        dz = _joined(dq, dkv_own, num_tokens, heads)
-        return ring.rotation.apply(dz, inverse=True).reshape([num_tokens, heads.total * heads.dim])
+        do, _ = _by_head(dout.reshape([num_tokens, ring.heads.num_heads, ring.heads.dim]), ring.heads)
+        dz = _joined(*_gradients(ring, do, *saved), num_tokens, ring.heads)
+        del do, saved
+        return ring.rotation.apply(dz, inverse=True).reshape([num_tokens, ring.heads.total * ring.heads.dim])
+
+
+def _gradients(
+    ring: RingAttention, do: paddle.Tensor, q: paddle.Tensor, kv: paddle.Tensor, out: paddle.Tensor, lse: np.ndarray
+) -> tuple[paddle.Tensor, paddle.Tensor]:
+    """Those of this rank's rotated queries [G, t * r, d] and of its keys and values [2, G, t, d]."""
+    heads, group, travelling = ring.heads, ring.group, ring.plan.travelling
+    dq, dkv_own = paddle.zeros_like(q), paddle.zeros_like(kv)
+    queries, of_queries = _queries(q, out, lse, heads), memory_of(dq)
+    upstream = memory_of(do)
+    delta = np.einsum("gtd,gtd->gt", upstream, memory_of(out))
+    for source, block in _visits(kv, ring):
+        is_own, keys = source == group.index, memory_of(block)
+        dkv = dkv_own if is_own else paddle.zeros_like(block)
+        grads = memory_of(dkv)
+        for tile in ring.plan.tiles[source]:
+            pair, of_pair = _keys_of(keys, tile), _keys_of(grads, tile)
+            queries.backward(*pair, _rows_of(tile), tile.causal, upstream, delta, of_queries, *of_pair)
+        if is_own:
+            continue
+        if source != (group.index - 1) % group.size:  # the source's next rank is the first to have a gradient
+            dkv = dkv.add_(comm.take_over(dkv.shape, group))
+        comm.pass_on(dkv, group)
+    home = travelling[group.index]
+    if group.size > 1 and len(home):
+        added = comm.take_over([2, heads.num_kv_heads, len(home), heads.dim], group)
+        memory_of(dkv_own)[:, :, home] += memory_of(added)
+    return dq, dkv_own
 
 
 def _visits(kv: paddle.Tensor, ring: RingAttention) -> Any:

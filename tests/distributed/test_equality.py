@@ -87,6 +87,8 @@ TWO = {
     "vl-dp2": ("vl", DATA2),
     "vl-sharding2-stage2": ("vl", SHARD2 | {"sharding": "stage2"}),
     "vl-ep2-sharding": ("vl", EXPERT2 | SHARD2 | PARTS),
+    "vl-cp2": ("vl", CONTEXT2),
+    "vl-cp2-ep2-heads": ("vl", HEADS2 | EXPERT2 | PARTS),
     "vl-pp2": ("vl", PIPE2),
     "vl-pp2-interleaved": ("vl", PIPE2 | PARTS | {"virtual_pp_degree": 2}),
     # The rate of the other cases: at LORA's, ten times as large, AdamW makes a difference of 2e-5 of those few ulps.
@@ -111,6 +113,8 @@ FOUR = {
     "untied-tp2-cp2-ring": ("untied", TENSOR2 | CONTEXT2),
     "moe-tp2-cp2-short": ("moe", TENSOR2 | CONTEXT2 | MTP | SHORT),
     "vl-pp2-ep2": ("vl", PIPE2 | EXPERT2),
+    "vl-dp2-cp2": ("vl", DATA2 | CONTEXT2),
+    "vl-tp2-sp-cp2": ("vl", TENSOR2 | CONTEXT2 | {"sequence_parallel": True}),
     "vl-tp2-sp-ep2": ("vl", TENSOR2 | EXPERT2 | {"sequence_parallel": True}),
 }
 
