@@ -42,7 +42,7 @@ def mismatched_batches(microbatches: Sequence[PackedBatch], mesh: Mesh, max_seq_
         rows = []
         for i, split in enumerate(splits):
             number, rank, place = before[m, mesh.batch, i]
-            other = ranks[rank][number][place]
+            other = _Split(*ranks[rank][number][place])  # a list where it came from another rank
             rows.append(make_row([_joined(split, other, max_seq_len)], [microbatches[m].sources[i]]))
         result.append(join_rows(rows))
     return result

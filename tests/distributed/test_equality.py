@@ -119,6 +119,17 @@ FOUR = {
 }
 
 
+# What these compare, others do, too: `make test-all` runs them.
+SLOW = {
+    *("dense-cp2", "moe-cp2-selective", "moe-lora-wint4/8-cp2", "untied-cp2-heads", "moe-cp2-heads", "moe-cp2-ep4"),
+    *("untied-tp2-cp2-ring", "moe-tp2-cp2-short", "vl-dp2-cp2", "vl-cp2-ep2-heads"),
+}
+
+
+def cases(table: dict[str, tuple]) -> list:
+    return [pytest.param(name, marks=pytest.mark.slow if name in SLOW else ()) for name in table]
+
+
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("equality")
@@ -145,15 +156,14 @@ def check(world: World, directory: Path, model: str, keys: dict[str, object]) ->
     return compare(ranks, alone[name])
 
 
-@pytest.mark.parametrize("case", TWO)
+@pytest.mark.parametrize("case", cases(TWO))
 def test_two_ranks_train_as_one(world2: World, directory: Path, case: str):
     losses, parameters = check(world2, directory, *TWO[case])
-    print(case, losses, parameters)
     assert losses < TOLERANCE and parameters < TOLERANCE
 
 
 EVALUATED = ["moe-dp2", "untied-tp2-sp", "moe-ep2", "untied-pp2", "moe-pp2-interleaved"]
-EVALUATED += ["vl-dp2", "vl-ep2-sharding", "vl-pp2"]
+EVALUATED += ["vl-dp2", "vl-ep2-sharding", "vl-pp2", "moe-cp2", "vl-cp2"]
 
 
 @pytest.mark.parametrize("case", EVALUATED)
@@ -178,8 +188,7 @@ def test_two_data_ranks_evaluate_the_same_first_batches_as_one(world2: World, di
     assert abs(everything["eval_loss"] - alone["eval_loss"]) > 1e-4
 
 
-@pytest.mark.parametrize("case", FOUR)
+@pytest.mark.parametrize("case", cases(FOUR))
 def test_four_ranks_train_as_one(world4: World, directory: Path, case: str):
     losses, parameters = check(world4, directory, *FOUR[case])
-    print(case, losses, parameters)
     assert losses < TOLERANCE and parameters < TOLERANCE

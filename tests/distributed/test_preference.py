@@ -13,6 +13,7 @@ PIPE2, TENSOR2 = {"pipeline_parallel_degree": 2}, {"tensor_parallel_degree": 2}
 CONTEXT2 = {"context_parallel_degree": 2}
 MOVING = {"ref_model_update_steps": 2, "sft_loss_ratio": 0.3}
 REWARD_MODEL = {"stage": "RM", "reward_margin": 0.5, "center_rewards_coefficient": 0.01}
+JUDGED = {"stage": "KTO", "train_dataset_type": "messages"}
 KTO = {"loss_type": "kto_pair", "normalize_logps": True}
 
 TWO = {
@@ -24,6 +25,8 @@ TWO = {
     "dense-pp2-cached": ("dense", PIPE2, {"ref_logps_cache": "cache.npz", "continue_training": True}),
     "moe-ep2-cached": ("moe", {"expert_parallel_degree": 2}, {"ref_logps_cache": "cache.npz"}),
     "moe-lora-pp2": ("moe", PIPE2, LORA),
+    "dense-dp2-judged": ("dense", {"data_parallel_degree": 2}, JUDGED),
+    "dense-cp2-judged": ("dense", CONTEXT2, JUDGED),
     "moe-cp2-moving": ("moe", CONTEXT2, MOVING),
     "dense-cp2-heads-kto": ("dense", CONTEXT2 | {"cp_comm_type": "a2a"}, KTO),
     "dense-cp2-cached": ("dense", CONTEXT2, {"ref_logps_cache": "cache.npz", "continue_training": True}),
@@ -46,7 +49,16 @@ def directory(tmp_path_factory) -> Path:
         for a in range(9)
         for b in range(9)
     ]
-    (path / "train.jsonl").write_text("".join(json.dumps(x, ensure_ascii=False) + "\n" for x in lines))
+    judged = [
+        {
+            "messages": [{"role": "user", "content": line["src"][0]}, {"role": "assistant", "content": answer}],
+            "label": bool(is_good),
+        }
+        for line in lines
+        for is_good, (answer,) in enumerate(line["response"])
+    ]
+    for name, records in (("train", lines), ("judged", judged)):
+        (path / f"{name}.jsonl").write_text("".join(json.dumps(x, ensure_ascii=False) + "\n" for x in records))
     return path
 
 
@@ -59,6 +71,8 @@ def test_two_ranks_equal_one(world2: World, directory: Path, layout: str):
     keys = {"stage": "DPO"} | method
     if "ref_logps_cache" in keys:
         keys["ref_logps_cache"] = str(directory / layout / "cache.npz")
+    if keys["stage"] == "KTO":
+        keys["train_dataset_path"] = str(directory / "judged.jsonl")
     name = f"{model} {method}"
     if name not in alone:
         alone[name] = train_some(keys_for(str(directory), model, rows=2, **keys))
