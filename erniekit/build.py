@@ -28,6 +28,7 @@ from erniekit.config.schema import Config
 from erniekit.models import activation_checkpoint
 from erniekit.models.activation_checkpoint import RecomputeOptions
 from erniekit.models.config import ModelConfig
+from erniekit.models.config_rope import scaled_positions
 from erniekit.models.decoder import CausalLM
 from erniekit.models.fp8 import adapted_layers, attach_fp8, describe_fp8
 from erniekit.models.init import init_weights
@@ -52,12 +53,14 @@ from erniekit.utils.errors import ConfigError
 class Overrides:
     """The changes that a configuration makes to a model's config.json. The defaults change nothing.
 
-    `min_positions`: max_position_embeddings is raised to this value. `mtp_depths`: the minimum number of blocks of
+    `min_positions`: max_position_embeddings is raised to this value, and with `rope_scaling` positions are scaled to
+    it. `mtp_depths`: the minimum number of blocks of
     multi-token prediction; blocks that the weights lack are initialised at random. `score_head`: whether the model is a
     reward model, whose head starts at random where the weights have none; None: as it is.
     """
 
     rope_theta: float | None = None
+    rope_scaling: str = ""
     min_positions: int = 0
     group_experts: bool = False
     capacity_factor: float | None = None
@@ -71,7 +74,10 @@ class Overrides:
             before = f"{model_config.rope_theta:g}"
             log.info(f"rope_theta: {before} in the model's config.json, {self.rope_theta:g} from here on")
             changes["rope_theta"] = self.rope_theta
-        if self.min_positions > model_config.max_position_embeddings:
+        changes |= self._scaling(model_config)
+        # Dynamic positions are scaled beyond max_position_embeddings, which therefore stays.
+        is_dynamic = self.rope_scaling == "dynamic"
+        if self.min_positions > model_config.max_position_embeddings and not is_dynamic:
             before = f"{model_config.max_position_embeddings}"
             log.info(f"max_position_embeddings: {before} before, {self.min_positions} from here on")
             changes["max_position_embeddings"] = self.min_positions
@@ -87,6 +93,23 @@ class Overrides:
         if self.score_head is not None and self.score_head != model_config.has_score_head:
             changes |= _with_score_head(model_config)
         return dataclasses.replace(model_config, **changes)
+
+    def _scaling(self, model_config: ModelConfig) -> dict[str, Any]:
+        """The change that `rope_scaling` makes; none where the model's positions are scaled so already."""
+        now, length = model_config.rope_scaling, model_config.max_position_embeddings
+        if not self.rope_scaling or (now is not None and now.kind == self.rope_scaling):
+            return {}
+        if now is not None:
+            raise ConfigError(
+                f"rope_scaling: {self.rope_scaling}: the positions of this model are scaled already (rope_type "
+                f"{now.kind} in its config.json). Leave the key out, or set {now.kind}"
+            )
+        if self.min_positions <= length:
+            log.info(f"rope_scaling: {self.rope_scaling}: no effect: the model has {length} positions (max_seq_len)")
+            return {}
+        scaling = scaled_positions(self.rope_scaling, length, self.min_positions)
+        log.info(f"rope_scaling: {scaling.kind} by {scaling.factor:g}, from {length} to {self.min_positions} positions")
+        return {"rope_scaling": scaling}
 
 
 def _with_score_head(model_config: ModelConfig) -> dict[str, Any]:
@@ -212,6 +235,7 @@ def overrides_of(cfg: Config) -> Overrides:
     """The changes that the configuration makes to its model, in every command that uses the model."""
     return Overrides(
         rope_theta=cfg.rope_theta,
+        rope_scaling=cfg.rope_scaling,
         # The default of max_seq_len is just the length of a training row, so it must not change the model's context.
         min_positions=cfg.max_seq_len if "max_seq_len" in cfg.given else 0,
         group_experts=cfg.moe_group_experts,

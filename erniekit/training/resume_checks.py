@@ -34,7 +34,7 @@ class Decision(Enum):
 
 _KEYS = {
     Decision.REFUSE: """
-        continue_training stage fine_tuning rope_theta num_nextn_predict_layers moe_group_experts
+        continue_training stage fine_tuning rope_theta rope_scaling num_nextn_predict_layers moe_group_experts
         vision_experts_from_text vision_experts_down_scale
         freeze_config frozen_parameters
         lora_rank lora_alpha rslora rslora_plus use_dora lora_target_modules modules_to_save lora_path
