@@ -121,28 +121,33 @@ def draw(rows: list[dict[str, float]], out: Path) -> None:
     from matplotlib import pyplot
 
     figure, (time_axes, memory_axes) = pyplot.subplots(1, 2, figsize=(11, 4.2), constrained_layout=True)
-    colours = {degree: f"C{number}" for number, degree in enumerate(sorted({row["ranks"] for row in rows}))}
-    for degree, colour in colours.items():
-        chosen = sorted((row for row in rows if row["ranks"] == degree), key=lambda row: row["tokens"])
-        tokens = [row["tokens"] for row in chosen]
-        ranks = f"{degree} rank{'s' if degree > 1 else ''}"
-        for name, style in (("attention", "o-"), ("rest", "s--")):
-            time_axes.plot(tokens, [row[name] for row in chosen], style, color=colour, label=f"{name}, {ranks}")
-        for name, style in (("peak", "o-"), ("planned", "x:")):
-            label = f"{'measured' if name == 'peak' else 'planned'}, {ranks}"
-            memory_axes.plot(tokens, [row[name] / 2**20 for row in chosen], style, color=colour, label=label)
+    degrees = sorted({row["ranks"] for row in rows})
+    for number, degree in enumerate(degrees):
+        _curves(time_axes, memory_axes, [row for row in rows if row["ranks"] == degree], f"C{number}")
     _guides(time_axes, rows)
     time_axes.set(ylabel="processor seconds of a step on the slowest rank")
     memory_axes.set(ylabel="MiB of tensors on a rank, at most")
+    ticks = sorted({row["tokens"] for row in rows})
     for axes in (time_axes, memory_axes):
         axes.set(xscale="log", yscale="log", xlabel="tokens of the one document")
-        ticks = sorted({row["tokens"] for row in rows})
         axes.set_xticks(ticks, [f"{tick // 1024}K" if tick >= 1024 else str(tick) for tick in ticks])
         axes.minorticks_off()
         axes.grid(alpha=0.3)
         axes.legend(fontsize=8)
     figure.savefig(out, dpi=110)
     pyplot.close(figure)
+
+
+def _curves(time_axes: Any, memory_axes: Any, rows: list[dict[str, float]], colour: str) -> None:
+    """The curves of one degree."""
+    chosen = sorted(rows, key=lambda row: row["tokens"])
+    tokens, degree = [row["tokens"] for row in chosen], int(chosen[0]["ranks"])
+    ranks = f"{degree} rank{'s' if degree > 1 else ''}"
+    for name, style in (("attention", "o-"), ("rest", "s--")):
+        time_axes.plot(tokens, [row[name] for row in chosen], style, color=colour, label=f"{name}, {ranks}")
+    for name, style, word in (("peak", "o-", "measured"), ("planned", "x:", "planned")):
+        mebibytes = [row[name] / 2**20 for row in chosen]
+        memory_axes.plot(tokens, mebibytes, style, color=colour, label=f"{word}, {ranks}")
 
 
 def _guides(axes: Any, rows: list[dict[str, float]]) -> None:

@@ -60,9 +60,14 @@ def parallelize(
             ranks.attach(layer)
             connect_ranks(layer, mesh)
     model.picture_ranks = _picture_ranks(model, mesh) if balance_pictures else None
+    _share_ends(model, ranks, degrees.tensor)
+
+
+def _share_ends(model: CausalLM, ranks: TensorRanks | None, tensor_degree: int) -> None:
+    """Attach the tensor ranks to what is in front of the layers and behind them."""
     model.tensor = ranks
     if model.score is not None:
-        model.score.num_ranks = degrees.tensor
+        model.score.num_ranks = tensor_degree
     if ranks is not None and model.model.embed_tokens is not None:
         model.model.embed_tokens.lookup = ranks.lookup
         model.model.embed_tokens.own_span = ranks.own_span

@@ -117,34 +117,42 @@ def ring_plan(shard: ContextShard, document_of_token: np.ndarray, prefix_of: np.
     meets itself token by token.
     """
     pieces = [_pieces_of(tokens, document_of_token) for tokens in shard.by_rank]
-    by_document: list[dict[int, list[_Piece]]] = []
-    for of_rank in pieces:
-        found: dict[int, list[_Piece]] = defaultdict(list)
-        for piece in of_rank:
-            found[piece.document].append(piece)
-        by_document.append(found)
-
-    def seen_by(query: _Piece, rank: int) -> list[_Piece]:
-        own = [piece for piece in by_document[rank].get(query.document, ()) if piece.first <= query.first]
-        prefix = -1 if prefix_of is None else int(prefix_of[query.document])
-        return own if prefix < 0 else [*by_document[rank].get(prefix, ()), *own]
-
+    by_document = [_by_document(of_rank) for of_rank in pieces]
     ranks, mine = range(shard.group.size), shard.group.index
-    seen = [[[seen_by(query, rank) for query in pieces[reader]] for rank in ranks] for reader in ranks]
+
+    def seen_by(reader: int, rank: int) -> list[list[_Piece]]:
+        """For each piece of queries of a rank, the pieces of keys of another that it sees."""
+        return [_seen(query, by_document[rank], prefix_of) for query in pieces[reader]]
+
     travelling, tiles = [], []
     for rank in ranks:
-        needed = sorted({piece for reader in ranks if reader != rank for keys in seen[reader][rank] for piece in keys})
+        readers = [reader for reader in ranks if reader != rank]
+        needed = sorted({piece for reader in readers for keys in seen_by(reader, rank) for piece in keys})
         starts = np.cumsum([0, *(piece.length for piece in needed)]).tolist()
-        place = dict(zip(needed, starts, strict=False))
-        travelling.append(np.concatenate([_rows(piece) for piece in needed]) if needed else np.zeros(0, np.int64))
+        place = {key: key.row for key in pieces[mine]} if rank == mine else dict(zip(needed, starts, strict=False))
+        travelling.append(np.concatenate([np.zeros(0, np.int64), *(_rows(piece) for piece in needed)]))
         tiles.append(
             [
-                Tile(query.row, query.length, key.row if rank == mine else place[key], key.length, key == query)
-                for query, keys in zip(pieces[mine], seen[mine][rank], strict=True)
+                Tile(query.row, query.length, place[key], key.length, key == query)
+                for query, keys in zip(pieces[mine], seen_by(mine, rank), strict=True)
                 for key in keys
             ]
         )
     return RingPlan(tiles, travelling)
+
+
+def _by_document(pieces: Sequence[_Piece]) -> dict[int, list[_Piece]]:
+    found: dict[int, list[_Piece]] = defaultdict(list)
+    for piece in pieces:
+        found[piece.document].append(piece)
+    return found
+
+
+def _seen(query: _Piece, keys: dict[int, list[_Piece]], prefix_of: np.ndarray | None) -> list[_Piece]:
+    """The pieces of keys that a piece of queries sees: of its document's prefix all, of its own the earlier ones."""
+    own = [piece for piece in keys.get(query.document, ()) if piece.first <= query.first]
+    prefix = -1 if prefix_of is None else int(prefix_of[query.document])
+    return own if prefix < 0 else [*keys.get(prefix, ()), *own]
 
 
 def _pieces_of(tokens: np.ndarray, document_of_token: np.ndarray) -> list[_Piece]:
