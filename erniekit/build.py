@@ -11,7 +11,7 @@ import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import paddle
 
@@ -28,6 +28,7 @@ from erniekit.config.schema import Config
 from erniekit.models import activation_checkpoint
 from erniekit.models.activation_checkpoint import RecomputeOptions
 from erniekit.models.config import ModelConfig
+from erniekit.models.config_rope import scaled_positions
 from erniekit.models.decoder import CausalLM
 from erniekit.models.fp8 import adapted_layers, attach_fp8, describe_fp8
 from erniekit.models.init import init_weights
@@ -38,6 +39,7 @@ from erniekit.models.sharded_blocks import WeightTaker, divide
 from erniekit.models.weights import our_shapes
 from erniekit.nn import fused
 from erniekit.nn.linear import ProductFactory
+from erniekit.parallel.context import Exchange
 from erniekit.parallel.mesh import Mesh
 from erniekit.precision import policy
 from erniekit.precision.fp8 import choose_fp8
@@ -52,12 +54,14 @@ from erniekit.utils.errors import ConfigError
 class Overrides:
     """The changes that a configuration makes to a model's config.json. The defaults change nothing.
 
-    `min_positions`: max_position_embeddings is raised to this value. `mtp_depths`: the minimum number of blocks of
+    `min_positions`: max_position_embeddings is raised to this value, and with `rope_scaling` positions are scaled to
+    it. `mtp_depths`: the minimum number of blocks of
     multi-token prediction; blocks that the weights lack are initialised at random. `score_head`: whether the model is a
     reward model, whose head starts at random where the weights have none; None: as it is.
     """
 
     rope_theta: float | None = None
+    rope_scaling: str = ""
     min_positions: int = 0
     group_experts: bool = False
     capacity_factor: float | None = None
@@ -71,7 +75,10 @@ class Overrides:
             before = f"{model_config.rope_theta:g}"
             log.info(f"rope_theta: {before} in the model's config.json, {self.rope_theta:g} from here on")
             changes["rope_theta"] = self.rope_theta
-        if self.min_positions > model_config.max_position_embeddings:
+        changes |= self._scaling(model_config)
+        # Dynamic positions are scaled beyond max_position_embeddings, which therefore stays.
+        is_dynamic = self.rope_scaling == "dynamic"
+        if self.min_positions > model_config.max_position_embeddings and not is_dynamic:
             before = f"{model_config.max_position_embeddings}"
             log.info(f"max_position_embeddings: {before} before, {self.min_positions} from here on")
             changes["max_position_embeddings"] = self.min_positions
@@ -87,6 +94,23 @@ class Overrides:
         if self.score_head is not None and self.score_head != model_config.has_score_head:
             changes |= _with_score_head(model_config)
         return dataclasses.replace(model_config, **changes)
+
+    def _scaling(self, model_config: ModelConfig) -> dict[str, Any]:
+        """The change that `rope_scaling` makes; none where the model's positions are scaled so already."""
+        now, length = model_config.rope_scaling, model_config.max_position_embeddings
+        if not self.rope_scaling or (now is not None and now.kind == self.rope_scaling):
+            return {}
+        if now is not None:
+            raise ConfigError(
+                f"rope_scaling: {self.rope_scaling}: the positions of this model are scaled already (rope_type "
+                f"{now.kind} in its config.json). Leave the key out, or set {now.kind}"
+            )
+        if self.min_positions <= length:
+            log.info(f"rope_scaling: {self.rope_scaling}: no effect: the model has {length} positions (max_seq_len)")
+            return {}
+        scaling = scaled_positions(self.rope_scaling, length, self.min_positions)
+        log.info(f"rope_scaling: {scaling.kind} by {scaling.factor:g}, from {length} to {self.min_positions} positions")
+        return {"rope_scaling": scaling}
 
 
 def _with_score_head(model_config: ModelConfig) -> dict[str, Any]:
@@ -119,9 +143,10 @@ class ModelOptions:
     `random_start`: parameters are drawn from `seed` and their names, and no weight file is read. `vision_start`: the
     directory has a text model, to which vision is added. `adapter`: a new one,
     a saved one, or none. `sequence_parallel`: tensor ranks share the tokens. `balance_pictures`: data ranks divide the
-    vision transformer's work evenly. `training`: the mode that the model is returned in. `fused`: use Paddle's fused
-    operators where they apply, in this process. `divides_weights`: ranks divide the weights of the blocks (ZeRO stage
-    3); a copy of the model that is built with the same options is divided, too.
+    vision transformer's work evenly. `context_exchange`: what context ranks exchange. `training`: the mode that the
+    model is returned in. `fused`: use Paddle's fused operators where they apply, in this process. `divides_weights`:
+    ranks divide the weights of the blocks (ZeRO stage 3); a copy of the model that is built with the same options is
+    divided, too.
     """
 
     precision: Policy
@@ -133,6 +158,7 @@ class ModelOptions:
     recompute: RecomputeOptions | None = None
     sequence_parallel: bool = False
     balance_pictures: bool = False
+    context_exchange: Exchange = "p2p"
     training: bool = False
     fused: bool = True
     divides_weights: bool = False
@@ -159,6 +185,7 @@ def training_options(cfg: Config, device: str | None = None) -> ModelOptions:
         recompute=_recompute_options(cfg) if cfg.recompute else None,
         sequence_parallel=cfg.sequence_parallel,
         balance_pictures=cfg.balance_pictures and cfg.method.vision,
+        context_exchange=cast(Exchange, cfg.cp_comm_type),
         training=True,
         fused=cfg.fused_operators,
         divides_weights=cfg.sharding == "stage3",
@@ -188,6 +215,7 @@ def inference_options(cfg: Config, adapter_dir: Path | None = None, random_start
         sequence_parallel=cfg.sequence_parallel,
         fused=cfg.fused_operators,
         balance_pictures=cfg.balance_pictures and cfg.method.vision,
+        context_exchange=cast(Exchange, cfg.cp_comm_type),
     )
 
 
@@ -212,6 +240,7 @@ def overrides_of(cfg: Config) -> Overrides:
     """The changes that the configuration makes to its model, in every command that uses the model."""
     return Overrides(
         rope_theta=cfg.rope_theta,
+        rope_scaling=cfg.rope_scaling,
         # The default of max_seq_len is just the length of a training row, so it must not change the model's context.
         min_positions=cfg.max_seq_len if "max_seq_len" in cfg.given else 0,
         group_experts=cfg.moe_group_experts,
@@ -261,6 +290,7 @@ class PreparedModel:
         fused.enable(self.options.fused)
         options, precision = self.options, self.options.precision
         mesh = Mesh.single() if mesh is None else mesh
+        _check_ring(mesh, options)
         layers = [tuple(range(self.config.num_hidden_layers))] if chunks is None else chunks
         # Each parameter is allocated when its weight is read, and directly in its final dtype.
         model = _lazy_model(self.config, precision, mesh, layers)
@@ -273,7 +303,7 @@ class PreparedModel:
             load_product_state(model, self.path)
         policy.apply(model, precision)
         self._report_products(model)
-        parallelize(model, mesh, options.sequence_parallel, layers, options.balance_pictures)
+        parallelize(model, mesh, options.sequence_parallel, layers, options.balance_pictures, options.context_exchange)
         if isinstance(options.adapter, AdapterDirectory):
             assert self.adapter is not None
             attach_stored(model, self.adapter, options.adapter.dropout)
@@ -315,6 +345,15 @@ class PreparedModel:
             log.info(describe_fp8(model, precision.fp8))
         if precision.qat is not None:
             log.info(describe_qat(model, precision.qat))
+
+
+def _check_ring(mesh: Mesh, options: ModelOptions) -> None:
+    """ConfigError where context ranks would need a ring between GPUs."""
+    if mesh.degrees.context > 1 and options.context_exchange == "p2p" and paddle.get_device() != "cpu":
+        raise ConfigError(
+            f"context_parallel_degree: {mesh.degrees.context}: the ring (cp_comm_type: p2p) is built for CPUs. On GPUs "
+            "set cp_comm_type: a2a"
+        )
 
 
 def _lazy_model(config: ModelConfig, precision: Policy, mesh: Mesh, layers: Sequence[Sequence[int]]) -> CausalLM:

@@ -24,6 +24,7 @@ FAST = {
     "bench_generate, ours alone": "bench_generate.py tiny --only ours --rounds 1 --turn 0 --batches 2 --tokens 3",
     "bench_vl, ours alone": "bench_vl.py tiny --only ours --rows 1 --seq 436 --rounds 1 --warmup 1",
     "bench_all, one part": "bench_all.py --smallest --parts neighbour --lines {tmp}/all.jsonl --picture {tmp}/all.png",
+    "bench_length": "bench_length.py --tokens 64 128 --layers 1 --out {tmp}/length.png",
     "bench_products": "bench_products.py --rounds 1",
     "bench_convolutional_code": "bench_convolutional_code.py --out 4 --in 128",
     "bench_calibration": "bench_calibration.py --out 32 --in 64 --tokens 40",

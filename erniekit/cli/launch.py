@@ -10,6 +10,7 @@ import ipaddress
 import math
 import os
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 from importlib import metadata
 from pathlib import Path
@@ -102,6 +103,8 @@ def degrees_of(cfg: Config, command: str = "train") -> ParallelDims:
     """
     devices = _devices(os.environ)
     num_gpus = _count(os.environ, "NNODES") * len(devices)
+    if command == "eval":
+        cfg = replace(cfg, context_parallel_degree=-1)  # every data rank has whole rows
     if command != "chat":
         return ParallelDims.from_config(cfg, num_gpus if devices else None)
     degrees = ParallelDims.of_one_copy(cfg)
@@ -209,14 +212,15 @@ def _layouts(cfg: Config, degrees: ParallelDims) -> tuple[Layout, ...]:
         raise ConfigError(
             "elastic: not with batch_size_warmup_steps: a smaller job could not keep the same growing batch."
         )
-    batches = cfg.gradient_accumulation_steps * degrees.data
-    for data in range(degrees.data - 1, 0, -1):
-        if data % degrees.expert or batches % data:
+    batches = cfg.gradient_accumulation_steps * degrees.batch
+    for batch in range(degrees.batch - 1, 0, -1):
+        data = batch * degrees.context
+        if data % degrees.expert or batches % batch:
             continue
-        accumulation = batches // data
+        accumulation = batches // batch
         # A degree of 1 or -1 needs no override: either nothing is sharded, or it is over all data ranks.
-        sharding = math.gcd(cfg.sharding_parallel_degree, data) if cfg.sharding_parallel_degree > 1 else 1
-        overrides = [f"--data_parallel_degree={data // sharding}", f"--gradient_accumulation_steps={accumulation}"]
+        sharding = math.gcd(cfg.sharding_parallel_degree, batch) if cfg.sharding_parallel_degree > 1 else 1
+        overrides = [f"--data_parallel_degree={batch // sharding}", f"--gradient_accumulation_steps={accumulation}"]
         if cfg.sharding_parallel_degree > 1:
             overrides.append(f"--sharding_parallel_degree={sharding}")
         note = (

@@ -222,6 +222,11 @@ def _assumptions(job: Job, card: Hardware, wishes: Wishes) -> list[str]:
         lines.append(
             "tokens spread evenly over the experts; a rank with 20 % more tokens needs that much more for them"
         )
+    if job.degrees.context > 1:
+        lines.append(
+            "what context ranks exchange is not in the time; the tokens that a rank has are taken to be the same share "
+            "of every document"
+        )
     if job.picture_tokens:
         lines.append(f"{job.picture_tokens} of the {job.row_tokens} tokens of a row stand for pictures")
     if job.on_cpu and card == load_hardware(CPU):

@@ -7,7 +7,7 @@ import dataclasses
 import re
 from collections.abc import Iterator
 
-from erniekit.config import rl_keys
+from erniekit.config import context_keys, rl_keys
 from erniekit.config.compat import DATA, RUN
 from erniekit.config.methods import METHODS, Records
 from erniekit.config.schema import Config
@@ -49,6 +49,7 @@ def problems(cfg: Config, command: str) -> list[str]:
             _shape(cfg),
             _pipeline(cfg),
             _sharding(cfg),
+            context_keys.problems(cfg),
             _low_bit(cfg),
             _precision(cfg),
             _recompute(cfg),

@@ -183,8 +183,7 @@ _LATER: dict[str, Later] = {
 
 _DEGREES: dict[str, str] = {
     "expert_tensor_parallel_degree": "tensor parallelism of its own for experts",
-    "sep_parallel_degree": "sequence-splitting parallelism",
-    "context_parallel_degree": "context parallelism",
+    "sep_parallel_degree": "heads exchanged for tokens: context_parallel_degree with cp_comm_type: a2a does that",
 }
 
 _MAPPING = "expected keys and values, such as {dequant_input: true}"

@@ -41,6 +41,7 @@ class MethodFacts:
     title: its description in the documentation of `stage`.
     records: the kind of its records. vision: whether records may contain pictures and videos.
     token_files: whether it also trains on token files (dataset_type: pretrain).
+    divides_rows: whether context ranks may share the tokens of its rows.
     options: the groups of keys that only this method, and others with the same group, reads.
     also_reads: keys that it reads although their group belongs to other methods, or to commands that generate.
     unread: the keys of other groups that it does not read, with the reason.
@@ -55,6 +56,7 @@ class MethodFacts:
     records: Records
     vision: bool = False
     token_files: bool = False
+    divides_rows: bool = False
     options: tuple[type, ...] = ()
     also_reads: tuple[str, ...] = ()
     unread: Mapping[str, str] = field(default_factory=dict)
@@ -126,18 +128,20 @@ _RL = MethodFacts(
 METHODS: dict[str, MethodFacts] = {
     facts.name: facts
     for facts in (
-        MethodFacts("SFT", "fine-tuning", Records.CONVERSATIONS),
+        MethodFacts("SFT", "fine-tuning", Records.CONVERSATIONS, divides_rows=True),
         MethodFacts(
             "PT",
             "pretraining",
             Records.TEXT,
             token_files=True,
+            divides_rows=True,
             unread={"truncation": "a text that is longer than max_seq_len is split, and nothing of it is lost"},
         ),
         MethodFacts(
             "DPO",
             "pairs",
             Records.PAIRS,
+            divides_rows=True,
             options=(PreferenceArgs,),
             unread=_UNREAD_BY_PREFERENCES,
         ),
@@ -145,20 +149,22 @@ METHODS: dict[str, MethodFacts] = {
             "RM",
             "reward model",
             Records.PAIRS,
+            divides_rows=True,
             options=(RewardModelArgs,),
             also_reads=("max_prompt_len",),
             scores=True,
             unread=_UNREAD_BY_PREFERENCES
             | {"loss_subbatch_seqlen": "a score is one number, and no logits are computed"},
         ),
-        MethodFacts("VL-SFT", "with pictures", Records.CONVERSATIONS, vision=True),
+        MethodFacts("VL-SFT", "with pictures", Records.CONVERSATIONS, vision=True, divides_rows=True),
         MethodFacts("OCR-VL-SFT", "", Records.CONVERSATIONS, vision=True, later="PaddleOCR-VL"),
-        MethodFacts("VL-PT", "with pictures", Records.TEXT, vision=True),
+        MethodFacts("VL-PT", "with pictures", Records.TEXT, vision=True, divides_rows=True),
         MethodFacts(
             "VL-DPO",
             "with pictures",
             Records.PAIRS,
             vision=True,
+            divides_rows=True,
             options=(PreferenceArgs,),
             unread=_UNREAD_BY_PREFERENCES
             | {"max_prompt_len": "a prompt with pictures is not shortened"}
@@ -168,6 +174,7 @@ METHODS: dict[str, MethodFacts] = {
             "KTO",
             "judged answers",
             Records.JUDGED,
+            divides_rows=True,
             options=(KtoArgs,),
             also_reads=("beta",),
             unread=_UNREAD_BY_PREFERENCES | {"token_balance_loss": "every answer weighs the same"},

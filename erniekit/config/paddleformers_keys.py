@@ -10,6 +10,7 @@ ALIASES: dict[str, Alias] = {
     "pipeline_model_parallel_size": Alias("pipeline_parallel_degree"),
     "virtual_pipeline_model_parallel_size": Alias("virtual_pp_degree"),
     "expert_model_parallel_size": Alias("expert_parallel_degree"),
+    "context_parallel_size": Alias("context_parallel_degree"),
     "sharding_parallel_size": Alias("sharding_parallel_degree"),
     "data_parallel_size": Alias("data_parallel_degree"),
     "moe_router_bias_update_rate": Alias("moe_use_aux_free_update_coef"),
@@ -53,6 +54,8 @@ NO_EFFECT: dict[str, str] = {
         "stage1_overlap stage2_overlap stage1_broadcast_overlap stage1_allgather_overlap stage1_reduce_avg "
         "fuse_optimizer_states send_recv_overlap sharding_comm_group_call_opt nccl_comm_group_config"
     ),
+    "cp_comm_type decides how context ranks divide their work, and tokens are always divided into an early and a late "
+    "chunk for each": "cp_balance_mode",
     "copies on several ranks stay equal, which check_replicas_steps verifies": (
         "tp_sync_param tp_sync_moment pp_sync_param pp_sync_moment sync_grad"
     ),
@@ -90,7 +93,6 @@ NO_EFFECT: dict[str, str] = {
 
 # A feature that is not built -> the keys that are options of that feature only.
 DETAILS: dict[str, str] = {
-    "context_parallel_degree": "cp_balance_mode cp_comm_type",
     "internal_medicine_monitors": "internal_medicine_monitor_interval",
     "enable_auto_parallel: True": (
         "auto_parallel_sync_shared_params use_intermediate_api tensor_fusion overlap replace_with_c_embedding "
@@ -116,8 +118,7 @@ LATER: dict[str, Later] = {
 
 DEGREES: dict[str, str] = {
     "expert_tensor_model_parallel_size": "tensor parallelism of its own for experts",
-    "context_parallel_size": "context parallelism",
-    "sep_parallel_size": "sequence-splitting parallelism",
+    "sep_parallel_size": "heads exchanged for tokens: context_parallel_degree with cp_comm_type: a2a does that",
 }
 
 FIXED: dict[str, Fixed] = {

@@ -90,7 +90,7 @@ def _trains_without(key: str) -> Callable[[Config, Facts], bool]:
 
 _DEGREES = (
     "tensor_parallel_degree pipeline_parallel_degree virtual_pp_degree expert_parallel_degree data_parallel_degree "
-    "sharding_parallel_degree"
+    "sharding_parallel_degree context_parallel_degree"
 )
 
 _DATA_RULES = [
@@ -377,6 +377,8 @@ _RANK_RULES = [
         "a conversation needs one copy of the model",
         ("chat", "server"),
     ),
+    Rule("context_parallel_degree", always, "every data rank has whole rows in `{command}`", USE),
+    Rule("cp_comm_type", lambda c, f: c.context_parallel_degree <= 1, "context_parallel_degree is 1"),
     Rule("sequence_parallel", lambda c, f: c.tensor_parallel_degree <= 1, "tensor_parallel_degree is 1"),
     Rule(
         "pp_seg_method pipeline_schedule",

@@ -109,6 +109,12 @@ class ModelArgs:
         "Base of the rotary positions, to continue at a longer context; null: as the model's config.json says.",
         gt=0,
     )
+    rope_scaling: str = key(
+        "",
+        "Scale the rotary positions by max_seq_len / the model's max_position_embeddings: linear, dynamic or yarn, as "
+        "transformers computes them; empty: as the model's config.json says.",
+        choices=("", "linear", "dynamic", "yarn"),
+    )
     num_nextn_predict_layers: int = key(0, "Depth of multi-token prediction to train; 0: none.", ge=0)
     z_loss_lambda: float = key(0.0, "Weight of the squared log-partition of the output head (z-loss).", ge=0)
     multi_token_pred_lambda: float = key(0.3, "Weight of the multi-token-prediction loss.", ge=0)

@@ -43,6 +43,18 @@ class ParallelArgs:
     expert_parallel_degree: int = key(
         -1, "Data ranks that share the experts of a layer; it divides the number of data ranks.", ge=1, off=-1
     )
+    context_parallel_degree: int = key(
+        -1,
+        "Data ranks that share the tokens of each row, for rows too long for one rank; processes are multiplied by it.",
+        ge=1,
+        off=-1,
+    )
+    cp_comm_type: str = key(
+        "p2p",
+        "What context ranks exchange: keys and values around a ring (p2p), or heads for tokens (a2a, Ulysses; the "
+        "degree must divide the key-value heads of a tensor rank).",
+        choices=("p2p", "a2a"),
+    )
     data_parallel_degree: int = key(
         -1,
         "Data ranks that each hold the whole optimizer state; -1: computed from the number of processes.",

@@ -164,7 +164,6 @@ _OTHERWISE: dict[str, str] = {
     "include_tokens_per_second include_num_input_tokens_seen": "remove it: metrics.jsonl always has both",
     "trust_remote_code": "remove it: no code of a model is run",
     "adam_betas betas": "adam_beta1 and adam_beta2",
-    "rope_scaling": "set it in the model's config.json (linear, dynamic or yarn); rope_theta alone is a key here",
 }
 
 _TABLE = {name: f"did you mean {key}?" for key, names in _SAME.items() for name in names.split()} | {

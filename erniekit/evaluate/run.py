@@ -4,6 +4,7 @@ import json
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -95,6 +96,7 @@ def evaluate(cfg: Config) -> dict[str, Any]:
     Returns what is in eval_results.json. Raises UserError that names the key, file or line, on every rank.
     """
     started = time.monotonic()
+    cfg = replace(cfg, context_parallel_degree=-1)  # every data rank has whole rows
     mesh = join(cfg, also_compared=GENERATION | BENCHMARK)
     reports = mesh.rank == 0
     with all_or_none(mesh.world_group):

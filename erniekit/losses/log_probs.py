@@ -120,16 +120,24 @@ def answer_log_probs(
     answers: np.ndarray,
     max_tokens: int,
     ignore: int = -100,
+    own: tuple[np.ndarray, np.ndarray] | None = None,
 ) -> paddle.Tensor:
     """The sum of log p(label) over the labelled tokens of each document in `answers` [N]: fp32 [N].
 
     labels [T] (`ignore`: none) and documents [T], which rise, say what token t predicts and where it stands. Exactly
-    the documents in `answers` have labels.
+    the documents in `answers` have labels. `own`: where `hidden` has a part of the T tokens, a mask of the labelled
+    tokens that are in it, and their rows; the sums are then over these.
     """
     places = np.flatnonzero(labels_T != ignore)
     labelled, which = np.unique(documents_T[places], return_inverse=True)
     assert np.array_equal(labelled, np.sort(answers)), "answers have labels, and nothing else has"
-    rows = gather(hidden_TD, paddle.to_tensor(places))
-    log_p = token_log_probs(rows, head, paddle.to_tensor(labels_T[places]), max_tokens)
+    labels, numbers = labels_T[places], places
+    if own is not None:
+        # One more token, which weighs nothing, so that the graph is the same without any, and every answer has a sum.
+        mask, numbers = own[0], np.append(own[1], 0)
+        labels, which = np.append(labels[mask], 0), np.append(which[mask], len(labelled) - 1)
+    log_p = token_log_probs(gather(hidden_TD, paddle.to_tensor(numbers)), head, paddle.to_tensor(labels), max_tokens)
+    if own is not None:
+        log_p = log_p * paddle.to_tensor(np.append(np.ones(len(numbers) - 1, np.float32), np.float32(0)))
     sums = paddle.geometric.segment_sum(log_p, paddle.to_tensor(which))
     return paddle.gather(sums, paddle.to_tensor(np.searchsorted(labelled, answers)))

@@ -7,6 +7,7 @@ from typing import Any
 from erniekit.models.config_keys import refusal
 from erniekit.nn.frequencies import RopeScaling
 from erniekit.utils import log
+from erniekit.utils.errors import ConfigError
 from erniekit.utils.user_files import JsonObject
 
 _DEFAULT_ROPE_THETA = 500000.0
@@ -51,6 +52,15 @@ def read_rope(config: JsonObject, length: int) -> tuple[float, RopeScaling | Non
         if name not in known and value is not None and (name, value) != ("partial_rotary_factor", 1):
             raise refusal(config, key, f"{name} {value!r:.40} is not supported for positions of rope_type {kind}")
     return theta, None if kind == "default" else _rope_scaling(inner, kind, length)
+
+
+def scaled_positions(kind: str, length: int, wanted: int) -> RopeScaling:
+    """The scaling of `kind` that makes `wanted` positions of `length`, with transformers' defaults."""
+    given: dict[str, Any] = {"rope_type": kind, "factor": wanted / length}
+    if kind == "yarn":  # the others have no such key: linear needs none, dynamic takes max_position_embeddings
+        given["original_max_position_embeddings"] = length
+    # A file with linear positions has no other length than max_position_embeddings, which is raised.
+    return _rope_scaling(JsonObject(given, "rope_scaling", ConfigError), kind, wanted if kind == "linear" else length)
 
 
 def written_rope(theta: float, scaling: RopeScaling | None, with_parameters: bool) -> dict[str, Any]:

@@ -48,6 +48,7 @@ from erniekit.nn.narrow import add
 from erniekit.nn.norm import RMSNorm
 from erniekit.nn.roles import Role
 from erniekit.nn.shard import WHOLE, RankShard, Shardable, ShardSpec
+from erniekit.parallel.context import ContextRanks
 from erniekit.parallel.mesh import Mesh
 from erniekit.parallel.sharded_units import ShardedUnits
 from erniekit.parallel.tensor import TensorRanks
@@ -191,7 +192,7 @@ class Decoder(nn.Layer):
         features_MD = self._features(pictures.patches, pictures.grid)
         if pictures.plan is not None:
             features_MD = pictures.plan.return_features(features_MD)
-        return EncodedPictures(features_MD, pictures.places)
+        return EncodedPictures(features_MD, pictures.places, pictures.divided)
 
     def _features(self, patches: paddle.Tensor, grid_N3: np.ndarray) -> paddle.Tensor:
         assert self.vision_model is not None and self.resampler_model is not None, "a model of text alone"
@@ -251,6 +252,7 @@ class CausalLM(nn.Layer):
         self.model = Decoder(config, shard)
         # The ranks that hold the model together, and the layers of each chunk of this stage (models/stages.py).
         self.mesh = Mesh.single()
+        self.context: ContextRanks | None = None  # attached from outside where several processes share a row's tokens
         self.picture_ranks: PictureRanks | None = None
         self.units: ShardedUnits | None = None  # the blocks whose weights are divided over ranks (sharding: stage3)
         self.chunks: tuple[tuple[int, ...], ...] = (self.model.layers.numbers,)

@@ -11,21 +11,24 @@ import numpy as np
 import paddle
 from paddle import nn
 
-from erniekit.data.packed_batch import Modality, PackedBatch
+from erniekit.data.packed_batch import Modality, PackedBatch, PictureTable
 from erniekit.data.vision.positions import num_tokens
 from erniekit.models.config import ModelConfig
 from erniekit.models.picture_balance import PicturePlan
 from erniekit.moe.choices import RecordedChoices, table_dtype
-from erniekit.moe.layer import TEXT, VISION, TokenInfo
+from erniekit.moe.layer import TEXT, VISION, RowShares, TokenInfo
 from erniekit.nn import decoding
 from erniekit.nn.attention import AttentionContext, HeadLayout, PackedAttention
-from erniekit.nn.attention_mask import make_plan, next_in_document
+from erniekit.nn.attention_mask import AttentionPlan, make_plan, next_in_document
 from erniekit.nn.dropout import AttentionDropout, DropoutStep, number_documents
 from erniekit.nn.kv_cache import KVCache, NoteShape
 from erniekit.nn.narrow import add, gather, rounded
 from erniekit.nn.roles import Role
 from erniekit.nn.rotary import Rotary
 from erniekit.nn.shard import WHOLE, RankShard, Shardable, ShardSpec
+from erniekit.parallel.context import ContextRanks, ContextShard, ring_plan
+from erniekit.parallel.ring_attention import RingAttention
+from erniekit.parallel.ulysses import UlyssesAttention
 
 
 class Built(Protocol):
@@ -33,6 +36,7 @@ class Built(Protocol):
 
     config: ModelConfig
     shard: RankShard
+    context: ContextRanks | None
 
     @property
     def token_multiple(self) -> int:
@@ -47,13 +51,15 @@ class Pictures:
     whose embeddings their features replace, in the order of the grid.
 
     With a `plan` patches and grid are those that this rank encodes, maybe for other data ranks, and `places` are of its
-    own tokens, in the order in which the plan returns their features.
+    own tokens, in the order in which the plan returns their features. `divided`: some of the tokens may be on other
+    context ranks, and have -1 there.
     """
 
     patches: paddle.Tensor
     grid: np.ndarray
     places: np.ndarray
     plan: PicturePlan | None = None
+    divided: bool = False
 
 
 @dataclass(frozen=True)
@@ -62,6 +68,16 @@ class EncodedPictures:
 
     features: paddle.Tensor
     places: np.ndarray
+    divided: bool = False
+
+
+@dataclass(frozen=True)
+class SharedBatch:
+    """A batch whose tokens are divided over context ranks: how, and `input_ids` and `documents` [T] of all of them."""
+
+    shard: ContextShard
+    input_ids: np.ndarray
+    documents: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -69,7 +85,7 @@ class ModelInputs:
     """One forward pass's T tokens, as every layer, chunk and prediction depth of it uses them: `input_ids` int64 [T] on
     the device, `attention` (who sees whom, and the rotation of positions), `tokens` (what sparse layers count over).
     `noise_scale` fp32 [T]: how far NEFTune moves a token's embedding; None: not at all. `pictures`: the images and
-    videos among the tokens, None without any.
+    videos among the tokens, None without any. `shared`: the batch that the tokens are a context rank's part of.
     """
 
     input_ids: paddle.Tensor
@@ -77,6 +93,13 @@ class ModelInputs:
     tokens: TokenInfo
     noise_scale: np.ndarray | None = None
     pictures: Pictures | EncodedPictures | None = None
+    shared: SharedBatch | None = None
+
+    def select(self, places: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Of token numbers of the batch, ascending: a mask of those that are in this pass, and their rows in it."""
+        if self.shared is None:
+            return np.ones(len(places), bool), places
+        return self.shared.shard.select(places)
 
 
 def head_layout(config: ModelConfig, shard: RankShard = WHOLE) -> HeadLayout:
@@ -99,6 +122,8 @@ def batch_inputs(
     Only here is padding added (see `padded_length`). It is one document behind all others, without a label, that no
     router sees, so that the numbers of tokens and segments in the batch hold for what the model gives, too.
     """
+    if model.context is not None:
+        return _context_inputs(model, model.context, batch, neftune_alpha, dropout, picture_plan)
     padding = padded_length(model, batch) - batch.num_tokens
 
     def padded(values_T: np.ndarray, fill: int = 0) -> np.ndarray:
@@ -118,11 +143,74 @@ def batch_inputs(
 
 
 def padded_length(model: Built, batch: PackedBatch) -> int:
-    """How many tokens a batch has on the device: a multiple of what the model needs, and some also where the batch has
-    none, so that every rank runs the same graph.
+    """How many tokens of a batch this rank has on the device: a multiple of what the model needs, and some also where
+    there are none, so that every rank runs the same graph.
     """
-    multiple = model.token_multiple
-    return max(-(-batch.num_tokens // multiple), 1) * multiple
+    multiple, num_tokens = model.token_multiple, batch.num_tokens
+    if model.context is not None:
+        num_tokens = len(model.context.shard(batch.row_lengths).tokens)
+    return max(-(-num_tokens // multiple), 1) * multiple
+
+
+def _context_inputs(
+    model: Built,
+    context: ContextRanks,
+    batch: PackedBatch,
+    neftune_alpha: float,
+    dropout: DropoutStep | None,
+    picture_plan: PicturePlan | None,
+) -> ModelInputs:
+    """The inputs of the tokens that this context rank has of a packed batch, and the padding behind them."""
+    config, shard = model.config, context.shard(batch.row_lengths)
+    own = shard.tokens
+    padding = padded_length(model, batch) - len(own)
+    plan = make_plan(batch.segment_ids[None] + 1, batch.prefixes)
+    heads, rotary = head_layout(config, model.shard), _rotary(config)
+    noise_scale = None
+    if neftune_alpha:
+        noise_scale = np.pad(_noise_scale(plan, neftune_alpha, config)[own], (0, padding))
+    attention: AttentionContext
+    if context.exchange == "a2a":
+        part = HeadLayout(heads.num_heads // shard.group.size, heads.num_kv_heads // shard.group.size, heads.dim)
+        rotation = rotary.at(batch.position_ids, part.num_heads + part.num_kv_heads, part.num_kv_heads)
+        first_head = model.shard.tensor_rank * heads.num_heads + shard.group.index * part.num_heads
+        masks = _dropout_of(dropout, config, batch.input_ids, plan, batch.prefixes, first_head)
+        attention = UlyssesAttention(shard, heads, PackedAttention(plan, rotation, part, masks))
+    else:
+        assert dropout is None, "config checks refuse attention dropout with a ring"
+        numbers = np.pad(own, (0, padding)) if batch.num_tokens else None
+        rotation = rotary.at(batch.position_ids, heads.num_heads + heads.num_kv_heads, heads.num_kv_heads, own=numbers)
+        attention = RingAttention(
+            ring_plan(shard, plan.document_of_token, batch.prefixes), rotation, heads, shard.group
+        )
+    return ModelInputs(
+        paddle.to_tensor(np.pad(batch.input_ids[own], (0, padding))),
+        attention,
+        shared_token_info(config, shard, batch.modality),
+        noise_scale,
+        pictures_of(model, batch, picture_plan),
+        SharedBatch(shard, batch.input_ids, plan.document_of_token),
+    )
+
+
+def _dropout_of(
+    dropout: DropoutStep | None,
+    config: ModelConfig,
+    input_ids: np.ndarray,
+    plan: AttentionPlan,
+    prefixes: np.ndarray | None,
+    first_head: int,
+) -> AttentionDropout | None:
+    if dropout is None:
+        return None
+    numbers = number_documents(input_ids.reshape(-1), plan, prefixes)
+    return AttentionDropout(dropout, config.num_hidden_layers, numbers, first_head)
+
+
+def _noise_scale(plan: AttentionPlan, alpha: float, config: ModelConfig) -> np.ndarray:
+    """NEFTune's alpha / sqrt(length * D) of each token's document, fp32 [T]."""
+    lengths = np.bincount(plan.document_of_token)[plan.document_of_token]
+    return (alpha / np.sqrt(lengths * config.hidden_size)).astype(np.float32)
 
 
 def packed_inputs(
@@ -155,20 +243,14 @@ def packed_inputs(
         positions = position_ids.reshape(plan.num_tokens, *position_ids.shape[segment_ids.ndim :])
     heads = head_layout(model.config, model.shard)
     rotation = _rotary(model.config).at(positions, heads.num_heads + heads.num_kv_heads, heads.num_kv_heads)
-    attention_dropout = None
-    if dropout is not None:
-        numbers = number_documents(input_ids.reshape(-1), plan, prefixes)
-        first_head = model.shard.tensor_rank * heads.num_heads
-        attention_dropout = AttentionDropout(dropout, model.config.num_hidden_layers, numbers, first_head)
-    noise_scale = None
-    if neftune_alpha:
-        lengths = np.bincount(plan.document_of_token)[plan.document_of_token]
-        noise_scale = (neftune_alpha / np.sqrt(lengths * model.config.hidden_size)).astype(np.float32)
+    first_head = model.shard.tensor_rank * heads.num_heads
     return ModelInputs(
         paddle.to_tensor(input_ids.reshape(-1).astype(np.int64)),
-        PackedAttention(plan, rotation, heads, attention_dropout),
+        PackedAttention(
+            plan, rotation, heads, _dropout_of(dropout, model.config, input_ids, plan, prefixes, first_head)
+        ),
         token_info(model.config, [plan.num_tokens]) if tokens is None else tokens,
-        noise_scale,
+        _noise_scale(plan, neftune_alpha, model.config) if neftune_alpha else None,
         pictures,
     )
 
@@ -193,6 +275,13 @@ def _with_record(config: ModelConfig, tokens: TokenInfo, batch: PackedBatch) -> 
     return replace(tokens, recorded=RecordedChoices(table.experts, config.sparse_layers, table.replays_experts))
 
 
+def shared_token_info(config: ModelConfig, shard: ContextShard, modality: np.ndarray) -> TokenInfo:
+    """The same for a context rank's part of a batch, of which `modality` [T] is."""
+    whole = token_info(config, shard.row_lengths, modality)
+    own = None if whole.modality is None else whole.modality[shard.tokens]
+    return TokenInfo(shard.own_row_lengths, own, RowShares(shard.group, whole))
+
+
 def pictures_of(model: Built, batch: PackedBatch, plan: PicturePlan | None = None) -> Pictures | None:
     """The images and videos of a packed batch; None where it has none, and on pipeline stages without the embedding.
     With a `plan` their patches are sent to the ranks that encode them.
@@ -203,19 +292,45 @@ def pictures_of(model: Built, batch: PackedBatch, plan: PicturePlan | None = Non
     if not model.shard.has_embedding or (not len(table) and plan is None):
         return None
     assert vision is not None, "a model of text alone has no use for pictures"
-    counts = num_tokens(table.grid, vision.spatial_merge_size)
-    within = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
-    places = np.repeat(table.first_tokens, counts) + within
+    places = _places_of(table, vision.spatial_merge_size)
     placeholders = np.isin(batch.input_ids, vision.placeholders) & (batch.modality != Modality.TEXT)
     if not np.array_equal(places, np.flatnonzero(placeholders)):
         raise ValueError(
-            f"{placeholders.sum()} placeholders for {len(table)} images and videos of {counts.sum()} tokens, or not in "
+            f"{placeholders.sum()} placeholders for {len(table)} images and videos of {len(places)} tokens, or not in "
             "their places"
         )
+    divided = model.context is not None
+    if model.context is not None:
+        table = own_pictures(model, batch)
+        places = _places_of(table, vision.spatial_merge_size)
+        mask, rows = model.context.shard(batch.row_lengths).select(places)
+        places = np.full(len(places), -1)
+        places[mask] = rows
     if plan is None:
-        return Pictures(paddle.to_tensor(table.patches), table.grid, places)
+        return Pictures(paddle.to_tensor(table.patches), table.grid, places, None, divided) if len(table) else None
     patches = table.patches.reshape(-1, vision.patch_features)  # without pictures they have no width
-    return Pictures(plan.send_patches(patches), plan.encoded_grid, plan.returned(places), plan)
+    return Pictures(plan.send_patches(patches), plan.encoded_grid, plan.returned(places), plan, divided)
+
+
+def _places_of(table: PictureTable, merge_size: int) -> np.ndarray:
+    """The token numbers of pictures, in their order, int64 [M]."""
+    counts = num_tokens(table.grid, merge_size)
+    within = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
+    return np.repeat(table.first_tokens, counts) + within
+
+
+def own_pictures(model: Built, batch: PackedBatch) -> PictureTable:
+    """The pictures of a batch of which this rank has tokens. Where context ranks share the tokens of one, each of them
+    encodes it, and what its own tokens contribute to the gradients adds up.
+    """
+    table, vision = batch.pictures, model.config.vision
+    if model.context is None or vision is None or not len(table):
+        return table
+    tokens = model.context.shard(batch.row_lengths).tokens
+    ends = table.first_tokens + num_tokens(table.grid, vision.spatial_merge_size)
+    kept = np.searchsorted(tokens, table.first_tokens) < np.searchsorted(tokens, ends)
+    patches = table.patches[np.repeat(kept, table.grid.prod(axis=1))]
+    return PictureTable(patches, table.grid[kept], table.first_tokens[kept])
 
 
 def new_cache(model: Built, batch_size: int, records_experts: bool = False) -> KVCache:
@@ -321,7 +436,7 @@ def place_features(
     """
     start, stop = embedding.own_span(num_tokens)
     features, numbers = pictures.features, pictures.places
-    if stop - start < num_tokens:  # not only where some are outside: all ranks must have the same graph
+    if stop - start < num_tokens or pictures.divided:  # not only where some are outside: all ranks have the same graph
         own = np.flatnonzero((numbers >= start) & (numbers < stop))
         features, numbers = gather(features, paddle.to_tensor(own)), numbers[own] - start
     places = paddle.to_tensor(numbers)
@@ -332,6 +447,12 @@ def embed_ahead(embedding: Embedding, inputs: ModelInputs, step: int) -> tuple[p
     """For multi-token prediction: the embedding of the token `step` places after each one, without noise [T or own
     range, D], that token's number [T], and whether it is in the same document [T].
     """
-    assert isinstance(inputs.attention, PackedAttention), "multi-token prediction is for packed documents"
-    target, valid = next_in_document(inputs.attention.plan.document_of_token, step)
-    return embedding(paddle.gather(inputs.input_ids, paddle.to_tensor(target))), target, valid
+    if inputs.shared is None:
+        assert isinstance(inputs.attention, PackedAttention), "multi-token prediction is for packed documents"
+        target, valid = next_in_document(inputs.attention.plan.document_of_token, step)
+        return embedding(paddle.gather(inputs.input_ids, paddle.to_tensor(target))), target, valid
+    # The token ahead may be on another rank, whose number this one knows.
+    whole, own = inputs.shared, inputs.shared.shard.tokens
+    target, valid = (of_all[own] for of_all in next_in_document(whole.documents, step))
+    ids = np.pad(whole.input_ids[target], (0, inputs.input_ids.shape[0] - len(own)))
+    return embedding(paddle.to_tensor(ids)), target, valid

@@ -10,6 +10,7 @@ from erniekit.moe.layer import MoELayer
 from erniekit.nn.linear import Linear
 from erniekit.nn.roles import Role, named_roles
 from erniekit.nn.shard import RankShard, Shardable, ShardSpec, named_shard_specs
+from erniekit.parallel.context import ContextRanks, Exchange
 from erniekit.parallel.mesh import Mesh
 from erniekit.parallel.placement import Placement
 from erniekit.parallel.process_group import Group
@@ -37,13 +38,17 @@ def parallelize(
     sequence_parallel: bool,
     chunks: Sequence[Sequence[int]] | None = None,
     balance_pictures: bool = False,
+    context_exchange: Exchange = "p2p",
 ) -> None:
     """Attach communication to projections, embedding, head and sparse layers. `chunks`: the layers of each chunk of
     this pipeline stage; None: one chunk with all layers that the process has. `balance_pictures`: data ranks divide the
-    work of the vision transformer evenly.
+    work of the vision transformer evenly. `context_exchange`: how the attention of context ranks exchanges what it
+    needs.
     """
     degrees = mesh.degrees
     model.mesh = mesh
+    if degrees.context > 1:
+        model.context = ContextRanks(mesh.context_group, context_exchange)
     if chunks is not None:
         model.chunks = tuple(tuple(layers) for layers in chunks)
     sequence = sequence_parallel and degrees.tensor > 1
@@ -55,9 +60,14 @@ def parallelize(
             ranks.attach(layer)
             connect_ranks(layer, mesh)
     model.picture_ranks = _picture_ranks(model, mesh) if balance_pictures else None
+    _share_ends(model, ranks, degrees.tensor)
+
+
+def _share_ends(model: CausalLM, ranks: TensorRanks | None, tensor_degree: int) -> None:
+    """Attach the tensor ranks to what is in front of the layers and behind them."""
     model.tensor = ranks
     if model.score is not None:
-        model.score.num_ranks = degrees.tensor
+        model.score.num_ranks = tensor_degree
     if ranks is not None and model.model.embed_tokens is not None:
         model.model.embed_tokens.lookup = ranks.lookup
         model.model.embed_tokens.own_span = ranks.own_span

@@ -38,6 +38,8 @@ def check_layout(cfg: Config, degrees: ParallelDims, model_config: ModelConfig) 
     _check_recompute(cfg, model_config)
     check_fp8_keys(cfg, model_config)
     check_model(degrees, model_config)
+    if degrees.context > 1 and cfg.cp_comm_type == "a2a":
+        _check_heads(degrees, model_config)
     cut_layers(cfg, model_config, degrees.pipeline)
 
 
@@ -49,6 +51,21 @@ def chunks_to_use(cfg: Config, model_config: ModelConfig, degrees: ParallelDims,
     if degrees.pipeline == 1:
         return [tuple(range(model_config.num_hidden_layers))]
     return cut_layers(cfg, model_config, degrees.pipeline)[stage]
+
+
+def _check_heads(degrees: ParallelDims, model_config: ModelConfig) -> None:
+    """ConfigError where the heads of a tensor rank cannot be divided over the context ranks."""
+    product = degrees.context * degrees.tensor
+    for size, what in (
+        (model_config.num_attention_heads, "attention"),
+        (model_config.num_key_value_heads, "key-value"),
+    ):
+        if size % product:
+            raise ConfigError(
+                f"cp_comm_type: a2a: context_parallel_degree {degrees.context} * tensor_parallel_degree "
+                f"{degrees.tensor} = {product} does not divide the model's {size} {what} heads. Set cp_comm_type: p2p, "
+                "which divides no heads, or another degree"
+            )
 
 
 def _check_recompute(cfg: Config, model_config: ModelConfig) -> None:
@@ -99,12 +116,13 @@ def layout_lines(cfg: Config, model_config: ModelConfig, degrees: ParallelDims) 
         return notes
     shares = degrees.expert * degrees.tensor if model_config.moe_num_experts else 1
     experts = f", experts over {shares} of them" if shares > 1 else ""
+    shared = f", {degrees.context} data ranks sharing each row's tokens" if degrees.context > 1 else ""
     tokens = " sharing the tokens" if cfg.sequence_parallel and degrees.tensor > 1 else ""
-    microbatches = cfg.num_microbatches(degrees.data)
+    microbatches = cfg.num_microbatches(degrees.batch)
     lines = [
         f"{degrees.world} ranks = {degrees.pipeline} pipeline stages x {degrees.data} data ranks x {degrees.tensor} "
-        f"tensor ranks{tokens}{experts}; a step takes {cfg.batch_size} rows x {microbatches} microbatches x "
-        f"{degrees.data} = {cfg.batch_size * microbatches * degrees.data} rows"
+        f"tensor ranks{tokens}{experts}{shared}; a step takes {cfg.batch_size} rows x {microbatches} microbatches x "
+        f"{degrees.batch} = {cfg.batch_size * microbatches * degrees.batch} rows"
     ]
     if degrees.pipeline > 1:
         stages = cut_layers(cfg, model_config, degrees.pipeline)

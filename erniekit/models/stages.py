@@ -17,6 +17,7 @@ from erniekit.moe.layer import Routed
 from erniekit.nn.norm import RMSNorm
 from erniekit.nn.shard import RankShard
 from erniekit.parallel import comm
+from erniekit.parallel.context import ContextRanks
 from erniekit.parallel.mesh import Mesh
 
 
@@ -37,6 +38,7 @@ class RankModel(Protocol):
 
     config: ModelConfig
     shard: RankShard
+    context: ContextRanks | None
     model: _Layers
     mesh: Mesh
     chunks: tuple[tuple[int, ...], ...]

@@ -11,10 +11,9 @@ from dataclasses import dataclass
 
 import numpy as np
 import paddle
-from paddle.autograd import PyLayer
 
 from erniekit.moe.experts import Experts
-from erniekit.nn.narrow import gather
+from erniekit.nn.permute import permute
 from erniekit.parallel import comm
 from erniekit.parallel.process_group import Group
 
@@ -95,23 +94,3 @@ def expert_major(counts_NL: np.ndarray) -> np.ndarray:
     """
     expert = np.concatenate([np.repeat(np.arange(len(counts)), counts) for counts in counts_NL])
     return np.argsort(expert, kind="stable")
-
-
-class _Permute(PyLayer):
-    """A gather of all rows, whose adjoint is the gather by the inverse permutation."""
-
-    @staticmethod
-    def forward(ctx, rows: paddle.Tensor, order: np.ndarray) -> paddle.Tensor:
-        ctx.order = order
-        return gather(rows, paddle.to_tensor(order))
-
-    @staticmethod
-    def backward(ctx, dy: paddle.Tensor) -> paddle.Tensor:
-        return gather(dy, paddle.to_tensor(np.argsort(ctx.order)))
-
-
-def permute(rows: paddle.Tensor, order: np.ndarray) -> paddle.Tensor:
-    """rows[order] for a permutation of all rows [R, D]. Without rows it is a step of the graph, too: the backward pass
-    runs independent steps by their distance from the loss, and every rank must start its collectives in one order.
-    """
-    return _Permute.apply(rows, order)

@@ -21,6 +21,7 @@ from erniekit.moe.router import Gate, RouterOptions, RouterStatics, Routing, rou
 from erniekit.nn.mlp import SwiGLU
 from erniekit.nn.narrow import add, concat, gather
 from erniekit.nn.roles import Component
+from erniekit.parallel.process_group import Group
 from erniekit.utils import heartbeat
 
 TEXT, VISION = 0, 1
@@ -58,28 +59,52 @@ class MoESizes:
 @dataclass(frozen=True)
 class TokenInfo:
     """What a sparse layer needs to know about T tokens: `row_lengths` (sums to T) of the packed rows, over which load
-    and capacity are counted; `modality` [T], 0 text and 1 vision, None for all text. `recorded`: the experts that they
-    were sent to before; `note`: keeps those of this pass.
+    and capacity are counted; `modality` [T], 0 text and 1 vision, None for all text. `shares`: where these are a part
+    of the rows' tokens, what is known of the whole rows. `recorded`: the experts that they were sent to before; `note`:
+    keeps those of this pass.
     """
 
     row_lengths: list[int]
     modality: np.ndarray | None = None
+    shares: "RowShares | None" = None
     recorded: RecordedChoices | None = None
     note: NoteChoice | None = None
 
     def of_modality(self, modality: int) -> tuple[np.ndarray, list[int]]:
-        """The numbers of a modality's tokens, and how many each row has (rows without any are left out)."""
+        """The numbers of a modality's tokens, and how many each row has (rows without any are left out, unless another
+        rank has some).
+        """
+        numbers = self.count_modality(modality)
+        listed = numbers if self.shares is None else self.shares.whole.count_modality(modality)
+        return np.flatnonzero(self.modality == modality), [n for n, known in zip(numbers, listed, strict=True) if known]
+
+    def count_modality(self, modality: int) -> list[int]:
+        """How many tokens of a modality each row has."""
         assert self.modality is not None
-        chosen = self.modality == modality
         rows = np.repeat(np.arange(len(self.row_lengths)), self.row_lengths)
-        return np.flatnonzero(chosen), [int(n) for n in np.bincount(rows[chosen]) if n]
+        return np.bincount(rows[self.modality == modality], minlength=len(self.row_lengths)).tolist()
+
+
+@dataclass(frozen=True)
+class RowShares:
+    """What a context rank knows of the rows that its group shares: `whole` has all of their tokens."""
+
+    group: Group
+    whole: TokenInfo
+
+    def lengths(self, modality: int) -> list[int]:
+        """The tokens of a modality in each row that has some; of all text, in each row."""
+        if self.whole.modality is None:
+            return self.whole.row_lengths
+        return [n for n in self.whole.count_modality(modality) if n]
 
 
 class Routed(NamedTuple):
     """A router's decision with what was counted on the host: `usage` [E], the number of tokens that were sent to each
     expert; `dropped`, the pairs beyond the capacity; `row_lengths` of the routed tokens. Where choices were recorded
     before, `changed` counts the tokens that were sent to other experts, and `disagreeing` those for which the router by
-    itself would choose others; None: there was no record.
+    itself would choose others; None: there was no record. `share`: of whole rows, where context ranks have parts of
+    them.
     """
 
     routing: Routing
@@ -88,6 +113,14 @@ class Routed(NamedTuple):
     row_lengths: list[int]
     changed: int | None = None
     disagreeing: int | None = None
+    share: "RowShare | None" = None
+
+
+class RowShare(NamedTuple):
+    """The rows that context ranks share, and how many tokens of the router's modality each has on all of them."""
+
+    group: Group
+    row_lengths: list[int]
 
 
 class MoELayer(nn.Layer):
@@ -141,7 +174,7 @@ class MoELayer(nn.Layer):
         all_TD = all_TD if num_rows == num_tokens else all_TD[:num_tokens]
         if tokens.modality is None:
             finish, routed = self._start(all_TD, TEXT, tokens.row_lengths, None, _Choosing(tokens, number))
-            decisions = {TEXT: routed}
+            decisions = {TEXT: _with_share(routed, tokens, TEXT)}
         else:
             finish, decisions = self._by_modality(all_TD, tokens, number)
         # The shared experts run between start and finish, while tokens are sent to the routed ones.
@@ -176,13 +209,15 @@ class MoELayer(nn.Layer):
         needed = self.ranks is not None and self.ranks.expert.size > 1
         for modality in (TEXT, VISION):
             where, row_lengths = tokens.of_modality(modality)
-            if modality == TEXT or len(where) or needed:
+            # Context ranks count the loads of their rows together, also those that have none of a row's tokens.
+            counted = len(where) or (tokens.shares is not None and row_lengths)
+            if modality == TEXT or counted or needed:
                 selected = gather(x_TD, paddle.to_tensor(where))
                 finish, routed = self._start(selected, modality, row_lengths, where, _Choosing(tokens, number))
                 finishes.append(finish)
                 places.append(where)
-                if len(where):
-                    decisions[modality] = routed
+                if counted:
+                    decisions[modality] = _with_share(routed, tokens, modality)
         back = paddle.to_tensor(np.argsort(np.concatenate(places)))
         return lambda: gather(concat([finish() for finish in finishes]), back), decisions
 
@@ -260,6 +295,12 @@ class _Choosing:
     def note(self, chosen_TK: np.ndarray, where: np.ndarray | None) -> None:
         if self.tokens.note is not None:
             self.tokens.note(self.number, chosen_TK, where)
+
+
+def _with_share(routed: Routed, tokens: TokenInfo, modality: int) -> Routed:
+    """The decision with what is known of whole rows."""
+    shares = tokens.shares
+    return routed if shares is None else routed._replace(share=RowShare(shares.group, shares.lengths(modality)))
 
 
 def _dispatch(

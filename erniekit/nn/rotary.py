@@ -32,13 +32,22 @@ class Rotary:
     time_frequencies: int = 0
     scaling: RopeScaling | None = None
 
-    def at(self, positions: np.ndarray, num_rotated: int, num_plain: int = 0, row: int | None = None) -> "Rotation":
+    def at(
+        self,
+        positions: np.ndarray,
+        num_rotated: int,
+        num_plain: int = 0,
+        row: int | None = None,
+        own: np.ndarray | None = None,
+    ) -> "Rotation":
         """The rotation of T tokens at `positions`, integers [T] or (time, height, width) [T, 3], for projections of
         num_rotated + num_plain heads, of which the last (the values in a fused q|k|v) are left as they are. `row`: the
-        tokens of a row, where each row is a part of one text.
+        tokens of a row, where each row is a part of one text. `own`: the numbers of the tokens that it is for, if these
+        are not all.
         """
         table = self.table(positions, row)[:, None]
-        if _is_expanded(len(positions), num_rotated + num_plain, self.head_dim):
+        table = table if own is None else table[own]
+        if _is_expanded(len(table), num_rotated + num_plain, self.head_dim):
             expanded = np.ones((len(table), num_rotated + num_plain, self.head_dim // 2), dtype=np.complex64)
             expanded[:, :num_rotated] = table
             table = expanded

@@ -198,6 +198,26 @@ def recv(shape: Sequence[int], dtype: Any, peer_rank: int) -> paddle.Tensor:
     return x
 
 
+def pass_on(x: paddle.Tensor, group: Group) -> None:
+    """Send a tensor to the next rank of the group's ring, without waiting for it to receive; x may be changed
+    afterwards. Over TCP only. A tensor without elements is not sent.
+    """
+    assert group.handle is None, "the ring has been written for TCP"
+    if not _num_bytes(x):
+        return
+    traffic.add("ring", _num_bytes(x))
+    backend.tcp_links().post(group.ranks[(group.index + 1) % group.size], "ring", _bytes(x))
+
+
+def take_over(shape: Sequence[int], group: Group) -> paddle.Tensor:
+    """Wait for the next fp32 tensor that the previous rank of the group's ring passes on; both know its shape."""
+    x, peer = paddle.empty(list(shape), dtype="float32"), group.ranks[(group.index - 1) % group.size]
+    if _num_bytes(x):
+        with backend.waiting("ring", _num_bytes(x), (peer,)):
+            backend.tcp_links().receive(peer, "ring", _bytes(x))
+    return x
+
+
 # Host values. Their traffic is counted as "host", separately from that of a model's tensors.
 
 
@@ -253,6 +273,11 @@ def copy_to(x: paddle.Tensor, group: Group) -> paddle.Tensor:
 def reduce_from(x: paddle.Tensor, group: Group) -> paddle.Tensor:
     """Leave a tensor-parallel region (Megatron-LM's g): an all-reduce forward, the identity backward."""
     return x if group.size == 1 else _ReduceFrom.apply(x, group)
+
+
+def sum_over(x: paddle.Tensor, group: Group) -> paddle.Tensor:
+    """The sum over the ranks, of which each computes a part of the loss from it: an all-reduce forward and backward."""
+    return copy_to(reduce_from(x, group), group)
 
 
 def gather_rows(x: paddle.Tensor, group: Group) -> paddle.Tensor:

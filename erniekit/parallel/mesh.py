@@ -1,9 +1,12 @@
 """The degrees of each form of parallelism, the coordinates of this process, and the groups that it is in.
 
 Axes: pipeline P, data D, tensor T; rank = (p * D + d) * T + t. Experts are sharded over E adjacent data ranks (and over
-the tensor ranks). Optimizer state is divided over S adjacent data ranks.
+the tensor ranks). Optimizer state is divided over S adjacent data ranks. C adjacent data ranks, the context ranks,
+share the tokens of the same rows: a data rank is one whose gradients are added to those of others, whether it has other
+rows than they or other tokens of the same rows.
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -15,7 +18,7 @@ from erniekit.utils.errors import ConfigError
 
 @dataclass(frozen=True)
 class ParallelDims:
-    """Sizes of the axes. `data` counts all data ranks, of which sharding and expert ranks are groups.
+    """Sizes of the axes. `data` counts all data ranks, of which sharding, expert and context ranks are groups.
 
     Raises:
         ConfigError: a degree does not divide the data ranks.
@@ -26,9 +29,14 @@ class ParallelDims:
     tensor: int = 1
     expert: int = 1
     sharding: int = 1
+    context: int = 1
 
     def __post_init__(self) -> None:
-        for key, degree in (("expert_parallel_degree", self.expert), ("sharding_parallel_degree", self.sharding)):
+        for key, degree in (
+            ("expert_parallel_degree", self.expert),
+            ("sharding_parallel_degree", self.sharding),
+            ("context_parallel_degree", self.context),
+        ):
             if self.data % degree:
                 raise ConfigError(
                     f"{key}: {degree} does not divide the {self.data} data ranks ({self.data} / {degree} = "
@@ -41,13 +49,18 @@ class ParallelDims:
         """Number of processes."""
         return self.pipeline * self.data * self.tensor
 
+    @property
+    def batch(self) -> int:
+        """Number of groups of context ranks: of data ranks that have different rows."""
+        return self.data // self.context
+
     @classmethod
     def from_config(cls, cfg: Config, world: int | None = None) -> "ParallelDims":
         """The degrees in a configuration; 1 and -1 mean that the key was not given.
 
         Args:
-            cfg: its pipeline_, tensor_, sharding_, data_ and expert_parallel_degree. A sharding_parallel_degree of -1
-                stands for all data ranks.
+            cfg: its pipeline_, tensor_, sharding_, data_, expert_ and context_parallel_degree. A
+                sharding_parallel_degree of -1 stands for all data ranks, those that share rows included.
             world: the number of processes, from which the number of data ranks follows where data_parallel_degree is
                 not given; None: as many processes as the degrees multiply to.
 
@@ -56,18 +69,19 @@ class ParallelDims:
         """
         pipeline, tensor = max(cfg.pipeline_parallel_degree, 1), max(cfg.tensor_parallel_degree, 1)
         sharding, replicas = max(cfg.sharding_parallel_degree, 1), max(cfg.data_parallel_degree, 1)
-        expert = max(cfg.expert_parallel_degree, 1)
-        data = sharding * replicas if sharding * replicas > 1 else expert
-        if world is not None and replicas == 1 and world % (pipeline * tensor * sharding) == 0:
+        expert, context = max(cfg.expert_parallel_degree, 1), max(cfg.context_parallel_degree, 1)
+        data = sharding * replicas * context if sharding * replicas > 1 else math.lcm(expert, context)
+        if world is not None and replicas == 1 and world % (pipeline * tensor * sharding * context) == 0:
             data = world // (pipeline * tensor)
         if world not in (None, pipeline * data * tensor):
+            shared = f" * context_parallel_degree {context}" if context > 1 else ""
             raise ConfigError(
                 f"pipeline_parallel_degree {pipeline} * data ranks {data} (data_parallel_degree {replicas} * "
-                f"sharding_parallel_degree {sharding}, at least expert_parallel_degree {expert}) * "
+                f"sharding_parallel_degree {sharding}{shared}, at least expert_parallel_degree {expert}) * "
                 f"tensor_parallel_degree {tensor} = {pipeline * data * tensor} processes, but there are {world}. "
                 f"Change a degree, or start {pipeline * data * tensor} processes."
             )
-        return cls(pipeline, data, tensor, expert, data if cfg.sharding_parallel_degree == -1 else sharding)
+        return cls(pipeline, data, tensor, expert, data if cfg.sharding_parallel_degree == -1 else sharding, context)
 
     @classmethod
     def of_one_copy(cls, cfg: Config) -> "ParallelDims":
@@ -131,12 +145,18 @@ class Mesh:
     shard_replica_group: Group  # data ranks that hold the same shard
     expert_shard_group: Group  # the same for weights of experts: within expert_data_group
     expert_shard_replica_group: Group
+    context_group: Group  # C data ranks that share the tokens of the same rows
     ends_group: Group  # first and last stage: they share embeddings
 
     @property
     def world(self) -> int:
         """Number of processes."""
         return self.degrees.world
+
+    @property
+    def batch(self) -> int:
+        """The group of context ranks that this one is in; all ranks of a group have the same rows."""
+        return self.data // self.degrees.context
 
     @property
     def is_first_stage(self) -> bool:
@@ -205,6 +225,7 @@ def rank_lists(degrees: ParallelDims, rank: int) -> dict[str, Ranks]:
         "shard_replica_group": at(pipe, all_data[data % degrees.sharding :: degrees.sharding]),
         "expert_shard_group": at(pipe, _block(same_experts, data // num_expert, expert_sharding)),
         "expert_shard_replica_group": at(pipe, same_experts[data // num_expert % expert_sharding :: expert_sharding]),
+        "context_group": at(pipe, _block(all_data, data, degrees.context)),
         "ends_group": ends if rank in ends else (rank,),
     }
 
@@ -241,9 +262,10 @@ def build_mesh(degrees: ParallelDims) -> Mesh:
         )
     backend.open_channels(list(dict.fromkeys(pipe_pairs(degrees))))
     local_lists = rank_lists(degrees, world.rank)
-    # Tokens are sent to experts within a pass, gradients as soon as they are complete: they need communicators of
-    # their own, even where the ranks are the same.
-    roles = {name: "experts" if name == "expert_group" else "" for name in local_lists}
+    # Tokens are sent to experts, and keys and values to context ranks, within a pass, gradients as soon as they are
+    # complete: they need communicators of their own, even where the ranks are the same.
+    within_a_pass = {"expert_group": "experts", "context_group": "context"}
+    roles = {name: within_a_pass.get(name, "") for name in local_lists}
     lists: dict[str, dict[Ranks, None]] = {role: {} for role in sorted(set(roles.values()))}
     for rank in range(degrees.world):
         for name, ranks in rank_lists(degrees, rank).items():

@@ -38,7 +38,7 @@ _PURPOSE = "rank"
 _OTHER_FILES = 512  # file descriptors for other purposes than connections to ranks
 _ALL_HERE_SECONDS = 60  # to connect the rest, once all ranks have called rank 0
 
-KINDS = ("all_reduce", "all_gather", "reduce_scatter", "all_to_all", "broadcast", "send", "host")
+KINDS = ("all_reduce", "all_gather", "reduce_scatter", "all_to_all", "broadcast", "send", "ring", "host")
 
 
 def view(address: int, num_bytes: int, owner: object) -> memoryview:

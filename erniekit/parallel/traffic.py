@@ -9,7 +9,7 @@ tokens with loss; b bytes of an element of the activations.
 """
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from erniekit.parallel.buckets import Bucket, is_eager, item_bytes
@@ -141,6 +141,56 @@ def expert_parallel_bytes(
     forward_passes = 2 if recomputed else 1
     rows = (forward_passes + 1) * (rows_sent + rows_received) * hidden_size * element_bytes
     return rows + (forward_passes * rows_sent + rows_received) * FLOAT32 if takes_weights else rows
+
+
+# Context parallelism
+
+
+def ring_bytes(
+    travelling: Sequence[int], index: int, kv_width: int, num_layers: int = 1, recomputed: bool = False
+) -> int:
+    """Keys and values around a ring of C ranks in the forward and the backward pass of `num_layers` layers, fp32 (Liu
+    et al. 2023, arXiv 2310.01889, section 3). A pass sends on the block of every rank but the next one's; backward the
+    gradients of every other rank's block follow them. A recomputed layer has a second forward pass.
+
+    Args:
+        travelling: the tokens of each rank that another one needs, [C].
+        index: the place of this rank among them.
+        kv_width: the numbers of one token's keys, G * d of one tensor rank.
+    """
+    count, total = len(travelling), sum(travelling)
+    passed_on, of_others = total - travelling[(index + 1) % count], total - travelling[index]
+    blocks = (3 if recomputed else 2) * passed_on + of_others
+    return num_layers * blocks * 2 * kv_width * FLOAT32 if count > 1 else 0
+
+
+def head_exchange_bytes(
+    tokens: Sequence[int],
+    index: int,
+    qkv_width: int,
+    out_width: int,
+    num_layers: int = 1,
+    recomputed: bool = False,
+    element_bytes: int = FLOAT32,
+) -> int:
+    """All-to-all before and after attention of `num_layers` layers (Jacobs et al. 2023, arXiv 2309.14509, section 3.1):
+    each of C ranks gets 1 / C of the heads of all tokens, and gives back what it computed for the tokens of others;
+    gradients go the same ways backward.
+
+    Args:
+        tokens: of each rank, [C].
+        qkv_width, out_width: the numbers of one token's queries, keys and values, and of its result, of all heads.
+    """
+    count, own = len(tokens), tokens[index]
+    there, back = own * (count - 1), sum(tokens) - own  # rows of 1 / C of the heads
+    forward = there * qkv_width + back * out_width
+    backward = there * out_width + back * qkv_width
+    return num_layers * ((2 if recomputed else 1) * forward + backward) * element_bytes // count
+
+
+def load_balance_bytes(num_rows: int, num_experts: int, num_ranks: int) -> int:
+    """The counts of each expert's tokens in each row that a router's balancing loss sums over context ranks, fp32."""
+    return all_reduce_bytes(num_rows * num_experts * FLOAT32, num_ranks)
 
 
 # Pictures that data ranks divide

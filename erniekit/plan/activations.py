@@ -10,6 +10,7 @@ from erniekit.models.decoder import CausalLM, DecoderLayer
 from erniekit.models.inputs import head_layout
 from erniekit.moe.experts import Experts
 from erniekit.moe.layer import MoELayer
+from erniekit.nn.attention import HeadLayout
 from erniekit.nn.mlp import SwiGLU
 from erniekit.parallel.pipeline_schedule import Forward
 from erniekit.plan import operations as ops
@@ -37,7 +38,7 @@ class StageActivations:
 def device_of(job: Job) -> Device:
     """How a rank of the job computes."""
     ranks = job.degrees.tensor
-    tokens = -(-job.microbatch_tokens // ranks) * ranks if job.sequence_parallel else job.microbatch_tokens
+    tokens = -(-job.rank_tokens // ranks) * ranks if job.sequence_parallel else job.rank_tokens
     return Device(
         element=job.element_bytes,
         on_cpu=job.on_cpu,
@@ -48,6 +49,8 @@ def device_of(job: Job) -> Device:
         expert_ranks=job.degrees.expert,
         master_grad=job.cfg.amp_master_grad and job.element_bytes == 2,
         pairs=job.has_pairs,
+        context_ranks=job.degrees.context,
+        is_ring=job.degrees.context > 1 and job.cfg.cp_comm_type == "p2p",
     )
 
 
@@ -157,7 +160,7 @@ def _sparse(job: Job, device: Device, layer: MoELayer, beside: float, modules: f
     """
     width, has_shared = job.model.hidden_size, layer.shared_experts is not None
     whole = device.element * device.tokens * width
-    vision = job.picture_tokens * job.cfg.batch_size
+    vision = job.picture_tokens * job.cfg.batch_size // device.context_ranks
     result: list[Operation] = []
     if job.model.vision is None:
         result.append(Operation("experts", whole))  # the layer's normed input
@@ -264,12 +267,18 @@ def _head(job: Job, device: Device, model: CausalLM) -> Operation:
 
 def _input_bytes(job: Job, model: CausalLM) -> float:
     """What one microbatch's inputs take: token numbers, the table of rotations, and on a CPU the places of rows."""
-    tokens, heads = job.microbatch_tokens, head_layout(job.model, model.shard)
+    tokens, heads, context = job.rank_tokens, head_layout(job.model, model.shard), job.degrees.context
+    is_ring = context > 1 and job.cfg.cp_comm_type == "p2p"
+    if context > 1 and not is_ring:
+        tokens, heads = (
+            context * tokens,
+            HeadLayout(heads.num_heads // context, heads.num_kv_heads // context, heads.dim),
+        )
     table = tokens * heads.dim * FP32
     if not job.on_cpu:
         return tokens * INT64 + table
     expanded = table * heads.total
-    places = INT64 * tokens * (2 * heads.total + 2 * heads.num_heads)
+    places = 0 if is_ring else INT64 * tokens * (2 * heads.total + 2 * heads.num_heads)
     return tokens * INT64 + (expanded if expanded <= ops.EXPANDED_ROTATION else table) + places
 
 

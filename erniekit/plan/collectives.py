@@ -140,7 +140,7 @@ def data_bytes(entries: Sequence[Entry], layout: Layout) -> Counter[str]:
 
 def stage_data_bytes(layers: Sequence[Layer], layout: Layout, embedding: int = 0) -> Counter[str]:
     """Gradients and weights of a stage in one step. Where only decoder layers are divided, everything else is exchanged
-    as in stage 2, and frozen weights of these layers are gathered, too. A reference has one pass more.
+    as in stage 2, and frozen weights of these layers are gathered, too. Passes ahead of the step gather once.
     """
     if layout.zero_stage < 3 or not layout.blocks_alone:
         return data_bytes(trained_entries(layers, layout, embedding), layout)
@@ -148,7 +148,7 @@ def stage_data_bytes(layers: Sequence[Layer], layout: Layout, embedding: int = 0
     sent = data_bytes(trained_entries(others, layout, embedding), replace(layout, zero_stage=2))
     sent["reduce_scatter"] += data_bytes(trained_entries(blocks, layout), layout)["reduce_scatter"]
     twice = data_bytes(trained_entries(blocks, layout, with_frozen=True), layout)["all_gather"]
-    sent["all_gather"] += round(twice * (1.5 if layout.reference else 1.0))
+    sent["all_gather"] += round(twice * (1 + layout.passes_ahead / 2))
     return sent
 
 

@@ -107,7 +107,7 @@ class Job:
     @property
     def num_microbatches(self) -> int:
         """Microbatches of a step on each data rank."""
-        return self.cfg.num_microbatches(self.degrees.data)
+        return self.cfg.num_microbatches(self.degrees.batch)
 
     @property
     def row_tokens(self) -> int:
@@ -129,12 +129,17 @@ class Job:
     @property
     def step_tokens(self) -> int:
         """Tokens of one step over all data ranks."""
-        return self.microbatch_tokens * self.num_microbatches * self.degrees.data
+        return self.microbatch_tokens * self.num_microbatches * self.degrees.batch
+
+    @property
+    def rank_tokens(self) -> int:
+        """Tokens of one microbatch on one context rank, all tensor ranks together."""
+        return -(-self.microbatch_tokens // self.degrees.context)
 
     @property
     def labelled_tokens(self) -> float:
-        """Tokens of one microbatch that have a label."""
-        return self.microbatch_tokens * self.supervised_share
+        """Tokens of one microbatch on one context rank that have a label."""
+        return self.rank_tokens * self.supervised_share
 
     @property
     def head_rows(self) -> float:

@@ -49,7 +49,8 @@ class Device:
     """How this rank computes: `element` bytes of weights and activations; the code path of a CPU or a GPU; tokens of a
     microbatch, all of them and those of this rank between projections; `documents`: lengths of the documents of a
     microbatch, each of them a prompt and two answers where it is one of `pairs`; 16-bit gradients wait for the end of a
-    pass and become fp32 then (`master_grad`).
+    pass and become fp32 then (`master_grad`). `context_ranks` share the tokens of each document, of which `tokens` are
+    on this rank; keys and values go around a ring, or heads are exchanged for tokens.
     """
 
     element: int
@@ -61,6 +62,8 @@ class Device:
     expert_ranks: int = 1
     master_grad: bool = True
     pairs: bool = False
+    context_ranks: int = 1
+    is_ring: bool = False
 
     @property
     def computed(self) -> int:
@@ -172,6 +175,10 @@ def attention(device: Device, heads: HeadLayout, beside: float) -> Operation:
     """Causal attention within documents, with the rotation of queries and keys."""
     wide = device.computed * device.tokens * heads.total * heads.dim
     narrow = device.computed * device.tokens * heads.num_heads * heads.dim
+    if device.is_ring:
+        return _ring(device, wide, narrow, beside)
+    if device.context_ranks > 1:
+        return _exchanged_heads(device, heads, wide, narrow, beside)
     if not device.on_cpu:  # FlashMask keeps q, k, v and the logarithm of each sum; the rotation is one kernel
         lengths = FP32 * device.tokens * heads.num_heads
         return Operation("attention", wide + lengths, 2 * wide + narrow, 3 * wide + 2 * narrow + beside)
@@ -194,6 +201,25 @@ def attention(device: Device, heads: HeadLayout, beside: float) -> Operation:
         in_blocks += last + max(before, last)
     in_rotation = 2 * narrow + 4 * wide
     return Operation("attention", wide + narrow + kept, forward, max(in_blocks, in_rotation) + beside)
+
+
+def _ring(device: Device, wide: float, narrow: float, beside: float) -> Operation:
+    """Queries, keys and values, and the result, are kept; beside them are the keys and values of one other rank, or of
+    two where they pass through, and their gradients.
+    """
+    block, visitors = wide - narrow, 2 if device.context_ranks > 2 else 1
+    forward = max(3 * wide, 2 * wide + narrow + max(visitors * block, narrow))
+    in_ring = 3 * narrow + block + (visitors + 1) * block
+    return Operation("attention", wide + narrow, forward, max(in_ring, 2 * narrow + 2 * wide) + beside)
+
+
+def _exchanged_heads(device: Device, heads: HeadLayout, wide: float, narrow: float, beside: float) -> Operation:
+    """Attention of all tokens with some of the heads, between two exchanges, which copy what they send."""
+    ranks = device.context_ranks
+    alone = replace(device, tokens=device.tokens * ranks, context_ranks=1)
+    inside = attention(alone, HeadLayout(heads.num_heads // ranks, heads.num_kv_heads // ranks, heads.dim), 0.0)
+    forward, backward = max(4 * wide, 2 * wide + inside.forward), max(4 * wide, inside.backward + narrow)
+    return Operation("attention", inside.kept, forward, backward + beside)
 
 
 def _scores(device: Device, num_heads: int) -> tuple[float, float, float, float]:

@@ -145,6 +145,7 @@ def _headline(job: Job) -> list[str]:
     hosts = f" in {cluster.nodes} hosts" if cluster.nodes > 1 else ""
     name = cfg.model_name_or_path or "a model of the YAML's shape"
     experts = f", experts over {degrees.expert}" if degrees.expert > 1 else ""
+    experts += f", rows shared by {degrees.context} data ranks" if degrees.context > 1 else ""
     size = f"{num_parameters(job.model) / 1e9:.2f} B parameters"
     return [
         f"{name}: {size}, {cfg.fine_tuning} {cfg.stage}, {cfg.compute_type}",

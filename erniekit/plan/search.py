@@ -198,16 +198,17 @@ def _timed(
 def layouts(job: Job) -> Iterator[dict[str, Any]]:
     """The keys of every layout of the cluster whose degrees divide the model and the batch."""
     gpus, model = job.cluster.gpus, job.model
-    rows = job.cfg.batch_size * job.num_microbatches * job.degrees.data  # of a step
+    rows = job.cfg.batch_size * job.num_microbatches * job.degrees.batch  # of a step
     for tensor in _divisors(gpus, job.cluster.gpus_per_node):
         if model.num_key_value_heads % tensor:
             continue
         for pipeline in _divisors(gpus // tensor, model.num_hidden_layers):
             data = gpus // tensor // pipeline
-            if rows % data:
+            batch, rest = divmod(data, job.degrees.context)
+            if rest or rows % batch:
                 continue
             for degrees in _degrees(job, tensor, pipeline, data):
-                yield from _batches(degrees, rows // data, bool(model.moe_num_experts))
+                yield from _batches(degrees, rows // batch, bool(model.moe_num_experts))
 
 
 def _degrees(job: Job, tensor: int, pipeline: int, data: int) -> Iterator[dict[str, Any]]:

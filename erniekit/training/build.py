@@ -99,7 +99,7 @@ class Run:
         loader's position.
         """
         cfg = self.cfg
-        self.max_steps = last_step(cfg, self.loader, self.mesh.degrees.data, done)
+        self.max_steps = last_step(cfg, self.loader, self.mesh.degrees.batch, done)
         self.schedule = build_schedule(cfg, self.max_steps)
         if cfg.max_steps > 0:
             return
@@ -111,7 +111,7 @@ class Run:
             return
         rows = f"{'' if self.loader.exact else 'about '}{self.loader.rows_left():.0f} rows"
         after = f" after step {done}" if done else ""
-        each = cfg.batch_size * cfg.gradient_accumulation_steps * self.mesh.degrees.data
+        each = cfg.batch_size * cfg.gradient_accumulation_steps * self.mesh.degrees.batch
         fewer = " (fewer during batch_size_warmup_steps)" if done < warmup_steps(cfg) else ""
         log.info(
             f"num_train_epochs: {cfg.num_train_epochs:g}: {rows}{after} at {each} a step{fewer}: "
@@ -184,7 +184,7 @@ def build_run(cfg: Config, mesh: Mesh, method: Method | None = None) -> Run:
     require_pictures(cfg, prepared.config, model_dir)
     _require_own_prompts(cfg, prepared.config)
     template, loader, eval_loader = _open_data(cfg, method, model_dir, tokenizer, mesh, prepared.config.vision)
-    max_steps = last_step(cfg, loader, mesh.degrees.data)
+    max_steps = last_step(cfg, loader, mesh.degrees.batch)
     loader.announce()
     schedule = build_schedule(cfg, max_steps)
     for line in layout_lines(cfg, prepared.config, mesh.degrees):

@@ -104,7 +104,7 @@ class Saver:
 
     def _layout(self) -> dict[str, int]:
         """The parallel degrees and the rows of a step; a run may be resumed under another layout."""
-        rows = self.cfg.batch_size * self.cfg.gradient_accumulation_steps * self.run.mesh.degrees.data
+        rows = self.cfg.batch_size * self.cfg.gradient_accumulation_steps * self.run.mesh.degrees.batch
         accumulates = self.cfg.method.reads("gradient_accumulation_steps")
         return asdict(self.run.mesh.degrees) | ({"rows_per_step": rows} if accumulates else {})
 

@@ -104,10 +104,12 @@ def label_scores(evaluated: EvaluatedModel, loader: Loader) -> Scores:
         hidden_TD, batch = model.enter_head(final_norm(model, x_TD)), batches[number]
         for modality in Modality:
             places = batch.supervised[batch.supervised_modality == modality]
-            of_modality[modality] += score_hidden(model, hidden_TD, places, batch.labels)
+            mask, rows = inputs.select(places)
+            of_modality[modality] += score_hidden(model, hidden_TD, rows, batch.labels[places[mask]])
 
     for microbatches in batch_groups(evaluated, loader):
-        num_samples += sum(batch.num_samples for batch in microbatches)
+        # The samples of a row count once, on the first of the ranks that share it.
+        num_samples += sum(batch.num_samples for batch in microbatches) if mesh.context_group.index == 0 else 0
         forward_pass(model, microbatches, partial(add, microbatches))
     of_all_stages = comm.sum_floats(np.array(of_modality, np.float64).reshape(-1), mesh.pipe_group)
     *sums, num_samples = comm.sum_floats(np.array([*of_all_stages, num_samples], np.float64), mesh.data_group).tolist()
@@ -180,8 +182,8 @@ def _table_of_all_ranks(evaluated: EvaluatedModel, loader: Loader) -> _PairTable
             if len(batch.pairs):
                 lengths = batch.answer_labels.reshape([2, -1])
                 tables.append(_PairTable(of_policy.numpy(), of_reference.numpy(), lengths, batch.pairs.score_deltas))
-    # Only the stage with the head has log-probabilities, and all its tensor ranks have the same ones.
-    holds_results = mesh.is_last_stage and mesh.tensor == 0
+    # Only the stage with the head has log-probabilities, and all its tensor and context ranks have the same ones.
+    holds_results = mesh.is_last_stage and mesh.tensor == 0 and mesh.context_group.index == 0
     columns = [[column.tolist() for column in vars(table).values()] for table in tables if holds_results]
     gathered = [table for of_rank in comm.gather_objects(columns, mesh.world_group) for table in of_rank]
     if not gathered:

@@ -12,7 +12,7 @@ import paddle
 
 from erniekit.data.packed_batch import PackedBatch
 from erniekit.models.decoder import CausalLM, Routings
-from erniekit.models.inputs import ModelInputs, batch_inputs, padded_length
+from erniekit.models.inputs import ModelInputs, batch_inputs, own_pictures, padded_length
 from erniekit.models.picture_balance import PatchLoad, PicturePlan
 from erniekit.models.stages import stage_input
 from erniekit.nn.dropout import DropoutStep
@@ -42,7 +42,7 @@ class ChunkRunner:
         self.patch_load: PatchLoad | None = None
         self._picture_plans: list[PicturePlan | None] = [None] * len(microbatches)
         if model.picture_ranks is not None:
-            grids = [batch.pictures.grid for batch in microbatches]
+            grids = [own_pictures(model, batch).grid for batch in microbatches]
             self._picture_plans, self.patch_load = model.picture_ranks.plan(grids)
 
     def run(

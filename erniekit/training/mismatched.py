@@ -31,7 +31,7 @@ def mismatched_batches(microbatches: Sequence[PackedBatch], mesh: Mesh, max_seq_
     global batch of one document gives none. All ranks call it at the same time.
     """
     own = [_documents(batch) for batch in microbatches]
-    ranks = comm.gather_objects(own, mesh.data_group)
+    ranks = comm.gather_objects(own, mesh.data_group)[:: mesh.degrees.context]  # of each group of the same rows
     # the global order of rows (data/loader.py): microbatch, then rank
     order = [(m, rank, i) for m in range(len(own)) for rank, of in enumerate(ranks) for i in range(len(of[m]))]
     if len(order) < 2:
@@ -41,8 +41,8 @@ def mismatched_batches(microbatches: Sequence[PackedBatch], mesh: Mesh, max_seq_
     for m, splits in enumerate(own):
         rows = []
         for i, split in enumerate(splits):
-            number, rank, place = before[m, mesh.data, i]
-            other = _Split(*ranks[rank][number][place])  # sent as a list
+            number, rank, place = before[m, mesh.batch, i]
+            other = _Split(*ranks[rank][number][place])  # a list where it came from another rank
             rows.append(make_row([_joined(split, other, max_seq_len)], [microbatches[m].sources[i]]))
         result.append(join_rows(rows))
     return result

@@ -21,6 +21,7 @@ def global_counts(recipe: Recipe, microbatches: list[PackedBatch], mesh: Mesh) -
         for name, count in recipe.counts(batch).items():
             counts[name] = counts.get(name, 0.0) + count
     summed = comm.sum_floats(np.array(list(counts.values())), mesh.data_group)
+    summed /= mesh.degrees.context  # every rank of a context group has counted the same whole rows
     return dict(zip(counts, summed.tolist(), strict=True))
 
 

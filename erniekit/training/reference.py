@@ -42,7 +42,7 @@ class PairScorer:
         def note(number: int, x_TD: paddle.Tensor, inputs: ModelInputs) -> None:
             hidden = model.enter_head(final_norm(model, x_TD))
             if len(microbatches[number].answers):
-                sums = pair_log_probs(model, hidden, microbatches[number], self.max_logit_tokens)
+                sums = pair_log_probs(model, hidden, inputs, microbatches[number], self.max_logit_tokens)
                 # Paddle's CPU softmax takes NaN and infinite logits for equal ones, which hides them; times 0 what they
                 # are made of is NaN.
                 sums += (hidden.sum(dtype="float32") + model.output_head().weight.sum(dtype="float32")) * 0

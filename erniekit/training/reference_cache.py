@@ -141,7 +141,7 @@ def _all_pairs(cfg: Config, tokenizer: Tokenizer, template: Template | None, mes
     for split in ("train", "eval"):
         if split == "eval" and not (cfg.do_eval or cfg.evaluation_strategy != "no"):
             continue
-        with build_loader(once, tokenizer, split, mesh.data, mesh.degrees.data, template) as loader:
+        with build_loader(once, tokenizer, split, mesh.batch, mesh.degrees.batch, template) as loader:
             yield from forward_groups(mesh, loader.batches())
 
 

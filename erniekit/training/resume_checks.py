@@ -34,7 +34,7 @@ class Decision(Enum):
 
 _KEYS = {
     Decision.REFUSE: """
-        continue_training stage fine_tuning rope_theta num_nextn_predict_layers moe_group_experts
+        continue_training stage fine_tuning rope_theta rope_scaling num_nextn_predict_layers moe_group_experts
         vision_experts_from_text vision_experts_down_scale
         freeze_config frozen_parameters
         lora_rank lora_alpha rslora rslora_plus use_dora lora_target_modules modules_to_save lora_path
@@ -109,8 +109,9 @@ _KEYS = {
         resume_from_checkpoint ignore_load_lr_and_optim ignore_save_lr_and_optim ckpt_quant_stage
         ignore_data_skip offload_optim tensorwise_offload_optimizer
         tensor_parallel_degree sequence_parallel pipeline_parallel_degree virtual_pp_degree pp_seg_method
-        pipeline_schedule expert_parallel_degree data_parallel_degree sharding sharding_parallel_degree
-        balance_pictures distributed_timeout rendezvous_timeout max_restarts elastic check_replicas_steps
+        pipeline_schedule expert_parallel_degree context_parallel_degree cp_comm_type data_parallel_degree
+        sharding sharding_parallel_degree balance_pictures
+        distributed_timeout rendezvous_timeout max_restarts elastic check_replicas_steps
         reward_workers reward_max_failures code_sandbox code_network
         rollout_base_url rollout_model rollout_update_command rollout_timeout rollout_max_retries rollout_tolerance
         judge_base_url judge_concurrency judge_timeout judge_max_retries judge_cache

@@ -1,5 +1,6 @@
 """N ranks train as one does: five optimizer steps with clipping, packing and accumulation, on real data."""
 
+import math
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,8 @@ DATA2 = {"data_parallel_degree": 2}
 TENSOR2 = {"tensor_parallel_degree": 2}
 EXPERT2 = {"expert_parallel_degree": 2}
 PIPE2 = {"pipeline_parallel_degree": 2}
+CONTEXT2 = {"context_parallel_degree": 2}
+HEADS2 = CONTEXT2 | {"cp_comm_type": "a2a"}
 SHARD2 = {"sharding_parallel_degree": 2, "sharding": "stage1"}
 STAGE3 = SHARD2 | {"sharding": "stage3"}
 MTP = {"num_nextn_predict_layers": 1}
@@ -64,6 +67,17 @@ TWO = {
     "lopsided-tp2": ("lopsided", TENSOR2 | WEIGHTS),
     "moe-dp2-short": ("moe", DATA2 | SHORT),
     "moe-ep2-short": ("moe", EXPERT2 | SHORT | MTP),
+    "dense-cp2": ("dense", CONTEXT2),
+    "dense-cp2-sharding": ("dense", CONTEXT2 | {"sharding": "stage1"}),
+    "moe-cp2": ("moe", CONTEXT2 | MTP),
+    "moe-cp2-short": ("moe", CONTEXT2 | SHORT | MTP),
+    "moe-cp2-ep2-recompute": ("moe", CONTEXT2 | EXPERT2 | MTP | {"recompute": True}),
+    "moe-cp2-selective": ("moe", CONTEXT2 | SELECTIVE),
+    "moe-lora-cp2": ("moe", CONTEXT2 | LORA),
+    "moe-lora-wint4/8-cp2": ("moe", CONTEXT2 | LORA | MIXED),
+    "untied-cp2-heads": ("untied", HEADS2),
+    "moe-cp2-heads": ("moe", HEADS2 | MTP),
+    "moe-dropout-cp2-heads-recompute": ("moe", HEADS2 | DROPOUT | {"recompute": True}),
     "moe-dropout-dp2": ("moe", DATA2 | DROPOUT),
     "moe-dropout-tp2-sp": ("moe", TENSOR2 | MTP | DROPOUT | {"sequence_parallel": True}),
     "moe-dropout-pp2-recompute": ("moe", PIPE2 | MTP | DROPOUT | {"recompute": True}),
@@ -79,6 +93,8 @@ TWO = {
     "vl-sharding2-stage2": ("vl", SHARD2 | {"sharding": "stage2"}),
     "vl-stage3": ("vl", STAGE3),
     "vl-ep2-sharding": ("vl", EXPERT2 | SHARD2 | PARTS),
+    "vl-cp2": ("vl", CONTEXT2),
+    "vl-cp2-ep2-heads": ("vl", HEADS2 | EXPERT2 | PARTS),
     "vl-pp2": ("vl", PIPE2),
     "vl-pp2-interleaved": ("vl", PIPE2 | PARTS | {"virtual_pp_degree": 2}),
     # The rate of the other cases: at LORA's, ten times as large, AdamW makes a difference of 2e-5 of those few ulps.
@@ -98,9 +114,29 @@ FOUR = {
     "moe-pp2-interleaved-stage3": ("moe", PIPE2 | STAGE3 | MTP | {"virtual_pp_degree": 2}),
     "moe-ep2-stage3": ("moe", EXPERT2 | STAGE3 | {"sharding_parallel_degree": 4}),
     "dense-pp4": ("dense", {"pipeline_parallel_degree": 4} | MTP),
+    "dense-cp4": ("dense", {"context_parallel_degree": 4}),
+    "moe-dp2-cp2-stage2": ("moe", DATA2 | CONTEXT2 | MTP | {"sharding": "stage2"}),
+    "moe-cp2-ep4": ("moe", CONTEXT2 | {"expert_parallel_degree": 4} | MTP),
+    "moe-pp2-cp2": ("moe", PIPE2 | CONTEXT2 | MTP),
+    "moe-tp2-sp-cp2": ("moe", TENSOR2 | CONTEXT2 | MTP | {"sequence_parallel": True}),
+    "untied-tp2-cp2-ring": ("untied", TENSOR2 | CONTEXT2),
+    "moe-tp2-cp2-short": ("moe", TENSOR2 | CONTEXT2 | MTP | SHORT),
     "vl-pp2-ep2": ("vl", PIPE2 | EXPERT2),
+    "vl-dp2-cp2": ("vl", DATA2 | CONTEXT2),
+    "vl-tp2-sp-cp2": ("vl", TENSOR2 | CONTEXT2 | {"sequence_parallel": True}),
     "vl-tp2-sp-ep2": ("vl", TENSOR2 | EXPERT2 | {"sequence_parallel": True}),
 }
+
+
+# What these compare, others do, too: `make test-all` runs them.
+SLOW = {
+    *("dense-cp2", "moe-cp2-selective", "moe-lora-wint4/8-cp2", "untied-cp2-heads", "moe-cp2-heads", "moe-cp2-ep4"),
+    *("untied-tp2-cp2-ring", "moe-tp2-cp2-short", "vl-dp2-cp2", "vl-cp2-ep2-heads"),
+}
+
+
+def cases(table: dict[str, tuple]) -> list:
+    return [pytest.param(name, marks=pytest.mark.slow if name in SLOW else ()) for name in table]
 
 
 @pytest.fixture(scope="module")
@@ -111,10 +147,10 @@ def directory(tmp_path_factory) -> Path:
 
 
 def data_ranks(keys: dict[str, object]) -> int:
-    degrees = (
-        keys.get(name, 1) for name in ("data_parallel_degree", "sharding_parallel_degree", "expert_parallel_degree")
-    )
-    return max(int(degree) for degree in degrees)
+    """The data ranks that have different rows."""
+    names = ("data_parallel_degree", "sharding_parallel_degree", "expert_parallel_degree", "context_parallel_degree")
+    data, sharding, expert, context = (int(keys.get(name, 1)) for name in names)
+    return data * sharding if data * sharding > 1 else math.lcm(expert, context) // context
 
 
 alone: dict[str, dict] = {}
@@ -129,14 +165,14 @@ def check(world: World, directory: Path, model: str, keys: dict[str, object]) ->
     return compare(ranks, alone[name])
 
 
-@pytest.mark.parametrize("case", TWO)
+@pytest.mark.parametrize("case", cases(TWO))
 def test_two_ranks_train_as_one(world2: World, directory: Path, case: str):
     losses, parameters = check(world2, directory, *TWO[case])
     assert losses < TOLERANCE and parameters < TOLERANCE
 
 
 EVALUATED = ["moe-dp2", "untied-tp2-sp", "moe-ep2", "untied-pp2", "moe-pp2-interleaved"]
-EVALUATED += ["vl-dp2", "vl-ep2-sharding", "vl-pp2"]
+EVALUATED += ["vl-dp2", "vl-ep2-sharding", "vl-pp2", "moe-cp2", "vl-cp2"]
 
 
 @pytest.mark.parametrize("case", EVALUATED)
@@ -161,7 +197,7 @@ def test_two_data_ranks_evaluate_the_same_first_batches_as_one(world2: World, di
     assert abs(everything["eval_loss"] - alone["eval_loss"]) > 1e-4
 
 
-@pytest.mark.parametrize("case", FOUR)
+@pytest.mark.parametrize("case", cases(FOUR))
 def test_four_ranks_train_as_one(world4: World, directory: Path, case: str):
     losses, parameters = check(world4, directory, *FOUR[case])
     assert losses < TOLERANCE and parameters < TOLERANCE

@@ -10,8 +10,10 @@ from support.worlds import World
 TOLERANCE = 1e-5  # as in test_equality
 LORA = {"continue_training": True, "fine_tuning": "LoRA", "lora_rank": 4, "learning_rate": 1e-2}
 PIPE2, TENSOR2 = {"pipeline_parallel_degree": 2}, {"tensor_parallel_degree": 2}
+CONTEXT2 = {"context_parallel_degree": 2}
 MOVING = {"ref_model_update_steps": 2, "sft_loss_ratio": 0.3}
 REWARD_MODEL = {"stage": "RM", "reward_margin": 0.5, "center_rewards_coefficient": 0.01}
+JUDGED = {"stage": "KTO", "train_dataset_path": "judged.jsonl", "beta": 0.3, "desirable_weight": 1.5}
 KTO = {"loss_type": "kto_pair", "normalize_logps": True}
 
 TWO = {
@@ -24,10 +26,14 @@ TWO = {
     "dense-pp2-cached": ("dense", PIPE2, {"ref_logps_cache": "cache.npz", "continue_training": True}),
     "moe-ep2-cached": ("moe", {"expert_parallel_degree": 2}, {"ref_logps_cache": "cache.npz"}),
     "moe-lora-pp2": ("moe", PIPE2, LORA),
+    "dense-cp2-judged": ("dense", CONTEXT2, JUDGED),
+    "moe-cp2-moving": ("moe", CONTEXT2, MOVING),
+    "dense-cp2-heads-kto": ("dense", CONTEXT2 | {"cp_comm_type": "a2a"}, KTO),
+    "dense-cp2-cached": ("dense", CONTEXT2, {"ref_logps_cache": "cache.npz", "continue_training": True}),
+    "untied-cp2-rm": ("untied", CONTEXT2, REWARD_MODEL),
     "untied-tp2-sp-rm": ("untied", TENSOR2 | {"sequence_parallel": True}, REWARD_MODEL),
     "moe-lora-pp2-rm": ("moe", PIPE2, REWARD_MODEL | LORA),
 }
-JUDGED = {"stage": "KTO", "train_dataset_path": "judged.jsonl", "beta": 0.3, "desirable_weight": 1.5}
 PATH_OF_TEACHER = "teacher_model_name_or_path"
 DISTILLED = {"stage": "GKD", "train_dataset_path": "answers.jsonl", PATH_OF_TEACHER: "dense"}
 DISTILLED |= {"lmbda": 0.5, "max_new_tokens": 5, "temperature": 1.0}
@@ -79,14 +85,16 @@ def test_two_ranks_equal_one(world2: World, directory: Path, layout: str):
         alone[name] = train_some(keys_for(str(directory), model, rows=2, **keys))
     if "ref_logps_cache" in keys:
         Path(keys["ref_logps_cache"]).unlink()  # so that the two ranks compute it themselves
-    data_ranks = 1 if degrees.keys() & {"pipeline_parallel_degree", "tensor_parallel_degree"} else 2
+    data_ranks = 1 if degrees.keys() & (PIPE2 | TENSOR2 | CONTEXT2).keys() else 2
     ranks = world2.run(train_some, keys=keys_for(str(directory), model, data_ranks, **keys, **degrees))
     numbers, weights = compare(*without_ties(ranks, alone[name]))
     assert numbers < TOLERANCE and weights < TOLERANCE
 
 
 @pytest.mark.parametrize(
-    "degrees", [{"data_parallel_degree": 2}, PIPE2 | {"virtual_pp_degree": 1}], ids=["data", "pipe"]
+    "degrees",
+    [{"data_parallel_degree": 2}, PIPE2 | {"virtual_pp_degree": 1}, CONTEXT2],
+    ids=["data", "pipe", "context"],
 )
 def test_two_ranks_evaluate_as_one(world2: World, directory: Path, degrees: dict[str, int]):
     """A loss with means over all pairs, of the first batches; the reference has the trained model's start."""

@@ -12,6 +12,8 @@ TENSOR2 = {"tensor_parallel_degree": 2}
 SEQUENCE2 = TENSOR2 | {"sequence_parallel": True}
 EXPERT2 = {"expert_parallel_degree": 2}
 STAGE3 = {"sharding_parallel_degree": 2, "sharding": "stage3"}
+CONTEXT2 = {"context_parallel_degree": 2}
+HEADS2 = CONTEXT2 | {"cp_comm_type": "a2a"}
 PIPE2 = {"pipeline_parallel_degree": 2}
 
 # model, data ranks, keys
@@ -27,6 +29,9 @@ TWO = {
     "moe-tp2-sp": ("moe", 1, SEQUENCE2),
     "moe-ep2": ("moe", 2, EXPERT2),
     "moe-ep2-recompute": ("moe", 2, EXPERT2 | {"recompute": True}),
+    "dense-cp2-recompute": ("dense", 1, CONTEXT2 | {"recompute": True}),
+    "moe-cp2": ("moe", 1, CONTEXT2),
+    "moe-cp2-heads": ("moe", 1, HEADS2),
     "vl-dp2": ("vl", 2, DATA2),
     "vl-ep2": ("vl", 2, EXPERT2),
     "vl-dp2-frozen": ("vl", 2, DATA2 | {"frozen_parameters": ["vision_transformer", "resampler"]}),
@@ -42,6 +47,8 @@ FOUR = {
     "untied-tp2-sp-stage3": ("untied", 2, SEQUENCE2 | STAGE3),
     "dense-pp2-stage3": ("dense", 2, PIPE2 | STAGE3),
     "moe-ep4": ("moe", 4, {"expert_parallel_degree": 4}),
+    "dense-cp4": ("dense", 1, {"context_parallel_degree": 4}),
+    "moe-tp2-sp-cp2-ep2": ("moe", 1, SEQUENCE2 | CONTEXT2 | EXPERT2),
     "dense-pp4": ("dense", 1, {"pipeline_parallel_degree": 4}),
     "vl-pp2-dp2": ("vl", 2, PIPE2 | DATA2),
     "untied-pp2-tp2-sp": ("untied", 1, PIPE2 | SEQUENCE2),

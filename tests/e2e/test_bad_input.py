@@ -163,7 +163,7 @@ def test_infinite_loss_names_step_and_parameter(fail, workspace):
     ("override", "word"),
     [
         ("stage=OCR-VL-SFT", "OCR-VL-SFT"),
-        ("context_parallel_degree=2", "context parallelism"),
+        ("sep_parallel_degree=2", "context_parallel_degree with cp_comm_type: a2a"),
         ("use_fp8=True", "fp8: tensorwise"),
     ],
 )

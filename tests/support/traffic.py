@@ -6,6 +6,7 @@ models in fp32 without adapters or multi-token prediction, and recomputation of 
 parallelism only.
 """
 
+from collections import Counter
 from typing import Any
 
 
@@ -35,9 +36,12 @@ def expected_bytes(run: Any, microbatches: list[Any], away: list[tuple[int, int]
     if run.model.units is not None:
         gathered = [bucket for unit in run.model.units.units.values() for bucket in unit.buckets]
         sent["all_gather"] += traffic.weight_gather_bytes(gathered, 2 * len(microbatches))
+    recomputed = run.cfg.recompute and run.cfg.recompute_granularity == "full"
     for batch in microbatches:
         size = padded_length(run.model, batch)
-        tokens = traffic.TokenCounts(size, batch.num_tokens, len(batch.supervised))
+        tokens = traffic.TokenCounts(size, *_own_tokens(run.model, batch))
+        if run.model.context is not None:
+            sent += _context_bytes(run, batch, len(numbers), sparse, recomputed)
         sent += traffic.tensor_parallel_bytes(
             layers, tokens, degrees.tensor, mesh.tensor, config.hidden_size, config.moe_k, divides_tokens
         )
@@ -46,12 +50,40 @@ def expected_bytes(run: Any, microbatches: list[Any], away: list[tuple[int, int]
             mesh.pipe, degrees.pipeline, len(run.model.chunks), num_tokens, config.hidden_size
         )
     # A recomputed layer dispatches the same rows a second time.
-    recomputed = run.cfg.recompute and run.cfg.recompute_granularity == "full"
     dispatches = 2 if recomputed else 1
     out, back = (sum(rows) // dispatches for rows in zip(*away)) if away else (0, 0)
     sent["all_to_all"] += traffic.expert_parallel_bytes(out, back, config.hidden_size, recomputed)
     sent["all_to_all"] += sum(_picture_bytes(run.model, plan) for plan in plans if plan is not None)
     return dict(sent)
+
+
+def _own_tokens(model: Any, batch: Any) -> tuple[int, int]:
+    """Tokens of a batch on this rank, and those that have a label."""
+    if model.context is None:
+        return batch.num_tokens, len(batch.supervised)
+    shard = model.context.shard(batch.row_lengths)
+    return len(shard.tokens), int(shard.select(batch.supervised)[0].sum())
+
+
+def _context_bytes(run: Any, batch: Any, layers: int, sparse: int, recomputed: bool) -> Counter[str]:
+    from erniekit.models.inputs import head_layout
+    from erniekit.parallel import traffic
+    from erniekit.parallel.context import ring_plan
+
+    model = run.model
+    shard, heads = model.context.shard(batch.row_lengths), head_layout(model.config, model.shard)
+    index, sent = shard.group.index, Counter()
+    if model.context.exchange == "a2a":
+        widths = heads.total * heads.dim, heads.num_heads * heads.dim
+        tokens = [len(tokens) for tokens in shard.by_rank]
+        sent["all_to_all"] = traffic.head_exchange_bytes(tokens, index, *widths, layers, recomputed)
+    else:
+        travelling = [len(rows) for rows in ring_plan(shard, batch.segment_ids).travelling]
+        sent["ring"] = traffic.ring_bytes(travelling, index, heads.num_kv_heads * heads.dim, layers, recomputed)
+    if run.cfg.moe_aux_loss_lambda:
+        rows, experts = len(batch.row_lengths), model.config.moe_num_experts
+        sent["all_reduce"] = sparse * traffic.load_balance_bytes(rows, experts, shard.group.size)
+    return sent
 
 
 def _picture_bytes(model: Any, plan: Any) -> int:

@@ -1,6 +1,7 @@
 """One way to a model: every command builds the same one, and a wrong key shows before a weight is read."""
 
 import dataclasses
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from erniekit.parallel.mesh import Mesh
 from erniekit.precision.policy import Policy
 from erniekit.training.build import build_run
 from erniekit.training.reference import SecondModel
-from erniekit.utils.errors import UserError
+from erniekit.utils.errors import ConfigError, UserError
 
 IDS = np.arange(1, 41).reshape(2, 20)
 PAIR = {"src": ["1?"], "tgt": [], "response": [["one"], ["two"]], "sort": [1, 0]}
@@ -242,6 +243,29 @@ def test_overrides_leave_what_they_do_not_name(workspace: Path):
     stored = ModelConfig.from_dir(workspace / "moe")
     assert Overrides().apply(stored) == stored
     assert Overrides(min_positions=16, rope_theta=stored.rope_theta).apply(stored) == stored
+
+
+@pytest.mark.parametrize("kind", ["linear", "dynamic", "yarn"])
+def test_positions_are_scaled_as_by_the_key_of_the_same_name_in_config_json(workspace: Path, kind: str):
+    stored = ModelConfig.from_dir(workspace / "dense")
+    length = stored.max_position_embeddings
+    scaled = Overrides(rope_scaling=kind, min_positions=4 * length).apply(stored)
+    values = json.loads((workspace / "dense" / "config.json").read_text())
+    rope = {"rope_type": kind, "factor": 4.0}
+    if kind == "yarn":
+        rope["original_max_position_embeddings"] = length
+    if kind != "dynamic":  # whose positions are scaled beyond max_position_embeddings
+        values["max_position_embeddings"] = 4 * length
+    expected = ModelConfig.from_dict(values | {"rope_scaling": rope})
+    assert scaled.rope_scaling == expected.rope_scaling and scaled.rope_scaling is not None
+    assert scaled.max_position_embeddings == expected.max_position_embeddings
+    # What a run saves has it in its config.json, and the same YAML changes nothing.
+    again = ModelConfig.from_dict(scaled.to_dict())
+    assert again.rope_scaling == scaled.rope_scaling
+    assert Overrides(rope_scaling=kind, min_positions=4 * length).apply(again) == again
+    assert Overrides(rope_scaling=kind, min_positions=length).apply(stored) == stored
+    with pytest.raises(ConfigError, match=f"rope_type {kind} in its config.json"):
+        Overrides(rope_scaling="yarn" if kind == "linear" else "linear", min_positions=8 * length).apply(again)
 
 
 def test_a_model_is_built_in_the_mode_that_is_asked(workspace: Path):

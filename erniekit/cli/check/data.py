@@ -107,7 +107,7 @@ def _rows(
     tiles: list[Tile] = []
     feed: Feed | None = None
     with section.collecting():
-        ranks = 1 if facts.degrees is None else facts.degrees.data
+        ranks = 1 if facts.degrees is None else facts.degrees.batch
         loader = _open(cfg, split, facts, ranks)
         with closing(loader):
             feed, usable = loader.feed, True

@@ -59,17 +59,20 @@ class CausalRecipe(Recipe):
     ) -> dict[str, Term]:
         """Terms "lm", and if asked for "head_z" and "mtp_d"."""
         hidden = Hidden(x_TD, final_norm(model, x_TD))
-        terms = self._lm_terms(model, hidden.normed, batch)
+        terms = self._lm_terms(model, hidden.normed, inputs, batch)
         return terms | self._mtp_terms(model, hidden, inputs, batch) if self.mtp_depths else terms
 
-    def _lm_terms(self, model: CausalLM, normed_TD: paddle.Tensor, batch: PackedBatch) -> dict[str, Term]:
+    def _lm_terms(
+        self, model: CausalLM, normed_TD: paddle.Tensor, inputs: ModelInputs, batch: PackedBatch
+    ) -> dict[str, Term]:
         """The next-token loss, and the head's z-loss if asked for. One node gives both gradients; the second term
         carries its value alone.
         """
         total, z_sum, losses_T = self._cross_entropy(
-            model, normed_TD, batch, batch.supervised, batch.labels, self.cfg.z_loss_lambda
+            model, normed_TD, inputs, batch, batch.supervised, batch.labels, self.cfg.z_loss_lambda
         )
-        terms = self._of_modalities(batch, losses_T) if self.by_modality else {}
+        kinds = batch.supervised_modality[inputs.select(batch.supervised)[0]] if self.by_modality else None
+        terms = {} if kinds is None else self._of_modalities(kinds, losses_T)
         gradient_divisor = "row_capacity" if self.cfg.token_balance_loss == "row" else None
         if not self.cfg.z_loss_lambda:
             return {"lm": Term(total, "lm", gradient_divisor=gradient_divisor)} | terms
@@ -80,11 +83,10 @@ class CausalRecipe(Recipe):
         } | terms
 
     @staticmethod
-    def _of_modalities(batch: PackedBatch, losses_T: paddle.Tensor) -> dict[str, Term]:
+    def _of_modalities(kinds: np.ndarray, losses_T: paddle.Tensor) -> dict[str, Term]:
         """Metrics "loss_text", "loss_image" and "loss_video": the mean -log p of the labels in documents of text alone,
-        with images, and with videos.
+        with images, and with videos. `kinds`: the modality of each label's document.
         """
-        kinds = batch.supervised_modality
         kinds = kinds if len(kinds) else np.full(1, -1)  # the head ran on one token that weighs nothing
         of_modality = np.stack([kinds == modality for modality in Modality]).astype(np.float32)
         sums = paddle.mv(paddle.to_tensor(of_modality), losses_T)
@@ -95,24 +97,27 @@ class CausalRecipe(Recipe):
         self,
         model: CausalLM,
         normed_TD: paddle.Tensor,
+        inputs: ModelInputs,
         batch: PackedBatch,
         places: np.ndarray,
         labels_T: np.ndarray,
         z_weight: float = 0.0,
     ) -> tuple[paddle.Tensor, paddle.Tensor, paddle.Tensor]:
         """Weighted sums over the token numbers `places` of -log p + z_weight * z^2, and of z^2; and each -log p. The
-        head runs there only.
+        head runs there only. Context ranks sum over their own tokens.
         """
-        weights = np.ones(len(places), dtype=np.float32)
+        mask, own_rows = inputs.select(places)
+        places = places[mask]
+        weights, labels_of_places = np.ones(len(places), dtype=np.float32), labels_T[places]
         if self.cfg.token_balance_loss == "sample":
             weights /= batch.segment_lengths[batch.segment_ids[places]]
         if len(places) == 0:
             # Nothing to learn here. The head still runs, on one token that weighs nothing: ranks whose graphs differ
             # would complete their gradients, and so start their collectives, in different orders.
-            places, weights, labels_T = np.zeros(1, np.int64), np.zeros(1, np.float32), np.zeros(1, np.int64)
+            own_rows, weights, labels_of_places = np.zeros(1, np.int64), np.zeros(1, np.float32), np.zeros(1, np.int64)
         normed_TD = model.enter_head(normed_TD)
-        rows = normed_TD if len(places) == normed_TD.shape[0] else gather(normed_TD, paddle.to_tensor(places))
-        labels, weights_T = paddle.to_tensor(labels_T[places]), paddle.to_tensor(weights)
+        rows = normed_TD if len(own_rows) == normed_TD.shape[0] else gather(normed_TD, paddle.to_tensor(own_rows))
+        labels, weights_T = paddle.to_tensor(labels_of_places), paddle.to_tensor(weights)
         loss, losses_T, z_squared_T = linear_cross_entropy(
             rows, model.output_head(), labels, weights_T, self.cfg.loss_subbatch_seqlen, z_weight
         )
@@ -123,7 +128,7 @@ class CausalRecipe(Recipe):
         for number, depth in enumerate(predict_ahead(model.model, hidden, inputs)):
             labels = _labels_ahead(batch, number)
             places = np.flatnonzero(labels != IGNORE)
-            total, _, _ = self._cross_entropy(model, depth.normed, batch, places, labels)
+            total, _, _ = self._cross_entropy(model, depth.normed, inputs, batch, places, labels)
             weight = self.cfg.multi_token_pred_lambda / self.mtp_depths
             terms[f"mtp_{number}"] = Term(total, f"mtp_{number}", weight)
         return terms

@@ -13,7 +13,7 @@ from erniekit.losses.kto import kto_loss
 from erniekit.losses.log_probs import token_log_probs
 from erniekit.models.decoder import CausalLM
 from erniekit.models.inputs import ModelInputs
-from erniekit.models.scoring import pair_log_probs
+from erniekit.models.scoring import pair_log_probs, share_of_loss
 from erniekit.parallel import comm
 from erniekit.training.forward_pass import final_norm
 from erniekit.training.mismatched import mismatched_batches
@@ -83,12 +83,13 @@ class KtoRecipe(Recipe):
             nothing = token_log_probs(normed_TD[:1], model.output_head(), label, 1).sum() * 0.0
             sums = dict.fromkeys(names, paddle.zeros([])) | {"kto": nothing}
         else:
-            sums = self._sums(pair_log_probs(model, normed_TD, batch, self._scorer.max_logit_tokens), batch)
+            sums = self._sums(pair_log_probs(model, normed_TD, inputs, batch, self._scorer.max_logit_tokens), batch)
+        share = share_of_loss(model)
         return {
-            "kto": Term(sums["kto"], "judged"),
-            "kl": Term(sums["kl"], "judged", None),
-            "reward_good": Term(sums["reward_good"], "reward_good", None),
-            "reward_bad": Term(sums["reward_bad"], "reward_bad", None),
+            "kto": Term(sums["kto"] * share, "judged"),
+            "kl": Term(sums["kl"] * share, "judged", None),
+            "reward_good": Term(sums["reward_good"] * share, "reward_good", None),
+            "reward_bad": Term(sums["reward_bad"] * share, "reward_bad", None),
         }
 
     def _sums(self, log_probs: paddle.Tensor, batch: PackedBatch) -> dict[str, paddle.Tensor]:

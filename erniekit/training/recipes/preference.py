@@ -22,7 +22,7 @@ from erniekit.losses.preference import (
 )
 from erniekit.models.decoder import CausalLM
 from erniekit.models.inputs import ModelInputs
-from erniekit.models.scoring import pair_log_probs
+from erniekit.models.scoring import pair_log_probs, share_of_loss
 from erniekit.parallel import comm
 from erniekit.training.forward_pass import final_norm
 from erniekit.training.recipes.base import Recipe, RecipeContext, Term
@@ -125,9 +125,10 @@ class PreferenceRecipe(Recipe):
         if not len(batch.pairs):
             sums = dict.fromkeys(weights, _nothing(model, normed_TD)) | dict.fromkeys(self._metrics, paddle.zeros([]))
         else:
-            sums = self._sums(pair_log_probs(model, normed_TD, batch, self._scorer.max_logit_tokens), batch)
-        terms = {name: Term(sums[name], divisor, weight) for name, (divisor, weight) in weights.items()}
-        return terms | {name: Term(sums[name], "pairs", None) for name in self._metrics}
+            sums = self._sums(pair_log_probs(model, normed_TD, inputs, batch, self._scorer.max_logit_tokens), batch)
+        share = share_of_loss(model)
+        terms = {name: Term(sums[name] * share, divisor, weight) for name, (divisor, weight) in weights.items()}
+        return terms | {name: Term(sums[name] * share, "pairs", None) for name in self._metrics}
 
     def _sums(self, log_probs: paddle.Tensor, batch: PackedBatch) -> dict[str, paddle.Tensor]:
         """Every term and metric, summed over this microbatch's pairs. log_probs [2N]: chosen, then rejected."""

@@ -13,7 +13,7 @@ from erniekit.data.packed_batch import PackedBatch
 from erniekit.losses.reward_model import METRICS, center_loss, pairwise_loss, score_metrics
 from erniekit.models.decoder import CausalLM
 from erniekit.models.inputs import ModelInputs
-from erniekit.models.scoring import last_token_scores
+from erniekit.models.scoring import last_token_scores, share_of_loss
 from erniekit.parallel import comm
 from erniekit.training.evaluators import EvaluatedModel, Scores, batch_groups
 from erniekit.training.forward_pass import final_norm, forward_pass
@@ -51,9 +51,10 @@ class RewardModelRecipe(Recipe):
             nothing = model.score(normed_TD[:1]).sum() * 0.0
             sums = dict.fromkeys(weights, nothing) | dict.fromkeys(METRICS, paddle.zeros([]))
         else:
-            sums = self._sums(last_token_scores(model, normed_TD, batch, batch.pairs.answers), batch)
-        terms = {name: Term(sums[name], "pairs", weight) for name, weight in weights.items()}
-        return terms | {name: Term(sums[name], "pairs", None) for name in METRICS}
+            sums = self._sums(last_token_scores(model, normed_TD, inputs, batch, batch.pairs.answers), batch)
+        share = share_of_loss(model)
+        terms = {name: Term(sums[name] * share, "pairs", weight) for name, weight in weights.items()}
+        return terms | {name: Term(sums[name] * share, "pairs", None) for name in METRICS}
 
     def _sums(self, scores: paddle.Tensor, batch: PackedBatch) -> dict[str, paddle.Tensor]:
         """Every term and metric, summed over this microbatch's pairs. scores [2N]: chosen, then rejected."""
@@ -74,7 +75,9 @@ def reward_model_scores(evaluated: EvaluatedModel, loader: Loader) -> Scores:
     def note(batches: Sequence[PackedBatch], number: int, x_TD: paddle.Tensor, inputs: ModelInputs) -> None:
         batch, hidden = batches[number], model.enter_head(final_norm(model, x_TD))
         if len(batch.pairs) and mesh.tensor == 0:
-            scores = last_token_scores(model, hidden, batch, batch.pairs.answers).numpy().reshape([2, -1])
+            scores = last_token_scores(model, hidden, inputs, batch, batch.pairs.answers).numpy().reshape([2, -1])
+            if mesh.context_group.index:
+                return  # the first of the ranks that share the pairs has noted them
             for column, values in zip(columns, (*scores, batch.pairs.score_deltas), strict=True):
                 column.extend(values.tolist())
 

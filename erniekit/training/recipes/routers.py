@@ -57,7 +57,7 @@ def _losses(cfg: Config, routed: Routed, gate: paddle.Tensor, options: RouterOpt
     wanted, losses = _coefficients(cfg), {}
     num_tokens = routed.routing.probs.shape[0]
     if "router_balance" in wanted:
-        losses["router_balance"] = load_balance_loss(routed.routing.probs, options, routed.row_lengths)
+        losses["router_balance"] = load_balance_loss(routed.routing.probs, options, routed.row_lengths, routed.share)
     if "router_z" in wanted:
         losses["router_z"] = router_z_loss(routed.routing.logits)
     if "router_orthogonal" in wanted:

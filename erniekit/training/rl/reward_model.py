@@ -45,7 +45,7 @@ def _scores_of(model: CausalLM, batch: PackedBatch) -> np.ndarray:
 
     def note(number: int, x_TD: paddle.Tensor, inputs: ModelInputs) -> None:
         hidden = model.enter_head(final_norm(model, x_TD))
-        found.append(last_token_scores(model, hidden, batch, np.arange(batch.num_segments)).numpy())
+        found.append(last_token_scores(model, hidden, inputs, batch, np.arange(batch.num_segments)).numpy())
 
     forward_pass(model, [batch], note)
     return found[0].astype(np.float64)

@@ -200,7 +200,7 @@ def test_each_command_needs_only_its_own_keys():
     [
         ({"stage": "OCR-VL-SFT"}, "stage: OCR-VL-SFT (PaddleOCR-VL)"),
         ({"use_fp8": True}, "use_fp8: True (FP8 with scales of earlier steps"),
-        ({"context_parallel_degree": "4"}, "context_parallel_degree: 4 (context parallelism)"),
+        ({"sep_parallel_degree": "4"}, "sep_parallel_degree: 4 (heads exchanged for tokens: context_parallel_degree"),
         ({"hidden_dropout_prob": 0.1}, "hidden_dropout_prob: 0.1 (dropout between layers)"),
         ({"data_filelist": "list.txt"}, "data_filelist: list.txt (pretraining data in HDF5"),
     ],

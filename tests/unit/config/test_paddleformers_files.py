@@ -370,7 +370,7 @@ def test_the_one_value_is_taken(read, line):
 @pytest.mark.parametrize(
     ("line", "feature"),
     [
-        ("context_parallel_size: 2", "context parallelism"),
+        ("sep_parallel_size: 2", "context_parallel_degree with cp_comm_type: a2a"),
         ("expert_tensor_model_parallel_size: 2", "tensor parallelism of its own for experts"),
         ("train_mtp_only: true", "freezing parts of the model"),
         ("make_offline_data: true", "data sets prepared offline"),

@@ -238,6 +238,8 @@ CASES: list[tuple[str, dict[str, Any], dict[str, Any], dict[str, Any] | None]] =
     ("eval", {"max_new_tokens": 9}, EVAL, {**EVAL, "predict_with_generate": True}),
     ("eval", {"stream": True}, {**EVAL, "predict_with_generate": True}, None),
     ("chat", {"data_parallel_degree": 2}, {}, None),
+    ("chat", {"context_parallel_degree": 2}, {}, None),
+    ("train", {"cp_comm_type": "a2a"}, {}, {"context_parallel_degree": 2}),
     ("chat", {"top_p": 0.9, "top_k": 4}, {"temperature": 0}, {}),
     ("train", {"num_nextn_predict_layers": 1, "token_balance_loss": "row", "z_loss_lambda": 0.1}, KTO, {}),
     ("train", {"max_new_tokens": 9, "top_k": 4, "repetition_penalty": 1.1, "top_p": 0.9}, {**GKD, "lmbda": 0}, GKD),

@@ -44,7 +44,7 @@ def by_formula(model: CausalLM, ids: np.ndarray, labels: np.ndarray) -> Score:
 
 def batch_nll(model: CausalLM, batch: PackedBatch) -> Score:
     hidden = model.model(batch_inputs(model, batch)).normed
-    return score_hidden(model, hidden, batch.supervised, batch.labels)
+    return score_hidden(model, hidden, batch.supervised, batch.labels[batch.supervised])
 
 
 def test_a_packed_batch_scores_as_its_documents_alone(model: CausalLM):

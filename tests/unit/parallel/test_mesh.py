@@ -1,6 +1,7 @@
 """Degrees from a configuration, refusals with their arithmetic, and who is in which group."""
 
 import dataclasses
+import math
 from itertools import product
 
 import pytest
@@ -13,20 +14,21 @@ from erniekit.utils.errors import ConfigError
 
 NOT_ASKED = -1
 DEGREES = [
-    ParallelDims(pipeline, data, tensor, expert, sharding)
+    ParallelDims(pipeline, data, tensor, expert, sharding, context=math.gcd(data, 2 * tensor))
     for pipeline, data, tensor in product((1, 2, 3), (1, 2, 4, 12), (1, 2))
     for expert, sharding in product((1, 2, 3, 4), (1, 2, 4, 6, 12))
     if data % expert == 0 and data % sharding == 0
 ]
 
 
-def _config(pipeline=1, tensor=1, sharding=NOT_ASKED, data=NOT_ASKED, expert=NOT_ASKED) -> Config:
+def _config(pipeline=1, tensor=1, sharding=NOT_ASKED, data=NOT_ASKED, expert=NOT_ASKED, context=NOT_ASKED) -> Config:
     return Config(
         pipeline_parallel_degree=pipeline,
         tensor_parallel_degree=tensor,
         sharding_parallel_degree=sharding,
         data_parallel_degree=data,
         expert_parallel_degree=expert,
+        context_parallel_degree=context,
     )
 
 
@@ -40,6 +42,12 @@ def _config(pipeline=1, tensor=1, sharding=NOT_ASKED, data=NOT_ASKED, expert=NOT
         (_config(data=2, sharding=1), None, ParallelDims(data=2)),
         (_config(expert=4), None, ParallelDims(data=4, expert=4, sharding=4)),
         (_config(expert=2, data=4), None, ParallelDims(data=4, expert=2, sharding=4)),
+        # Ranks that share rows are data ranks: of experts and optimizer state, too.
+        (_config(context=2), None, ParallelDims(data=2, sharding=2, context=2)),
+        (_config(context=2, data=3, sharding=2), None, ParallelDims(data=12, sharding=2, context=2)),
+        (_config(context=2, expert=4), None, ParallelDims(data=4, expert=4, sharding=4, context=2)),
+        (_config(context=4, expert=2), None, ParallelDims(data=4, expert=2, sharding=4, context=4)),
+        (_config(context=2, tensor=2), 8, ParallelDims(tensor=2, data=4, sharding=4, context=2)),
         (_config(), 8, ParallelDims(data=8, sharding=8)),
         (_config(pipeline=2, sharding=2), 8, ParallelDims(pipeline=2, data=4, sharding=2)),
         (_config(pipeline=2, tensor=2, data=2), 8, ParallelDims(2, 2, 2, sharding=2)),
@@ -63,6 +71,7 @@ def test_degrees_of_a_configuration(config: Config, world: int | None, expected:
         (_config(expert=3), 4, "expert_parallel_degree: 3 does not divide the 4 data ranks"),
         (_config(pipeline=3), 8, r"pipeline_parallel_degree 3 \* data ranks 1 .* = 3 processes, but there are 8"),
         (_config(data=2, tensor=2), 8, r"data ranks 2 .* \* tensor_parallel_degree 2 = 4 processes, but there are 8"),
+        (_config(context=3, data=2), 8, r"sharding_parallel_degree 1 \* context_parallel_degree 3.* = 6 processes"),
         (_config(tensor=4), 2, r"tensor_parallel_degree 4 = 4 processes, but there are 2"),
     ],
 )
@@ -132,6 +141,9 @@ def test_groups_have_the_ranks_of_their_axes(degrees: ParallelDims):
         assert who("data_group") == all_data
         assert who("tensor_group") == [(pipe, data, t) for t in range(degrees.tensor)]
         assert who("pipe_group") == [(p, data, tensor) for p in range(degrees.pipeline)]
+        row = data // degrees.context
+        assert who("context_group") == [place for place in all_data if place[1] // degrees.context == row]
+        assert degrees.batch == len({place[1] // degrees.context for place in all_data})
         assert who("expert_group") == all_data[block : block + degrees.expert]
         assert who("expert_data_group") == [place for place in all_data if (place[1] - data) % degrees.expert == 0]
         assert who("shard_group") == [place for place in all_data if place[1] // degrees.sharding == shard]
