@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
-from compare_moments import ROOT, losses
+from comparison import ROOT, losses
 
 VARIANTS = {"fp32": ["O0"], "8 bits": ["O1"], "4 bits": ["O2"], "none": ["O0", "ignore_load_lr_and_optim=true"]}
 
