@@ -1,5 +1,6 @@
 """`erniekit server` as a process on a real socket, asked by OpenAI's client and by its OpenAPI document."""
 
+import base64
 import json
 import re
 import signal
@@ -9,18 +10,23 @@ import sys
 import time
 import urllib.request
 from collections.abc import Iterator
+from pathlib import Path
+from typing import Literal
 
 import pytest
-from support.tiny_directories import model_directory
+from support.pictures import write_picture
+from support.vision_directories import vision_model_directory
 
 openai = pytest.importorskip("openai")
-QUESTION = [{"role": "user", "content": "25加16等于几？"}]
+pydantic = pytest.importorskip("pydantic")
+PARTS = [{"type": "text", "text": "25加16等于几？"}]
+QUESTION = [{"role": "user", "content": PARTS[0]["text"]}]
 KEY = "secret-of-the-test"
 
 
 @pytest.fixture(scope="module")
 def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    directory = model_directory(tmp_path_factory.mktemp("server") / "tiny")
+    directory = vision_model_directory(tmp_path_factory.mktemp("server") / "tiny", weights=True, max_pixels=84 * 84)
     keys = directory.parent / "keys"
     keys.write_text(KEY + "\n")
     words = [f"model_name_or_path={directory}", "compute_type=fp32", "port=0", f"api_key_file={keys}", "temperature=0"]
@@ -71,6 +77,41 @@ def test_openais_client_gets_whole_and_streamed_answers_and_errors(address: str)
         client.chat.completions.create(**ask | {"model": "other"})
     with pytest.raises(openai.AuthenticationError):
         openai.OpenAI(base_url=f"{address}/v1", api_key="EMPTY", max_retries=0).models.list()
+
+
+class Sum(pydantic.BaseModel):
+    """Small enough that a model which has learnt nothing reaches its end."""
+
+    sum: int = pydantic.Field(ge=0, le=99)
+    unit: Literal["cm", "kg"]
+
+
+def test_openais_client_gets_objects_and_calls_and_sends_pictures(address: str, tmp_path: Path):
+    client = openai.OpenAI(base_url=f"{address}/v1", api_key=KEY, max_retries=0)
+    ask = {"model": "tiny", "messages": QUESTION, "max_tokens": 8}
+    write_picture(tmp_path / "picture.png", 60, 70, seed=1)
+    data = base64.b64encode((tmp_path / "picture.png").read_bytes()).decode()
+    image = {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{data}"}}
+    seen = client.chat.completions.create(**ask | {"messages": [{"role": "user", "content": [image, *PARTS]}]})
+    blind = client.chat.completions.create(**ask)
+    assert seen.choices[0].message.content != blind.choices[0].message.content
+    assert seen.usage.prompt_tokens > blind.usage.prompt_tokens + 4
+    pytest.importorskip("llguidance")
+    ask["max_tokens"] = 100
+    parsed = client.chat.completions.parse(**ask, response_format=Sum).choices[0].message.parsed
+    assert isinstance(parsed, Sum)
+    tools = [openai.pydantic_function_tool(Sum, name="report")]
+    for stream in (False, True):
+        if stream:
+            with client.chat.completions.stream(**ask, tools=tools, tool_choice="required") as events:
+                answer = events.get_final_completion()
+        else:
+            answer = client.chat.completions.parse(
+                **ask, tools=tools, tool_choice="required", parallel_tool_calls=False
+            )
+        call = answer.choices[0].message.tool_calls[0]
+        assert call.function.name == "report" and isinstance(call.function.parsed_arguments, Sum)
+        assert answer.choices[0].finish_reason == "tool_calls"
 
 
 @pytest.mark.parametrize("stream", [False, True])

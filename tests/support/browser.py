@@ -95,7 +95,7 @@ class Page:
             message = json.loads(line["message"])["message"]
             if message["method"] in ("Network.requestWillBeSent", "Network.webSocketCreated"):
                 url = message["params"].get("request", message["params"])["url"]
-                said += [] if url.startswith(("http://127.0.0.1:", "data:", "about:")) else [url]
+                said += [] if url.startswith(("http://127.0.0.1:", "data:", "about:", "chrome-untrusted:")) else [url]
         return said
 
 
