@@ -477,9 +477,9 @@ def open_prompts(context: DataContext) -> RolloutLoader:
     check_records(scorer, prompts)
     server = None
     if cfg.rollout_base_url is not None and context.mesh.rank == 0:
-        server = RolloutServer(cfg, context.tokenizer.vocab_size)
-        if cfg.rollout_update_command is None:  # a command may start the server
-            server.check(context.tokenizer)
+        server = RolloutServer(cfg, context.tokenizer)
+        if cfg.rollout_update_command is None:  # a command may start the server, and is followed by the same check
+            server.check()
     pairs = OfflinePairs.open(context) if cfg.upo_offline_weight else None
     return RolloutLoader(context, prompts, scorer, tools, server, pairs)
 

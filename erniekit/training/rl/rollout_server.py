@@ -43,9 +43,9 @@ class RolloutServer:
     threads. num_retries: attempts that were repeated.
     """
 
-    def __init__(self, cfg: Config, vocab_size: int) -> None:
+    def __init__(self, cfg: Config, tokenizer: Tokenizer) -> None:
         assert cfg.rollout_base_url is not None
-        self._cfg, self._vocab_size, self.url = cfg, vocab_size, cfg.rollout_base_url.rstrip("/")
+        self._cfg, self._tokenizer, self.url = cfg, tokenizer, cfg.rollout_base_url.rstrip("/")
         self.num_retries = 0
         key = runtime.rollout_api_key()
         if not key:
@@ -57,13 +57,14 @@ class RolloutServer:
         self.base_model = cfg.rollout_model or ""
         self.model = self.base_model  # that requests name: the base, or the newest adapter
 
-    def check(self, tokenizer: Tokenizer) -> None:
+    def check(self) -> None:
         """Raise ConfigError if the server cannot be reached, does not have the model, or has another tokenizer."""
         try:
             names = self._client.ask("/models", read=_names)
         except RequestFailed as error:
             raise ConfigError(f"rollout_base_url: {self.url} cannot be used: {error}. Start the server.") from None
         self._choose_model(names)
+        tokenizer = self._tokenizer
         try:
             ids = self._root.ask("/tokenize", {"model": self.base_model, "prompt": _PROBE}, lambda a: list(a["tokens"]))
         except RequestFailed as error:
@@ -122,8 +123,8 @@ class RolloutServer:
         while True:
             heartbeat.waiting(None)
             try:
-                self._choose_model(self._once.ask("/models", read=_names))
-                return
+                self._once.ask("/models", read=_names)
+                break
             except RequestFailed as error:
                 if time.monotonic() > deadline:
                     raise TrainError(
@@ -131,6 +132,7 @@ class RolloutServer:
                         f"rollout_update_command: {error}"
                     ) from None
             time.sleep(_POLL)
+        self.check()
 
     def complete(
         self, prompt: Sequence[int], max_tokens: int, stops: Sequence[int], banned: Sequence[int], draw: int
@@ -166,7 +168,7 @@ class RolloutServer:
         if not logps or any(not isinstance(value, int | float) for value in logps):
             raise TrainError(f"{where} returns no log-probabilities of the tokens (logprobs), which the loss needs")
         ids = _ids_in(choice, scores)
-        if not ids or any(not isinstance(i, int) or not 0 <= i < self._vocab_size for i in ids):
+        if not ids or any(not isinstance(i, int) or not 0 <= i < self._tokenizer.vocab_size for i in ids):
             raise TrainError(
                 f"{where} returns no ids of this model's vocabulary: it has to know return_token_ids or "
                 "return_tokens_as_token_ids (vLLM, `erniekit server`), and to serve the model of model_name_or_path"
