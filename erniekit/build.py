@@ -304,12 +304,7 @@ class PreparedModel:
         policy.apply(model, precision)
         self._report_products(model)
         parallelize(model, mesh, options.sequence_parallel, layers, options.balance_pictures, options.context_exchange)
-        if isinstance(options.adapter, AdapterDirectory):
-            assert self.adapter is not None
-            attach_stored(model, self.adapter, options.adapter.dropout)
-        elif options.adapter is not None:
-            tied = self.config.tie_word_embeddings
-            lora.attach(model, options.adapter, our_shapes(self.config), tied, share=model.shard.share)
+        self._attach_adapter(model)
         if precision.fp8 is not None and (adapted := adapted_layers(model, precision.fp8)):
             log.info(
                 f"fp8_recompute_up_gate_layers: {adapted}: no effect: the experts of these layers have adapters, "
@@ -328,6 +323,15 @@ class PreparedModel:
         else:
             model.eval()
         return model
+
+    def _attach_adapter(self, model: CausalLM) -> None:
+        adapter = self.options.adapter
+        if isinstance(adapter, AdapterDirectory):
+            assert self.adapter is not None
+            attach_stored(model, self.adapter, adapter.dropout)
+        elif adapter is not None:
+            tied = self.config.tie_word_embeddings
+            lora.attach(model, adapter, our_shapes(self.config), tied, share=model.shard.share)
 
     def _saved(self) -> tuple[str, ...]:
         """The parameters that an adapter trains whole."""

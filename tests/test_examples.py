@@ -58,12 +58,15 @@ MADE_BY_DEMOS = (
     "./demo_output/moe",
     "./demo_output/styles",
     "./demo_output/rl/sft",
+    "./demo_output/rl_pictures/box_sft",
+    "./demo_output/rl_pictures/zoom_sft",
     "./demo_output/dpo",
     "./demo_output/vl/stage1_text",
     "./demo_output/vl/stage2_vision",
     "./demo_output/vl/stage3_joint",
 )
-DATA_OF_DEMO_VL = "./demo_output/vl/data/"
+# Directories of data, and what makes it.
+MADE_DATA = {"./demo_output/vl/data": "make demo-vl", "./demo_output/rl_pictures": "tools/make_rl_picture_data.py"}
 
 
 def command_of(name: str) -> str:
@@ -158,8 +161,8 @@ def test_figures_for_gpus_say_whose_they_are(name):
 def test_its_model_and_data_are_there_or_have_a_hub_name(name):
     cfg = read(name)
     for path in (*cfg.train_dataset_path, *cfg.eval_dataset_path):
-        if path.startswith(DATA_OF_DEMO_VL):
-            assert "make demo-vl" in header(name), path
+        if (maker := MADE_DATA.get(path.rpartition("/")[0])) is not None:
+            assert maker in header(name), path
             continue
         assert not path or (path.startswith("./") and (ROOT / path).is_file()), path
     for prefix in (word for word in cfg.input_dir if word.startswith("./")):

@@ -83,6 +83,26 @@ def evaluate(given: argparse.Namespace, model: Path) -> Scores:
     return tuple(float(found[name]) for name in NAMES)
 
 
+def of_scheme(
+    given: argparse.Namespace, seed: int, scheme: str, plain: Path, further: Keys
+) -> dict[tuple[str, str], Scores]:
+    """As one_seed, of a scheme: the model that was trained plainly is quantised afterwards, others train for it."""
+    out, scores = ROOT / given.out / f"seed-{seed}", dict[tuple[str, str], Scores]()
+    name, takes_search = scheme.replace("/", "_"), scheme in ("wint4", "wint4/8")
+    for how, keys in AFTERWARDS.items():
+        keys = keys if takes_search else {k: v for k, v in keys.items() if k != "quantization_clip_search"}
+        if takes_search or not how.endswith("clip search"):
+            target = out / f"{name}-{how.split(', ')[1].replace(' ', '_')}"
+            scores[scheme, how] = evaluate(given, export(given, plain, target, scheme, keys))
+    for how, weight in ((QAT, 0.0), (DISTILLED, 0.5))[: 2 if given.distil else 1]:
+        keys = {"qat": scheme} | ({"qat_distill_weight": weight} if weight else {})
+        trained = train(given, out / f"{name}-qat-{weight:g}", given.more, seed, **further, **keys)
+        keys = {"qat": scheme} | ({"quantization_clip_search": False} if takes_search else {})
+        exported = export(given, trained, out / f"{name}-qat-{weight:g}-export", scheme, keys)
+        scores[scheme, how] = evaluate(given, exported)
+    return scores
+
+
 def one_seed(given: argparse.Namespace, seed: int) -> dict[tuple[str, str], Scores]:
     """By (scheme, how): the scores of the models of a seed, which are kept in a file for another start."""
     out = ROOT / given.out / f"seed-{seed}"
@@ -99,18 +119,7 @@ def one_seed(given: argparse.Namespace, seed: int) -> dict[tuple[str, str], Scor
     plain = train(given, out / "plain", given.more, seed, **further)
     scores = {("none", "at the start"): evaluate(given, start), ("none", "plain"): evaluate(given, plain)}
     for scheme in given.schemes:
-        name, takes_search = scheme.replace("/", "_"), scheme in ("wint4", "wint4/8")
-        for how, keys in AFTERWARDS.items():
-            keys = keys if takes_search else {k: v for k, v in keys.items() if k != "quantization_clip_search"}
-            if takes_search or not how.endswith("clip search"):
-                target = out / f"{name}-{how.split(', ')[1].replace(' ', '_')}"
-                scores[scheme, how] = evaluate(given, export(given, plain, target, scheme, keys))
-        for how, weight in ((QAT, 0.0), (DISTILLED, 0.5))[: 2 if given.distil else 1]:
-            keys = {"qat": scheme} | ({"qat_distill_weight": weight} if weight else {})
-            trained = train(given, out / f"{name}-qat-{weight:g}", given.more, seed, **further, **keys)
-            keys = {"qat": scheme} | ({"quantization_clip_search": False} if takes_search else {})
-            exported = export(given, trained, out / f"{name}-qat-{weight:g}-export", scheme, keys)
-            scores[scheme, how] = evaluate(given, exported)
+        scores |= of_scheme(given, seed, scheme, plain, further)
     kept.write_text(json.dumps([[*names, values] for names, values in scores.items()], indent=1))
     return scores
 

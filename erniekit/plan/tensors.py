@@ -92,7 +92,6 @@ def rank_tensors(job: Job, mesh: Mesh, model: CausalLM) -> RankTensors:
     entries = entries_of(trained, where, parameter_chunks(model, model.chunks), one_moment, units)
     state = state_bytes(entries.values(), moment_dtype=job.cfg.moment_dtype)
     waits, master_grad = job.offloads_state and bool(entries), job.cfg.amp_master_grad
-    held = sum(prod(projection.weight_shape) for projection, _ in held_weights(model).values())
     return RankTensors(
         weights=dict(weights),
         gradients=gradient_bytes(entries.values(), job.zero_stage, master_grad),
@@ -104,10 +103,15 @@ def rank_tensors(job: Job, mesh: Mesh, model: CausalLM) -> RankTensors:
         unit=unit_bytes(divided.values()),
         unit_gradients=largest_unit(entries.values(), lambda entry: item_bytes(entry.gradient_dtype(master_grad))),
         trained=sum(_size(p) for p in trained.values()),
-        total=held + sum(_size(p) for p in parameters.values()),
+        total=_num_held(model) + sum(_size(p) for p in parameters.values()),
         entries=tuple(entries.values()),
         buckets=tuple(plan_buckets(list(entries.values()))),
     )
+
+
+def _num_held(model: CausalLM) -> int:
+    """The number of weights that products hold."""
+    return sum(prod(projection.weight_shape) for projection, _ in held_weights(model).values())
 
 
 def _largest_state(job: Job, entries: Mapping[str, Entry]) -> int:
