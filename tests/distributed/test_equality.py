@@ -68,7 +68,8 @@ TWO = {
     "moe-cp2-short": ("moe", CONTEXT2 | SHORT | MTP),
     "moe-cp2-ep2-recompute": ("moe", CONTEXT2 | EXPERT2 | MTP | {"recompute": True}),
     "moe-cp2-selective": ("moe", CONTEXT2 | SELECTIVE),
-    "moe-lora-cp2": ("moe", CONTEXT2 | LORA),
+    # The rate of the other cases, as below.
+    "moe-lora-cp2": ("moe", CONTEXT2 | LORA | {"learning_rate": 1e-3}),
     "moe-lora-wint4/8-cp2": ("moe", CONTEXT2 | LORA | MIXED),
     "untied-cp2-heads": ("untied", HEADS2),
     "moe-cp2-heads": ("moe", HEADS2 | MTP),
