@@ -178,8 +178,9 @@ def _context_inputs(
         attention = UlyssesAttention(shard, heads, PackedAttention(plan, rotation, part, masks))
     else:
         assert dropout is None, "config checks refuse attention dropout with a ring"
-        numbers = np.pad(own, (0, padding)) if batch.num_tokens else None
-        rotation = rotary.at(batch.position_ids, heads.num_heads + heads.num_kv_heads, heads.num_kv_heads, own=numbers)
+        positions = batch.position_ids if batch.num_tokens else np.zeros(1, np.int64)  # padding turns by nothing
+        numbers = np.pad(own, (0, padding))
+        rotation = rotary.at(positions, heads.num_heads + heads.num_kv_heads, heads.num_kv_heads, own=numbers)
         attention = RingAttention(
             ring_plan(shard, plan.document_of_token, batch.prefixes), rotation, heads, shard.group
         )

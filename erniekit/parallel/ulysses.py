@@ -37,6 +37,8 @@ class UlyssesAttention:
         """qkv [t, (H+2G)*d] before rotation -> context [t, H*d]. All ranks of the group call it together."""
         shard, heads, dim = self.shard, self.heads, self.heads.dim
         num_ranks, num_rows, num_tokens = shard.group.size, qkv.shape[0], len(shard.tokens)
+        if not sum(shard.row_lengths):  # the batch of a rank whose data have ended: padding alone
+            return qkv[:, : heads.num_heads * dim] * 0.0
         own, everyone = [num_tokens] * num_ranks, [len(tokens) for tokens in shard.by_rank]
         real = qkv if num_rows == num_tokens else qkv[:num_tokens]
         q, k, v = (

@@ -74,7 +74,8 @@ TWO = {
     "moe-cp2-short": ("moe", CONTEXT2 | SHORT | MTP),
     "moe-cp2-ep2-recompute": ("moe", CONTEXT2 | EXPERT2 | MTP | {"recompute": True}),
     "moe-cp2-selective": ("moe", CONTEXT2 | SELECTIVE),
-    "moe-lora-cp2": ("moe", CONTEXT2 | LORA),
+    # The rate of the other cases, as below.
+    "moe-lora-cp2": ("moe", CONTEXT2 | LORA | {"learning_rate": 1e-3}),
     "moe-lora-wint4/8-cp2": ("moe", CONTEXT2 | LORA | MIXED),
     "untied-cp2-heads": ("untied", HEADS2),
     "moe-cp2-heads": ("moe", HEADS2 | MTP),
@@ -118,6 +119,8 @@ FOUR = {
     "dense-pp4": ("dense", {"pipeline_parallel_degree": 4} | MTP),
     "dense-cp4": ("dense", {"context_parallel_degree": 4}),
     "moe-dp2-cp2-stage2": ("moe", DATA2 | CONTEXT2 | MTP | {"sharding": "stage2"}),
+    "moe-dp2-cp2-short": ("moe", DATA2 | CONTEXT2 | MTP | SHORT),
+    "moe-dp2-cp2-heads-short": ("moe", DATA2 | HEADS2 | SHORT),
     "moe-cp2-ep4": ("moe", CONTEXT2 | {"expert_parallel_degree": 4} | MTP),
     "moe-pp2-cp2": ("moe", PIPE2 | CONTEXT2 | MTP),
     "moe-tp2-sp-cp2": ("moe", TENSOR2 | CONTEXT2 | MTP | {"sequence_parallel": True}),
@@ -133,7 +136,7 @@ FOUR = {
 # What these compare, others do, too: `make test-all` runs them.
 SLOW = {
     *("dense-cp2", "moe-cp2-selective", "moe-lora-wint4/8-cp2", "untied-cp2-heads", "moe-cp2-heads", "moe-cp2-ep4"),
-    *("untied-tp2-cp2-ring", "moe-tp2-cp2-short", "vl-dp2-cp2", "vl-cp2-ep2-heads"),
+    *("moe-dp2-cp2-heads-short", "untied-tp2-cp2-ring", "moe-tp2-cp2-short", "vl-dp2-cp2", "vl-cp2-ep2-heads"),
 }
 
 
