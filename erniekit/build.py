@@ -294,13 +294,8 @@ class PreparedModel:
         layers = [tuple(range(self.config.num_hidden_layers))] if chunks is None else chunks
         # Each parameter is allocated when its weight is read, and directly in its final dtype.
         model = _lazy_model(self.config, precision, mesh, layers)
-        stored = set() if self.reader is None else {logical.param for logical in self.reader.logicals}
         taker = WeightTaker(model, mesh, self._saved()) if options.divides_weights else None
-        on_set = (lambda name, tensor: None) if taker is None else taker
-        init_weights(model, options.seed, lambda name: name not in stored, on_set)
-        if self.reader is not None:
-            fill_weights(model, self.reader, precision.rounded_to, on_set=on_set)
-            load_product_state(model, self.path)
+        self._fill(model, taker)
         policy.apply(model, precision)
         self._report_products(model)
         parallelize(model, mesh, options.sequence_parallel, layers, options.balance_pictures, options.context_exchange)
@@ -332,6 +327,15 @@ class PreparedModel:
         elif adapter is not None:
             tied = self.config.tie_word_embeddings
             lora.attach(model, adapter, our_shapes(self.config), tied, share=model.shard.share)
+
+    def _fill(self, model: CausalLM, taker: WeightTaker | None) -> None:
+        """Draw and read the values of a model's parameters. `taker` divides each."""
+        stored = set() if self.reader is None else {logical.param for logical in self.reader.logicals}
+        on_set = (lambda name, tensor: None) if taker is None else taker
+        init_weights(model, self.options.seed, lambda name: name not in stored, on_set)
+        if self.reader is not None:
+            fill_weights(model, self.reader, self.options.precision.rounded_to, on_set=on_set)
+            load_product_state(model, self.path)
 
     def _saved(self) -> tuple[str, ...]:
         """The parameters that an adapter trains whole."""

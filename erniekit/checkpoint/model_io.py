@@ -64,7 +64,7 @@ def fill_weights(
     one by one.
 
     `rounded_to`: the values are first rounded to this dtype ("bfloat16"). `into`: see `load_weights`. `on_set` is
-    called with each tensor when it has its values.
+    called with each tensor that has its values.
     """
     through = None if rounded_to is None else dtypes.header_name(rounded_to)
     tensors = named_tensors(model) if into is None else into

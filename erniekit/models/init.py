@@ -25,7 +25,7 @@ def init_weights(
     initializer_range, norms 1, biases 0. Experts are drawn one by one, so that a process draws only its own. Values are
     drawn in fp32 and rounded to the parameter's dtype, one parameter at a time. A weight that a product holds is drawn
     as if it were a parameter; a product's own parameters are initialised by the product. `on_set` is called with
-    each parameter when it has its values.
+    each parameter that has its values.
     """
     shard_specs, roles, shapes = named_shard_specs(model), named_roles(model), our_shapes(model.config)
     std = model.config.initializer_range

@@ -3,7 +3,7 @@ microbatches' activations it keeps: parallel/pipeline_schedule.py (`peak_live`).
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 
 from erniekit.parallel.buckets import Entry, is_eager, item_bytes
 
@@ -42,16 +42,13 @@ def weight_bytes(entries: Iterable[Entry]) -> int:
 
 
 def unit_bytes(entries: Iterable[Entry]) -> int:
-    """Bytes of the weights of the largest unit, which is whole while it computes, with the padding of its chunks."""
-    return largest_unit(entries, lambda entry: item_bytes(entry.dtype))
-
-
-def largest_unit(entries: Iterable[Entry], element_bytes: Callable[[Entry], int]) -> int:
-    """The bytes of the largest unit of divided parameters; 0 where nothing is divided."""
+    """Bytes of the weights of the largest unit, which is whole while it computes, with the padding of its chunks; 0
+    where nothing is divided.
+    """
     sizes: Counter[str] = Counter()
     for entry in entries:
         if entry.unit:
-            sizes[entry.unit] += entry.placement.shard.size * entry.chunk * element_bytes(entry)
+            sizes[entry.unit] += entry.placement.shard.size * entry.chunk * item_bytes(entry.dtype)
     return max(sizes.values(), default=0)
 
 

@@ -99,10 +99,21 @@ def _received(job: Job, device: Device) -> Operation:
 
 
 def layer_operations(job: Job, device: Device, model: CausalLM, layer: DecoderLayer, number: int) -> list[Operation]:
-    """One decoder layer with what is recomputed in it; `number`: which one it is in the whole model."""
+    """One decoder layer with what is recomputed in it; `number`: which one it is in the whole model. Where its weights
+    are divided (ZeRO stage 3), they are whole while it computes, and in the backward pass so are their gradients.
+    """
+    if not job.divides_layers:
+        return _layer_operations(job, device, model, layer, number)
+    weights = device.element * sum(float(p.size) for p in layer.parameters())
+    gradients = device.element * sum(float(p.size) for p in layer.parameters() if not p.stop_gradient)
+    return [
+        replace(operation, forward=operation.forward + weights, backward=operation.backward + weights + gradients)
+        for operation in _layer_operations(job, replace(device, master_grad=False), model, layer, number)
+    ]
+
+
+def _layer_operations(job: Job, device: Device, model: CausalLM, layer: DecoderLayer, number: int) -> list[Operation]:
     width = job.model.hidden_size
-    if job.sends_layer_gradients:  # they do not wait: rank_tensors counts those of the layer that computes
-        device = replace(device, master_grad=False)
     modules = frozenset() if number in job.cfg.no_recompute_layers else job.cfg.recomputed_modules
     attention = _attention(job, device, model, layer)
     feed_forward = _feed_forward(job, device, layer, modules)

@@ -68,8 +68,10 @@ class Job:
         return ZERO_STAGES[self.cfg.sharding]
 
     @property
-    def sends_layer_gradients(self) -> bool:
-        """Whether the gradients of a layer are sent when its backward pass is done, those of its experts too."""
+    def divides_layers(self) -> bool:
+        """Whether the weights of a layer, those of its experts too, are divided between uses, and its gradients sent
+        when its backward pass is done.
+        """
         experts = self.degrees.expert if self.model.moe_num_experts else 1
         return self.zero_stage == 3 and self.degrees.sharding > experts
 

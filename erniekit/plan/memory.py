@@ -117,7 +117,6 @@ def _stage(
         "base of adapters": float(tensors.copies),
         # Gradients are exchanged, and parameters gathered, when no activations are left.
         "activations": activations.peak,
-        "block in use": float(tensors.unit + tensors.unit_gradients),
         "exchange": kept + max(exchanged - activations.peak, 0.0),
         "communicators": 0.0 if job.on_cpu else float(COMMUNICATOR_BYTES * _communicators(mesh)),
     }

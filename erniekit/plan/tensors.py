@@ -26,7 +26,7 @@ from erniekit.nn.mlp import SwiGLU
 from erniekit.nn.norm import RMSNorm
 from erniekit.nn.roles import matrix_names
 from erniekit.parallel.buckets import Bucket, Entry, item_bytes, plan_buckets
-from erniekit.parallel.memory import gradient_bytes, largest_unit, state_bytes, unit_bytes
+from erniekit.parallel.memory import gradient_bytes, state_bytes
 from erniekit.parallel.mesh import Mesh
 from erniekit.parallel.zero import entries_of
 from erniekit.plan.job import Job
@@ -42,8 +42,6 @@ class RankTensors:
     `weights`: parameters and buffers by the part of the model that they belong to. `state`: of the optimizer, on the
     device; `offloaded`: in host memory. `reference`: a preference loss's
     second model. `average`: the weights' moving average. `copies`: what an adapter remembers of its base.
-    `unit`: of the block whose weights are whole while it computes, where weights are divided (ZeRO stage 3), and
-    `unit_gradients`: of its gradients until they are sent.
     `trained`, `total`: numbers of parameters on this rank. `buckets`: what gradients and updated parameters are sent
     in; `entries`: the trained parameters.
     """
@@ -55,8 +53,6 @@ class RankTensors:
     reference: int
     average: int
     copies: int
-    unit: int
-    unit_gradients: int
     trained: int
     total: int
     entries: tuple[Entry, ...]
@@ -81,7 +77,7 @@ def rank_tensors(job: Job, mesh: Mesh, model: CausalLM) -> RankTensors:
         mesh: the rank, see Mesh.outline.
         model: its part of the model without memory, with what is frozen marked as such.
     """
-    divided = {entry.name: entry for entry in divided_entries(model, mesh)} if job.zero_stage == 3 else {}
+    divided = _divided(job, mesh, model)
     parameters = dict(model.named_parameters())
     chunks = {id(parameters[name]): entry.chunk * item_bytes(entry.dtype) for name, entry in divided.items()}
     weights = _weights(model, chunks)
@@ -91,17 +87,15 @@ def rank_tensors(job: Job, mesh: Mesh, model: CausalLM) -> RankTensors:
     units = {name: entry.unit for name, entry in divided.items()}
     entries = entries_of(trained, where, parameter_chunks(model, model.chunks), one_moment, units)
     state = state_bytes(entries.values(), moment_dtype=job.cfg.moment_dtype)
-    waits, master_grad = job.offloads_state and bool(entries), job.cfg.amp_master_grad
+    waits = job.offloads_state and bool(entries)
     return RankTensors(
         weights=dict(weights),
-        gradients=gradient_bytes(entries.values(), job.zero_stage, master_grad),
+        gradients=gradient_bytes(entries.values(), job.zero_stage, job.cfg.amp_master_grad),
         state=_largest_state(job, entries) if waits else state,
         offloaded=state if waits else 0,
         reference=sum(weights.values()) if job.has_second_model else 0,
         average=0 if job.cfg.ema_decay is None else _average_bytes(model, divided),
         copies=_copied_bytes(model),
-        unit=unit_bytes(divided.values()),
-        unit_gradients=largest_unit(entries.values(), lambda entry: item_bytes(entry.gradient_dtype(master_grad))),
         trained=sum(_size(p) for p in trained.values()),
         total=_num_held(model) + sum(_size(p) for p in parameters.values()),
         entries=tuple(entries.values()),
@@ -112,6 +106,11 @@ def rank_tensors(job: Job, mesh: Mesh, model: CausalLM) -> RankTensors:
 def _num_held(model: CausalLM) -> int:
     """The number of weights that products hold."""
     return sum(prod(projection.weight_shape) for projection, _ in held_weights(model).values())
+
+
+def _divided(job: Job, mesh: Mesh, model: CausalLM) -> dict[str, Entry]:
+    """The weights that are divided between uses, by name."""
+    return {entry.name: entry for entry in divided_entries(model, mesh)} if job.zero_stage == 3 else {}
 
 
 def _largest_state(job: Job, entries: Mapping[str, Entry]) -> int:
