@@ -26,10 +26,10 @@ from erniekit.parallel.zero import entries_of
 
 def blocks_of(model: CausalLM) -> Iterator[tuple[str, nn.Layer]]:
     """The blocks of this process's part, by name, in the order of a forward pass."""
-    for number in model.model.layers.numbers:
-        yield f"model.layers.{number}", model.model.layers[number]
-    for depth, block in enumerate(model.model.mtp_block):
-        yield f"model.mtp_block.{depth}", block
+    names = {id(layer): name for name, layer in model.named_sublayers()}
+    layers = model.model.layers
+    for block in (*(layers[number] for number in layers.numbers), *model.model.mtp_block):
+        yield names[id(block)], block
 
 
 def divided_entries(model: CausalLM, mesh: Mesh, saved: Iterable[str] = ()) -> list[Entry]:
