@@ -101,8 +101,12 @@ class Page:
 
 @contextmanager
 def browser(profile: Path) -> Iterator[Page]:
-    """A browser of its own, with an empty profile."""
+    """A browser of its own, with an empty profile. Where none starts, as in a container that forbids it, the test is
+    skipped.
+    """
+    import pytest
     from selenium import webdriver
+    from selenium.common.exceptions import WebDriverException
     from selenium.webdriver.chrome.service import Service
 
     options = webdriver.ChromeOptions()
@@ -112,7 +116,10 @@ def browser(profile: Path) -> Iterator[Page]:
     options.add_argument("--window-size=1440,1000")
     options.add_argument(f"--user-data-dir={profile}")
     options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
-    driver = webdriver.Chrome(options=options, service=Service(DRIVER))
+    try:
+        driver = webdriver.Chrome(options=options, service=Service(DRIVER))
+    except WebDriverException as error:
+        pytest.skip(f"{CHROMIUM} does not start: {error.msg}")
     try:
         page = Page(driver)
         driver.get("about:blank")
