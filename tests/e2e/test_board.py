@@ -91,7 +91,7 @@ def test_the_form_shows_each_example_and_keeps_it(page: Page, board: BoardProces
     page.wait(lambda: "expected an integer" in page.text("[data-key=max_steps] .problem"), "the error")
     assert not page.find("#start").is_enabled()
     page.type("#f-max_steps", "7\t")
-    page.wait(lambda: page.find("#start").is_enabled(), "no error")
+    page.wait(lambda: "max_steps: 7\n" in page.js("$('yaml').value") and page.find("#start").is_enabled(), "no error")
     (tmp_path / "a.yaml").write_text(page.js("$('yaml').value"), encoding="utf-8")
     assert load(str(tmp_path / "a.yaml")).max_steps == 7
     page.type("#search", "learning rate at the end")

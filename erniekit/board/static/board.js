@@ -307,7 +307,7 @@ function newPage() {
   for (const id of ["search", "only-given"]) on(id, "input", filter);
   for (const id of ["name", "own-output"]) on(id, "input", () => show());
   onClick("start", async () => {
-    const said = await api("start", asked());
+    const said = await last.then(() => api("start", asked())); // with the edit that has just been made
     if (said) location.href = `/run/${said.id}`;
   });
   withSource(() => [clearTimeout(later), later = setTimeout(show, 250)]).then(() => show());
