@@ -141,8 +141,8 @@ class ModelOptions:
     """The options of building a model.
 
     `random_start`: parameters are drawn from `seed` and their names, and no weight file is read. `vision_start`: the
-    directory has a text model, to which vision is added. `adapter`: a new one,
-    a saved one, or none. `sequence_parallel`: tensor ranks share the tokens. `balance_pictures`: data ranks divide the
+    directory has a text model, to which vision is added. `adapter`: a new one, a saved one, or none.
+    `sequence_parallel`: tensor ranks share the tokens. `balance_pictures`: data ranks divide the
     vision transformer's work evenly. `context_exchange`: what context ranks exchange. `training`: the mode that the
     model is returned in. `fused`: use Paddle's fused operators where they apply, in this process. `divides_weights`:
     ranks divide the weights of the blocks (ZeRO stage 3); a copy of the model that is built with the same options is

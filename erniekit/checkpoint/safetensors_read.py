@@ -40,7 +40,7 @@ class Reader:
     def __init__(self, path: str | Path, u16_is_bf16: bool = False) -> None:
         self.path = Path(path)
         self._entries: dict[str, Entry] = {}
-        self._asked: dict[Path, int] = {}  # file -> the place up to which the kernel was told to read
+        self._asked: dict[Path, int] = {}  # file -> the place up to which the kernel was asked to read
         self._alias = {"U16": "BF16"} if u16_is_bf16 else {}
         self.metadata: dict[str, str] = {}  # the metadata of the header; for several files, of the first one
         if self.path.is_dir():
@@ -128,7 +128,7 @@ class Reader:
             raise CheckpointError(f"{entry.file}: {name}: {error}") from None
 
     def _ask_ahead(self, file: int, entry: Entry, start: int, size: int) -> None:
-        """Tell the kernel that what stands behind these bytes of an open file will be read, too, unless it was told."""
+        """Ask the kernel to read what follows these bytes of an open file, unless it was asked before."""
         if sys.platform != "linux":
             return
         end, asked = start + size, self._asked.get(entry.file, 0)

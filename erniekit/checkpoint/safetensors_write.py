@@ -205,7 +205,7 @@ class Writer:
     def _sync_file(self, descriptor: int) -> None:
         try:
             os.fsync(descriptor)
-        except OSError as error:  # the system tells it once; a later fsync may succeed
+        except OSError as error:  # the system reports it once; a later fsync may succeed
             self._sync_error = error
 
     def _wait_for_sync(self) -> None:

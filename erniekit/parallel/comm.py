@@ -198,7 +198,7 @@ def recv(shape: Sequence[int], dtype: Any, peer_rank: int) -> paddle.Tensor:
     return x
 
 
-def pass_on(x: paddle.Tensor, group: Group) -> None:
+def send_to_next(x: paddle.Tensor, group: Group) -> None:
     """Send a tensor to the next rank of the group's ring, without waiting for it to receive; x may be changed
     afterwards. Over TCP only. A tensor without elements is not sent.
     """
@@ -209,8 +209,8 @@ def pass_on(x: paddle.Tensor, group: Group) -> None:
     backend.tcp_links().post(group.ranks[(group.index + 1) % group.size], "ring", _bytes(x))
 
 
-def take_over(shape: Sequence[int], group: Group) -> paddle.Tensor:
-    """Wait for the next fp32 tensor that the previous rank of the group's ring passes on; both know its shape."""
+def receive_from_previous(shape: Sequence[int], group: Group) -> paddle.Tensor:
+    """Wait for the next fp32 tensor that the previous rank of the group's ring sends; both know its shape."""
     x, peer = paddle.empty(list(shape), dtype="float32"), group.ranks[(group.index - 1) % group.size]
     if _num_bytes(x):
         with backend.waiting("ring", _num_bytes(x), (peer,)):

@@ -85,11 +85,11 @@ def _gradients(
         if is_own:
             continue
         if source != (group.index - 1) % group.size:  # the source's next rank is the first to have a gradient
-            dkv = dkv.add_(comm.take_over(dkv.shape, group))
-        comm.pass_on(dkv, group)
+            dkv = dkv.add_(comm.receive_from_previous(dkv.shape, group))
+        comm.send_to_next(dkv, group)
     home = travelling[group.index]
     if group.size > 1 and len(home):
-        added = comm.take_over([2, heads.num_kv_heads, len(home), heads.dim], group)
+        added = comm.receive_from_previous([2, heads.num_kv_heads, len(home), heads.dim], group)
         memory_of(dkv_own)[:, :, home] += memory_of(added)
     return dq, dkv_own
 
@@ -101,10 +101,12 @@ def _visits(kv: paddle.Tensor, ring: RingAttention) -> Any:
     for step in range(group.size):
         source = (group.index - step) % group.size
         if step:
-            block = comm.take_over([2, ring.heads.num_kv_heads, len(travelling[source]), ring.heads.dim], group)
+            block = comm.receive_from_previous(
+                [2, ring.heads.num_kv_heads, len(travelling[source]), ring.heads.dim], group
+            )
         if step < group.size - 1:
             # Passed on before it is used, so that the next rank does not wait for this one's products.
-            comm.pass_on(block if step else _leaving(kv, travelling[source]), group)
+            comm.send_to_next(block if step else _leaving(kv, travelling[source]), group)
         yield source, block
 
 

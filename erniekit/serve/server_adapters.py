@@ -1,5 +1,5 @@
 """`/v1/load_lora_adapter` and `/v1/unload_lora_adapter`: adapters that come and go while a server runs, as vLLM names
-them. A training whose rollouts a server generates sends its weights this way (docs/rl.md).
+them. A training whose rollouts a server generates sends its weights this way (docs/rl-server.md).
 """
 
 from collections.abc import Callable
