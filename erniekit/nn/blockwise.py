@@ -12,7 +12,7 @@ import numpy as np
 import paddle
 
 from erniekit.nn import cpu_ops
-from erniekit.nn.onednn import sgemm
+from erniekit.nn.sgemm import sgemm
 
 SHORTEST = 128  # keys; below, calls take longer than products
 BLOCK_SCORES = 1 << 18  # scores of a block: 1 MB

@@ -18,6 +18,7 @@ from paddle.incubate.nn import functional as incubate
 
 from erniekit.nn import onednn
 from erniekit.nn.onednn import RESULT, SECOND_SOURCE, SOURCE, Primitive, dense
+from erniekit.nn.sgemm import sgemm
 
 # Numbers of oneDNN's C interface (dnnl_types.h).
 _TRAINING, _BACKWARD = c_int(64), c_int(128)
@@ -58,7 +59,7 @@ def unfilled_like(x: paddle.Tensor) -> paddle.Tensor:
 
 
 def row_address(matrix: paddle.Tensor, row: int = 0) -> tuple[int, int]:
-    """Where a row of a contiguous matrix begins, and the numbers from one row to the next, as onednn.sgemm takes it."""
+    """Where a row of a contiguous matrix begins, and the numbers from one row to the next, as sgemm takes it."""
     size = matrix.shape[-1]
     return matrix.data_ptr() + matrix.element_size() * row * size, size
 
@@ -69,7 +70,7 @@ def matmul_into(
     """Write the product of two matrices, to which oneDNN `applies`, to `out`: rows of a larger tensor, say."""
     inner = x.shape[0 if transpose_x else 1]
     matrices = row_address(x), row_address(y), row_address(out)
-    onednn.sgemm(transpose_x, transpose_y, out.shape[0], out.shape[1], inner, *matrices)
+    sgemm(transpose_x, transpose_y, out.shape[0], out.shape[1], inner, *matrices)
 
 
 def softmax(scores: paddle.Tensor) -> paddle.Tensor:

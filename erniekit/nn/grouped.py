@@ -9,7 +9,7 @@ from paddle.autograd import PyLayer
 from erniekit.nn import cpu_ops, decoding, fused, mkl
 from erniekit.nn.narrow import matmul
 from erniekit.nn.nodes import call
-from erniekit.nn.onednn import sgemm
+from erniekit.nn.sgemm import sgemm
 
 
 def row_spans(counts: Sequence[int]) -> list[tuple[int, int, int]]:

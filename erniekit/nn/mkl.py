@@ -1,4 +1,5 @@
-"""Many products of small matrices in one call of MKL, the math library in Paddle's wheel for x86.
+"""Products by MKL, the math library in Paddle's wheel for x86, in memory of the caller: one (`sgemm`), or many of small
+matrices in one call.
 
 Paddle's own product of stacked matrices takes one size for all of them. The conversations of a batch have different
 lengths, so that one size would multiply what is empty, too.
@@ -6,9 +7,10 @@ lengths, so that one size would multiply what is empty, too.
 
 import ctypes
 from collections.abc import Callable
-from ctypes import c_int, c_void_p
+from ctypes import c_float, c_int, c_void_p
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import paddle
@@ -17,21 +19,51 @@ import paddle
 _BY_ROWS, _AS_STORED, _TRANSPOSED = 101, 111, 112
 
 
-@lru_cache(maxsize=1)
-def _sgemm_batch() -> Callable[..., None] | None:
+@lru_cache(maxsize=2)
+def _function(name: str, *arguments: Any) -> Callable[..., None] | None:
     for file in sorted((Path(paddle.__file__).parent / "libs").glob("libmklml_intel.so*")):
         try:
-            function = ctypes.CDLL(str(file)).cblas_sgemm_batch
+            function = getattr(ctypes.CDLL(str(file)), name)
         except (OSError, AttributeError):
             continue
-        function.argtypes, function.restype = [c_int, *[c_void_p] * 13, c_int, c_void_p], None
+        function.argtypes, function.restype = arguments, None
         return function
     return None
 
 
+@lru_cache(maxsize=1)
+def _sgemm_batch() -> Callable[..., None] | None:
+    return _function("cblas_sgemm_batch", c_int, *[c_void_p] * 13, c_int, c_void_p)
+
+
+@lru_cache(maxsize=1)
+def _sgemm() -> Callable[..., None] | None:
+    matrix = c_void_p, c_int
+    return _function("cblas_sgemm", *[c_int] * 6, c_float, *matrix, *matrix, c_float, *matrix)
+
+
 def is_available() -> bool:
     """Whether Paddle's wheel contains the library."""
-    return _sgemm_batch() is not None
+    return _sgemm_batch() is not None and _sgemm() is not None
+
+
+def sgemm(
+    transpose_x: bool,
+    transpose_y: bool,
+    rows: int,
+    columns: int,
+    inner: int,
+    x: tuple[int, int],
+    y: tuple[int, int],
+    out: tuple[int, int],
+    alpha: float = 1.0,
+    beta: float = 0.0,
+) -> None:
+    """See onednn.sgemm."""
+    function = _sgemm()
+    assert function is not None
+    how = (_TRANSPOSED if transposed else _AS_STORED for transposed in (transpose_x, transpose_y))
+    function(_BY_ROWS, *how, rows, columns, inner, alpha, *x, *y, beta, *out)
 
 
 class Products:

@@ -14,7 +14,7 @@ from erniekit.nn.grouped import row_spans
 from erniekit.nn.linear import Linear, Projection
 from erniekit.nn.narrow import rounded
 from erniekit.nn.nodes import call
-from erniekit.nn.onednn import sgemm
+from erniekit.nn.sgemm import sgemm
 
 
 @lru_cache(maxsize=64)
