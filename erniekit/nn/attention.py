@@ -34,7 +34,7 @@ class AttentionContext(Protocol):
 # Added to the score of a key that a query may not see: larger than any score, and finite, so that a row in which all is
 # hidden stays finite too. The CPU's softmax gives it a weight of e^-64, which leaves nothing in fp32.
 MASK_VALUE = -1e30
-_BLOCK = 256  # query positions per block: causal skipping saves nearly half of a long document's products
+_BLOCK = 128  # query positions of a block: keys behind the block are skipped
 _KEEP_WEIGHTS = (
     1024  # longest document whose softmax weights wait for the backward pass; longer ones compute them again
 )
@@ -271,7 +271,7 @@ class _DocumentAttention(PyLayer):
                 # Padding positions have copies of token 0, whose gradient must not be counted.
                 do = do.multiply_(bucket.keep)
             if isinstance(saved, blockwise.Heads):
-                grads += saved.backward(do)
+                grads.append(saved.backward(do))
                 continue
             block = None if ctx.masks is None else partial(ctx.masks.block, number)
             queries, k, v, weights = saved

@@ -5,6 +5,7 @@ The batched products of nn/attention.py and nn/frame_attention.py compute the sa
 for short sequences. Legend: U heads of sequences ("units"), S keys of one, R query rows of all, d head size.
 """
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -59,27 +60,33 @@ class Heads:
         them again.
         """
         out, scratch, self._kept = cpu_ops.unfilled_like(self.q), self._scratch(), []
+        out_at, (_, values) = out.data_ptr(), self._addresses
         for unit in range(self.num_units):
-            v = self._of_unit(self.v, unit)
+            v = self._of_unit(values, unit)
             for block in self.blocks:
                 if keep:
                     self._kept.append(cpu_ops.unfilled([block.rows, block.seen], self.q))
                 p = cpu_ops.memory_of(self._kept[-1]) if keep else _part(scratch, block)
                 self._weigh(p, block, unit)
-                sgemm(False, False, block.rows, self.dim, block.seen, _matrix(p), v, self._queries(out, block, unit))
+                sgemm(False, False, block.rows, self.dim, block.seen, _matrix(p), v, self._queries(out_at, block, unit))
         return out
 
-    def backward(self, dout: paddle.Tensor) -> tuple[paddle.Tensor, paddle.Tensor, paddle.Tensor]:
-        """The gradients of q, k and v from that of the result; each as its tensor lies."""
-        dq, dk, dv = (cpu_ops.unfilled_like(x) for x in (self.q, self.k, self.v))
+    def backward(self, dout: paddle.Tensor) -> paddle.Tensor:
+        """The gradients of q, k and v from that of the result, one behind another, each as its tensor lies:
+        [R + 2*U*S, d].
+        """
+        num_queries, num_keys = math.prod(self.q.shape) // self.dim, self.num_units * self.num_keys
+        grads = cpu_ops.unfilled([num_queries + 2 * num_keys, self.dim], self.q)
+        starts = (row * self.dim * _FLOAT for row in (0, num_queries, num_queries + num_keys))
+        dq, dk, dv = (grads.data_ptr() + start for start in starts)
         first, second, dim = self._scratch(), self._scratch(), self.dim
         for unit in range(self.num_units):
-            k, v, dk_unit, dv_unit = (self._of_unit(x, unit) for x in (self.k, self.v, dk, dv))
+            k, v, dk_unit, dv_unit = (self._of_unit(x, unit) for x in (*self._addresses, dk, dv))
             total = 0.0  # the last block writes the gradients of all keys, the others add to theirs
             for number in reversed(range(len(self.blocks))):
                 block = self.blocks[number]
                 rows, seen, ds = block.rows, block.seen, _part(first, block)
-                q, do = self._queries(self.q, block, unit), self._queries(dout, block, unit)
+                q, do = self._queries(self.q.data_ptr(), block, unit), self._queries(dout.data_ptr(), block, unit)
                 if self._kept:
                     p = cpu_ops.memory_of(self._kept[unit * len(self.blocks) + number])
                 else:
@@ -92,11 +99,12 @@ class Heads:
                 sgemm(True, False, seen, dim, rows, _matrix(p), do, dv_unit, 1.0, total)
                 total = 1.0
         self._kept = []
-        return dq, dk, dv
+        return grads
 
     def _weigh(self, p: np.ndarray, block: Block, unit: int) -> None:
         """Write the softmax weights of a block [rows, seen] to p."""
-        q, k, free = self._queries(self.q, block, unit), self._of_unit(self.k, unit), block.seen
+        q, k = self._queries(self.q.data_ptr(), block, unit), self._of_unit(self._addresses[0], unit)
+        free = block.seen
         if block.mask is not None:
             free -= block.mask.shape[1]
             masked, keys = p[:, free:], (k[0] + _FLOAT * free * self.dim, self.dim)
@@ -106,11 +114,17 @@ class Heads:
             sgemm(False, True, block.rows, free, self.dim, q, k, _matrix(p), self.scale)
         cpu_ops.softmax_rows_(p)
 
-    def _queries(self, x: paddle.Tensor, block: Block, unit: int) -> tuple[int, int]:
-        return x.data_ptr() + _FLOAT * (block.first + unit * block.step) * self.dim, self.dim
+    @property
+    def _addresses(self) -> tuple[int, int]:
+        """Of k and v."""
+        return self.k.data_ptr(), self.v.data_ptr()
 
-    def _of_unit(self, x: paddle.Tensor, unit: int) -> tuple[int, int]:
-        return x.data_ptr() + _FLOAT * unit * self.num_keys * self.dim, self.dim
+    def _queries(self, address: int, block: Block, unit: int) -> tuple[int, int]:
+        """The queries of a block in a tensor that lies as q does, from its address on."""
+        return address + _FLOAT * (block.first + unit * block.step) * self.dim, self.dim
+
+    def _of_unit(self, address: int, unit: int) -> tuple[int, int]:
+        return address + _FLOAT * unit * self.num_keys * self.dim, self.dim
 
     def _scratch(self) -> np.ndarray:
         return np.empty(max(block.rows * block.seen for block in self.blocks), np.float32)

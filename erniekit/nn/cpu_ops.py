@@ -22,7 +22,7 @@ from erniekit.nn.sgemm import sgemm
 
 # Numbers of oneDNN's C interface (dnnl_types.h).
 _TRAINING, _BACKWARD = c_int(64), c_int(128)
-_SOFTMAX, _SWISH, _GELU = 0x30000, 0x2C, 0x31
+_SOFTMAX, _SWISH, _GELU, _LINEAR = 0x30000, 0x2C, 0x31, 0x26
 _ADD, _MULTIPLY, _DIVIDE, _SUBTRACT = 0x1FFF0, 0x1FFF1, 0x1FFF4, 0x1FFF5
 _MEAN, _VARIANCE, _SCALE, _SHIFT = 49, 50, 51, 52
 _SOURCE_GRADIENT, _RESULT_GRADIENT, _SCALE_GRADIENT, _SHIFT_GRADIENT = 129, 145, 255, 256
@@ -259,6 +259,24 @@ def _broadcast(thread: int, algorithm: int, count: int, size: int) -> Primitive:
     return Primitive("binary", (c_int(algorithm), x, y, x), ((SOURCE, x), (SECOND_SOURCE, y), (RESULT, x)))
 
 
+def add(x: paddle.Tensor, y: paddle.Tensor) -> paddle.Tensor:
+    """x + y for tensors of one shape."""
+    if not (applies(x) and applies(y)):
+        return x + y
+    out = unfilled_like(x)
+    _elementwise(get_ident(), _ADD, math.prod(x.shape)).run(x.data_ptr(), y.data_ptr(), out.data_ptr())
+    return out
+
+
+def copy(x: paddle.Tensor) -> paddle.Tensor:
+    """A tensor of its own with the numbers of x."""
+    if not applies(x):
+        return x.clone()
+    out = unfilled_like(x)
+    _activation(get_ident(), _LINEAR, math.prod(x.shape), 1.0).run(x.data_ptr(), out.data_ptr())
+    return out
+
+
 def add_(x: paddle.Tensor, y: paddle.Tensor) -> paddle.Tensor:
     """x + y for tensors of one shape, in place."""
     if not (applies(x) and applies(y)):
@@ -356,6 +374,38 @@ def _scaled_rows(thread: int, num_rows: int, size: int, behind: int | None) -> P
     operands = ((SOURCE, x), (SECOND_SOURCE, factors), (RESULT, x))
     further = () if behind is None else ((behind, dense(1, size) if behind == _MULTIPLY else x),)
     return Primitive("binary", (c_int(_MULTIPLY), x, factors, x), operands, behind=further)
+
+
+def mean_square(x_TD: paddle.Tensor) -> paddle.Tensor:
+    """The mean of the squares of each row: [T, D] -> [T, 1]."""
+    if not applies(x_TD):
+        return paddle.matmul(x_TD.square(), paddle.full([x_TD.shape[1], 1], 1.0 / x_TD.shape[1]))
+    rows = memory_of(x_TD)
+    return paddle.to_tensor(np.einsum("td,td->t", rows, rows)[:, None] / np.float32(x_TD.shape[1]))
+
+
+def rms_norm_backward(
+    dy_TD: paddle.Tensor, x_TD: paddle.Tensor, mean_square_T1: paddle.Tensor, weight_D: paddle.Tensor, epsilon: float
+) -> tuple[paddle.Tensor, paddle.Tensor]:
+    """The gradients of x and weight of weight * x * r, r = 1 / sqrt(mean_square + epsilon), for tensors to which oneDNN
+    `applies`.
+
+    It is layer normalisation with a mean of zero. Its gradient, r (w dy - mean(w dy) - x r^2 mean(w dy x)), has one
+    term too many, since there the mean follows x; that is added again.
+    """
+    num_tokens, size = x_TD.shape
+    statistics = paddle.zeros([num_tokens]), mean_square_T1
+    dx, dweight, _ = layer_norm_backward(dy_TD, x_TD, statistics, weight_D, epsilon)
+    mean_T = np.einsum("td,d->t", memory_of(dy_TD), memory_of(weight_D) / np.float32(size))
+    mean_T /= np.sqrt(memory_of(mean_square_T1)[:, 0] + np.float32(epsilon))
+    _column_added(get_ident(), num_tokens, size).run(dx.data_ptr(), mean_T.ctypes.data, dx.data_ptr())
+    return dx, dweight
+
+
+@lru_cache(maxsize=256)
+def _column_added(thread: int, num_rows: int, size: int) -> Primitive:
+    x, column = dense(num_rows, size), dense(num_rows, 1)
+    return Primitive("binary", (c_int(_ADD), x, column, x), ((SOURCE, x), (SECOND_SOURCE, column), (RESULT, x)))
 
 
 def rms_norm(x_TD: paddle.Tensor, weight_D: paddle.Tensor, epsilon: float) -> paddle.Tensor:

@@ -4,6 +4,7 @@ Nothing is padded: neighbouring frames of equal size are one batched product. Le
 frames, L patches of a frame.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -158,7 +159,8 @@ class _Attention(PyLayer):
         for number, (do,) in enumerate(mixer.by_run(dout_rows)):
             kept = ctx.kept[number]
             if isinstance(kept, blockwise.Heads):
-                grads = kept.backward(do)
+                every, count = kept.backward(do), math.prod(kept.q.shape) // head_dim
+                grads = every[:count], every[count : 2 * count], every[2 * count :]
             else:
                 scaled, k, v = saved[3 * number : 3 * number + 3]
                 grads = _backward(scaled, k, v, kept, do)

@@ -6,12 +6,13 @@ the result is rounded to the nearest 16-bit value. Tensors, gradients and what w
 as on a GPU. On a GPU, and for fp32 everywhere, each function is the operation of Paddle that it is named after.
 """
 
+import math
 from collections.abc import Callable, Sequence
 
 import paddle
 from paddle.autograd import PyLayer
 
-from erniekit.nn import onednn
+from erniekit.nn import cpu_ops, onednn
 
 
 def is_emulated(x: paddle.Tensor) -> bool:
@@ -30,7 +31,25 @@ def rounded(operation: Callable[..., paddle.Tensor], x: paddle.Tensor, *others: 
 
 def add(x: paddle.Tensor, y: paddle.Tensor) -> paddle.Tensor:
     """x + y."""
+    large = x.shape == y.shape and math.prod(x.shape) > cpu_ops.MOST_IN_ONE_THREAD
+    if large and paddle.is_grad_enabled() and cpu_ops.applies(x) and cpu_ops.applies(y):
+        return _Add.apply(x, y)
     return rounded(paddle.add, x, y)
+
+
+class _Add(PyLayer):
+    """x + y in all threads of the CPU; Paddle's sum, and its copies of the gradient, take one."""
+
+    @staticmethod
+    def forward(ctx, x: paddle.Tensor, y: paddle.Tensor) -> paddle.Tensor:
+        ctx.needed = not x.stop_gradient, not y.stop_gradient
+        return cpu_ops.add(x, y)
+
+    @staticmethod
+    def backward(ctx, dz: paddle.Tensor) -> tuple[paddle.Tensor | None, paddle.Tensor | None]:
+        # Each gets memory of its own, because Paddle sums gradients in place.
+        x_needed, y_needed = ctx.needed
+        return dz if x_needed else None, (cpu_ops.copy(dz) if x_needed else dz) if y_needed else None
 
 
 def multiply(x: paddle.Tensor, y: paddle.Tensor) -> paddle.Tensor:

@@ -21,7 +21,7 @@ from erniekit.nn.linear import Projection
 from erniekit.precision.fp8_experts import Fp8Experts
 from erniekit.precision.fp8_product import Fp8Product
 
-_ATTENTION_BLOCK = 256  # query positions of one product, as in nn/attention.py
+_ATTENTION_BLOCK = 128  # query positions of one product, as in nn/attention.py
 _KEEP_WEIGHTS = 1024  # longest document whose softmax weights are kept, as there
 EXPANDED_ROTATION = 100_000_000  # largest table of rotations with a row for every head, as in nn/rotary.py
 FP32, INT64 = 4, 8
