@@ -3,7 +3,8 @@
 A GPU has a kernel of each operation for bfloat16 and float16, which computes in fp32 and rounds its result. Paddle's
 CPU lacks most of these, and there the functions below do the same with fp32 kernels: the 16-bit values are widened, and
 the result is rounded to the nearest 16-bit value. Tensors, gradients and what waits for the backward pass have 16 bits,
-as on a GPU. On a GPU, and for fp32 everywhere, each function is the operation of Paddle that it is named after.
+as on a GPU. Products and sums of large fp32 tensors in a CPU's memory are those of nn/sgemm.py and nn/cpu_ops.py.
+Elsewhere each function is the operation of Paddle that it is named after.
 """
 
 import math
@@ -13,6 +14,7 @@ import paddle
 from paddle.autograd import PyLayer
 
 from erniekit.nn import cpu_ops, onednn
+from erniekit.nn.nodes import call
 
 
 def is_emulated(x: paddle.Tensor) -> bool:
@@ -31,8 +33,7 @@ def rounded(operation: Callable[..., paddle.Tensor], x: paddle.Tensor, *others: 
 
 def add(x: paddle.Tensor, y: paddle.Tensor) -> paddle.Tensor:
     """x + y."""
-    large = x.shape == y.shape and math.prod(x.shape) > cpu_ops.MOST_IN_ONE_THREAD
-    if large and paddle.is_grad_enabled() and cpu_ops.applies(x) and cpu_ops.applies(y):
+    if x.shape == y.shape and paddle.is_grad_enabled() and _is_large(x) and cpu_ops.applies(x) and cpu_ops.applies(y):
         return _Add.apply(x, y)
     return rounded(paddle.add, x, y)
 
@@ -69,15 +70,17 @@ def concat(tensors: Sequence[paddle.Tensor], axis: int = 0) -> paddle.Tensor:
 
 def matmul(x: paddle.Tensor, y: paddle.Tensor, transpose_x: bool = False, transpose_y: bool = False) -> paddle.Tensor:
     """x y for x [..., n, k] and y [k, m], each of which may be transposed if it is a matrix."""
-    if not is_emulated(x):
+    of_matrices = y.ndim == 2 and (x.ndim == 2 or not transpose_x)
+    in_place = of_matrices and _is_large(x) and cpu_ops.applies(x) and cpu_ops.applies(y)
+    if not (in_place or is_emulated(x)):
         return paddle.matmul(x, y, transpose_x=transpose_x, transpose_y=transpose_y)
-    assert len(y.shape) == 2 and (len(x.shape) == 2 or not transpose_x), (x.shape, y.shape)
-    product = _Matmul.apply(x.reshape([-1, x.shape[-1]]), y, transpose_x, transpose_y)
+    assert of_matrices, (x.shape, y.shape)
+    product = call(_Matmul, x.reshape([-1, x.shape[-1]]), y, transpose_x, transpose_y)
     return product if len(x.shape) == 2 else product.reshape([*x.shape[:-1], product.shape[-1]])
 
 
 class _Matmul(PyLayer):
-    """The product of two 16-bit matrices on a CPU; keeps the two, in 16 bits."""
+    """The product of two matrices on a CPU; keeps the two."""
 
     @staticmethod
     def forward(ctx, x: paddle.Tensor, y: paddle.Tensor, transpose_x: bool, transpose_y: bool) -> paddle.Tensor:
@@ -89,6 +92,7 @@ class _Matmul(PyLayer):
     def backward(ctx, dz: paddle.Tensor) -> tuple[paddle.Tensor | None, paddle.Tensor | None]:
         x, y = ctx.saved_tensor()
         transpose_x, transpose_y = ctx.transposed
+        dz = dz.contiguous()
         dx = dy = None
         if not x.stop_gradient:
             dx = _product(y, dz, transpose_y, True) if transpose_x else _product(dz, y, False, not transpose_y)
@@ -98,6 +102,16 @@ class _Matmul(PyLayer):
 
 
 def _product(x: paddle.Tensor, y: paddle.Tensor, transpose_x: bool, transpose_y: bool) -> paddle.Tensor:
+    if x.dtype == paddle.float32:
+        rows, columns = x.shape[1 if transpose_x else 0], y.shape[0 if transpose_y else 1]
+        out = cpu_ops.unfilled([rows, columns], x)
+        cpu_ops.matmul_into(out, x, y, transpose_x, transpose_y)
+        return out
     if x.size and y.size and onednn.is_available(x.dtype):
         return onednn.matmul(x, y, transpose_x, transpose_y)
     return paddle.matmul(x.astype("float32"), y.astype("float32"), transpose_x, transpose_y).astype(x.dtype)
+
+
+def _is_large(x: paddle.Tensor) -> bool:
+    """Whether making an operation of our own takes little of its time, and several threads help."""
+    return math.prod(x.shape) > cpu_ops.MOST_IN_ONE_THREAD
