@@ -15,8 +15,10 @@ from erniekit.utils import log, runtime
 
 _SPIN_MS, _SLEEP_MS = 200, 0  # the runtime's default, and none at all
 _WINDOW = 0.25  # seconds at least between two decisions
-_BUSY, _QUIET = 0.05, 0.02  # shares of the time that this thread waited for a core
-_QUIET_WINDOWS = 4  # without a neighbour until threads spin again
+_BUSY, _QUIET = 0.1, 0.05  # shares of the time that this thread waited for a core
+# With a neighbour until threads sleep, and without one until they spin again. A window alone is often busy because the
+# run's own workers read data.
+_BUSY_WINDOWS, _QUIET_WINDOWS = 2, 4
 _SETTINGS = ("KMP_BLOCKTIME", "OMP_WAIT_POLICY")
 _SCHEDULER = Path("/proc/thread-self/schedstat")  # nanoseconds on a core, nanoseconds of waiting for one, turns
 
@@ -59,7 +61,7 @@ class ThreadWaits:
         if set_blocktime is None and not is_chosen:
             set_blocktime = blocktime_setter()
         self._waited, self._set = waited, set_blocktime
-        self._quiet_windows, self._was_said = 0, False
+        self._busy_windows, self._quiet_windows, self._was_said = 0, 0, False
         self._begin, self._before = time.perf_counter(), waited()
         self.sleep = False
 
@@ -73,8 +75,9 @@ class ThreadWaits:
             return
         share = (waited - self._before) / (now - self._begin)
         self._begin, self._before = now, waited
+        self._busy_windows = self._busy_windows + 1 if share > _BUSY else 0
         self._quiet_windows = self._quiet_windows + 1 if share < _QUIET else 0
-        if not self.sleep and share > _BUSY:
+        if not self.sleep and self._busy_windows >= _BUSY_WINDOWS:
             self._change(True)
             if not self._was_said:
                 log.info(
