@@ -376,28 +376,38 @@ def _scaled_rows(thread: int, num_rows: int, size: int, behind: int | None) -> P
     return Primitive("binary", (c_int(_MULTIPLY), x, factors, x), operands, behind=further)
 
 
-def mean_square(x_TD: paddle.Tensor) -> paddle.Tensor:
-    """The mean of the squares of each row: [T, D] -> [T, 1]."""
-    if not applies(x_TD):
-        return paddle.matmul(x_TD.square(), paddle.full([x_TD.shape[1], 1], 1.0 / x_TD.shape[1]))
-    rows = memory_of(x_TD)
-    return paddle.to_tensor(np.einsum("td,td->t", rows, rows)[:, None] / np.float32(x_TD.shape[1]))
+def rms_norm_forward(x_TD: paddle.Tensor, weight_D: paddle.Tensor, epsilon: float) -> tuple[paddle.Tensor, np.ndarray]:
+    """weight * x / sqrt(m + epsilon) with the mean m of the squares of each row, and m [T]; for an x to which oneDNN
+    `applies`.
+    """
+    num_tokens, size = x_TD.shape
+    rows, out = memory_of(x_TD), unfilled_like(x_TD)
+    mean_square_T = np.einsum("td,td->t", rows, rows)
+    mean_square_T /= np.float32(size)
+    scale_T = 1 / np.sqrt(mean_square_T + np.float32(epsilon))
+    _scaled_rows(get_ident(), num_tokens, size, _MULTIPLY).run(
+        x_TD.data_ptr(), scale_T.ctypes.data, out.data_ptr(), weight_D.data_ptr()
+    )
+    return out, mean_square_T
 
 
 def rms_norm_backward(
-    dy_TD: paddle.Tensor, x_TD: paddle.Tensor, mean_square_T1: paddle.Tensor, weight_D: paddle.Tensor, epsilon: float
+    dy_TD: paddle.Tensor, x_TD: paddle.Tensor, mean_square_T: np.ndarray, weight_D: paddle.Tensor, epsilon: float
 ) -> tuple[paddle.Tensor, paddle.Tensor]:
-    """The gradients of x and weight of weight * x * r, r = 1 / sqrt(mean_square + epsilon), for tensors to which oneDNN
-    `applies`.
+    """The gradients of x and weight from that of what `rms_norm_forward` gave.
 
-    It is layer normalisation with a mean of zero. Its gradient, r (w dy - mean(w dy) - x r^2 mean(w dy x)), has one
-    term too many, since there the mean follows x; that is added again.
+    It is layer normalisation with a mean of zero. Its gradient, r (w dy - mean(w dy) - x r^2 mean(w dy x)) with r = 1 /
+    sqrt(mean_square + epsilon), has one term too many, since there the mean follows x; that is added again.
     """
     num_tokens, size = x_TD.shape
-    statistics = paddle.zeros([num_tokens]), mean_square_T1
-    dx, dweight, _ = layer_norm_backward(dy_TD, x_TD, statistics, weight_D, epsilon)
+    dx, dweight, unused = unfilled_like(x_TD), unfilled_like(weight_D), unfilled_like(weight_D)
+    no_mean_T = np.zeros(num_tokens, np.float32)
+    _layer_norm_backward(get_ident(), num_tokens, size, epsilon).run(
+        *(dx.data_ptr(), dy_TD.data_ptr(), x_TD.data_ptr(), no_mean_T.ctypes.data, mean_square_T.ctypes.data),
+        *(weight_D.data_ptr(), weight_D.data_ptr(), dweight.data_ptr(), unused.data_ptr()),
+    )
     mean_T = np.einsum("td,d->t", memory_of(dy_TD), memory_of(weight_D) / np.float32(size))
-    mean_T /= np.sqrt(memory_of(mean_square_T1)[:, 0] + np.float32(epsilon))
+    mean_T /= np.sqrt(mean_square_T + np.float32(epsilon))
     _column_added(get_ident(), num_tokens, size).run(dx.data_ptr(), mean_T.ctypes.data, dx.data_ptr())
     return dx, dweight
 

@@ -1,5 +1,6 @@
 """Root-mean-square normalisation of the decoder, and layer normalisation of the vision transformer."""
 
+import numpy as np
 import paddle
 from paddle import nn
 from paddle.autograd import PyLayer
@@ -13,38 +14,37 @@ from erniekit.nn.roles import DeclaresRoles, Role
 
 class _RMSNorm(PyLayer):
     """y = x * (r w^T), r = 1/rms of each token, for the CPU: Paddle's sums over an axis are slow there, so sums are
-    products with a vector where oneDNN does not compute them. Keeps x and r, and nothing of y's size.
+    products with a vector where oneDNN does not compute them. Keeps x and the mean of its squares.
     """
 
     @staticmethod
     def forward(ctx, x_TD: paddle.Tensor, weight_D: paddle.Tensor, epsilon: float) -> paddle.Tensor:
-        x = x_TD.astype("float32")
-        mean_square_T1 = cpu_ops.mean_square(x)
-        rstd_T1 = paddle.rsqrt(mean_square_T1 + epsilon)
-        ctx.save_for_backward(x_TD, mean_square_T1, weight_D)
+        x, weight = x_TD.astype("float32"), weight_D.astype("float32")
+        ctx.save_for_backward(x_TD, weight_D)
         ctx.epsilon = epsilon
-        return scale_rows_and_columns(x, rstd_T1, weight_D.astype("float32")).astype(x_TD.dtype)
+        if cpu_ops.applies(x):
+            y, ctx.mean_square = cpu_ops.rms_norm_forward(x, weight, epsilon)
+            return y.astype(x_TD.dtype)
+        ctx.mean_square = paddle.matmul(x.square(), paddle.full([x.shape[1], 1], 1.0 / x.shape[1]))
+        return scale_rows_and_columns(x, paddle.rsqrt(ctx.mean_square + epsilon), weight).astype(x_TD.dtype)
 
     @staticmethod
     def backward(ctx, dy_TD: paddle.Tensor) -> tuple[paddle.Tensor | None, paddle.Tensor | None]:
-        x_TD, mean_square_T1, weight_D = ctx.saved_tensor()
+        x_TD, weight_D = ctx.saved_tensor()
         x, dy, weight = (each.astype("float32") for each in (x_TD, dy_TD.contiguous(), weight_D))
-        if cpu_ops.applies(x) and cpu_ops.applies(dy):
-            dx, dweight = cpu_ops.rms_norm_backward(dy, x, mean_square_T1, weight, ctx.epsilon)
-            return (
-                None if x_TD.stop_gradient else dx.astype(x_TD.dtype),
-                None if weight_D.stop_gradient else dweight.astype(weight_D.dtype),
-            )
-        rstd_T1, product = paddle.rsqrt(mean_square_T1 + ctx.epsilon), dy * x
-        dx = dweight = None
-        if not weight_D.stop_gradient:
-            dweight = paddle.matmul(rstd_T1, product, transpose_x=True).reshape([-1]).astype(weight_D.dtype)
-        if not x_TD.stop_gradient:
+        if isinstance(ctx.mean_square, np.ndarray):
+            dx, dweight = cpu_ops.rms_norm_backward(dy, x, ctx.mean_square, weight, ctx.epsilon)
+        else:
+            rstd_T1, product = paddle.rsqrt(ctx.mean_square + ctx.epsilon), dy * x
+            dweight = paddle.matmul(rstd_T1, product, transpose_x=True).reshape([-1])
             # dx = r (w * dy) - x r^3 (sum_j w_j dy_j x_j) / D
             dot_T1 = paddle.matmul(product, weight.unsqueeze(-1))
             pull_T1 = dot_T1.multiply_(rstd_T1 * rstd_T1 * rstd_T1).scale_(-1.0 / x.shape[1])
-            dx = add_scaled_rows_(scale_rows_and_columns(dy, rstd_T1, weight), x, pull_T1).astype(x_TD.dtype)
-        return dx, dweight
+            dx = add_scaled_rows_(scale_rows_and_columns(dy, rstd_T1, weight), x, pull_T1)
+        return (
+            None if x_TD.stop_gradient else dx.astype(x_TD.dtype),
+            None if weight_D.stop_gradient else dweight.astype(weight_D.dtype),
+        )
 
 
 def _outer(column_T1: paddle.Tensor, row_D: paddle.Tensor) -> paddle.Tensor:
