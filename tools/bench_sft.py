@@ -67,12 +67,14 @@ class Gate:
 def run_ours(job: dict[str, Any], commands: Iterator[Any], answer: Callable[[dict[str, Any]], None]) -> None:
     """erniekit's trainer."""
     sys.path.insert(0, str(ROOT))
+    from erniekit.utils import runtime
+
+    runtime.prepare()  # as the command does, before the first import of paddle
     from erniekit import config
     from erniekit.parallel.mesh import Mesh
     from erniekit.training.build import build_run
     from erniekit.training.callbacks import Callback, StepMetrics
     from erniekit.training.trainer import Trainer
-    from erniekit.utils import runtime
 
     cfg = config.load(
         None,
