@@ -5,6 +5,7 @@
     python tools/bench_step.py --config examples/models/tiny-moe --batch 8 --seq 256
     python tools/bench_step.py tiny --documents 16      # rows packed with 16 documents each
     python tools/bench_step.py tiny --only ours --profile
+    python tools/bench_step.py tiny --before DIRECTORY  # another checkout of erniekit takes turns as well
 
 Both sides do the same work: one causal-LM step in fp32 on random tokens with a label at every position, AdamW,
 gradients clipped to a global norm of 1. Each side lives in a process of its own, so that neither sees the other's
@@ -160,13 +161,24 @@ class Side(Worker):
 
 
 def bench(
-    name: str, job: dict[str, Any], sides: list[str], rounds: int, profile: bool, script: str = __file__
+    name: str,
+    job: dict[str, Any],
+    sides: list[str],
+    rounds: int,
+    profile: bool,
+    script: str = __file__,
+    before: Path | None = None,
 ) -> dict[str, Any]:
-    """Interleave the sides, workers of `script`, for `rounds` rounds and print the table."""
+    """Interleave the sides, workers of `script`, for `rounds` rounds and print the table. `before`: another checkout
+    of erniekit, whose worker is one more side.
+    """
     workers: list[Side] = []
     for side in sides:
         workers.append(Side(side, job, script))
         job = job | {"threads": workers[0].about["threads"]}  # torch gets as many as erniekit took
+    if before is not None:
+        workers.append(Side("ours", job, str(before / "tools" / Path(script).name)))
+        workers[-1].side = "before"
     # A turn takes about a second: long enough to be stable, short enough that the machine is the same for both.
     steps = {w.side: max(2, min(20, round(1.0 / w.turn(2)))) for w in workers}
     for worker in workers:
@@ -176,7 +188,8 @@ def bench(
         for worker in workers if number % 2 == 0 else reversed(workers):
             time.sleep(PAUSE)
             medians[worker.side].append(worker.turn(steps[worker.side]))
-            worker.rates.append(worker.ask("rate")["rate"])
+            if worker.side != "before":
+                worker.rates.append(worker.ask("rate")["rate"])
     result = report(name, job, workers, medians)
     for worker in workers:
         if profile:
@@ -202,6 +215,7 @@ def report(name: str, job: dict[str, Any], workers: list[Side], medians: dict[st
     )
     flops, shares = job.get("flops", float("nan")), dict[str, float]()
     for worker in workers:
+        worker.rates = worker.rates or workers[0].rates  # those of another checkout are those of the same Paddle
         times = medians[worker.side]
         forward, backward, update, cpu = (1e3 * statistics.median(row[i] for row in worker.rows) for i in (1, 2, 3, 4))
         shares[worker.side] = statistics.median(
@@ -216,15 +230,20 @@ def report(name: str, job: dict[str, Any], workers: list[Side], medians: dict[st
     result: dict[str, Any] = {"preset": name, "about": {w.side: w.about | {"peak_mb": w.peak_mb} for w in workers}}
     result["share"] = shares
     result |= {"tokens_per_second": {s: tokens / statistics.median(t) for s, t in medians.items()}}
-    if len(workers) == 2:
-        ratios = [other / mine for mine, other in zip(medians["ours"], medians["torch"], strict=True)]
-        result["ratio"], result["ratios"] = statistics.median(ratios), ratios
-        used = {worker.side: statistics.median(row[4] for row in worker.rows) for worker in workers}
-        result["processor_ratio"] = used["torch"] / used["ours"]
+    used = {worker.side: statistics.median(row[4] for row in worker.rows) for worker in workers}
+    result["of"] = {}
+    for numerator, denominator in (("ours", "torch"), ("before", "torch"), ("ours", "before")):
+        if numerator not in medians or denominator not in medians:
+            continue
+        ratios = [other / mine for mine, other in zip(medians[numerator], medians[denominator], strict=True)]
+        ratio, processor_ratio = statistics.median(ratios), used[denominator] / used[numerator]
+        result["of"][f"{numerator} / {denominator}"] = ratio, ratios, processor_ratio
         print(
-            f"ours / torch: {result['ratio']:.2f} of its tokens/s (rounds {min(ratios):.2f}-{max(ratios):.2f}), "
-            f"{result['processor_ratio']:.2f} of its tokens per second of processor time"
+            f"{numerator} / {denominator}: {ratio:.2f} of its tokens/s (rounds {min(ratios):.2f}-{max(ratios):.2f}), "
+            f"{processor_ratio:.2f} of its tokens per second of processor time"
         )
+    if "ours / torch" in result["of"]:
+        result["ratio"], result["ratios"], result["processor_ratio"] = result["of"]["ours / torch"]
     sys.stdout.flush()
     return result
 
@@ -241,6 +260,7 @@ def main() -> None:
     parser.add_argument("--warmup", type=int, default=3)
     parser.add_argument("--threads", type=int, help="of each side (default: what erniekit takes by itself)")
     parser.add_argument("--only", choices=list(SIDES), help="one side alone")
+    parser.add_argument("--before", type=Path, help="another checkout of erniekit, which takes turns with this one")
     parser.add_argument("--profile", action="store_true", help="afterwards, time by operator (stderr)")
     parser.add_argument("--json", type=Path, help="also write the results here")
     parser.add_argument("--serve", choices=list(SIDES), help=argparse.SUPPRESS)
@@ -262,7 +282,7 @@ def main() -> None:
         lengths = np.bincount(documents_in_row(job["seq"], args.documents)).repeat(job["batch"])
         job["flops"] = product_flops(config, job["batch"] * job["seq"], lengths)
         job |= {"warmup": args.warmup, "threads": args.threads, "contents": f"{args.documents} documents a row"}
-        results.append(bench(name, job, sides, args.rounds, args.profile))
+        results.append(bench(name, job, sides, args.rounds, args.profile, before=args.before))
     if args.json:
         args.json.write_text(json.dumps(results, indent=2) + "\n")
 

@@ -15,10 +15,10 @@ from erniekit.utils import log, runtime
 
 _SPIN_MS, _SLEEP_MS = 200, 0  # the runtime's default, and none at all
 _WINDOW = 0.25  # seconds at least between two decisions
-_BUSY, _QUIET = 0.1, 0.05  # shares of the time that this thread waited for a core
-# With a neighbour until threads sleep, and without one until they spin again. A window alone is often busy because the
-# run's own workers read data.
-_BUSY_WINDOWS, _QUIET_WINDOWS = 2, 4
+# Shares of the time that this thread waited for a core: surely beside another program, perhaps, and without one. The
+# run's own workers, which read data, take up to a quarter of a window now and then.
+_SURE, _BUSY, _QUIET = 0.3, 0.1, 0.05
+_BUSY_WINDOWS, _QUIET_WINDOWS = 2, 4  # one after another until threads sleep, and until they spin again
 _SETTINGS = ("KMP_BLOCKTIME", "OMP_WAIT_POLICY")
 _SCHEDULER = Path("/proc/thread-self/schedstat")  # nanoseconds on a core, nanoseconds of waiting for one, turns
 
@@ -77,7 +77,7 @@ class ThreadWaits:
         self._begin, self._before = now, waited
         self._busy_windows = self._busy_windows + 1 if share > _BUSY else 0
         self._quiet_windows = self._quiet_windows + 1 if share < _QUIET else 0
-        if not self.sleep and self._busy_windows >= _BUSY_WINDOWS:
+        if not self.sleep and (share > _SURE or self._busy_windows >= _BUSY_WINDOWS):
             self._change(True)
             if not self._was_said:
                 log.info(

@@ -113,6 +113,10 @@ def test_sums_and_differences():
         left = paddle.to_tensor(x)
         assert function(left, paddle.to_tensor(y)) is left
         np.testing.assert_array_equal(left.numpy(), expected)
+    left = paddle.to_tensor(x)
+    np.testing.assert_array_equal(cpu_ops.add(left, paddle.to_tensor(y)).numpy(), x + y)
+    np.testing.assert_array_equal(cpu_ops.copy(left).add_(left).numpy(), x + x)
+    np.testing.assert_array_equal(left.numpy(), x)
     scores = random(2, 3, 40, 50)
     found = cpu_ops.add_to_each_(paddle.to_tensor(scores), paddle.to_tensor(y)).numpy()
     np.testing.assert_array_equal(found, scores + y)

@@ -118,7 +118,60 @@ def test_no_rows_are_no_rows(dtype: str):
     assert narrow.matmul(x, y).shape == [0, 3]
 
 
-def test_fp32_stays_paddles_own_operation():
+LARGE = 600, 500  # more numbers than one thread takes
+
+
+def large_tensors(*shapes: tuple[int, int]) -> list[paddle.Tensor]:
+    random = np.random.default_rng(0)
+    return [paddle.to_tensor(random.normal(size=s).astype(np.float32), stop_gradient=False) for s in shapes]
+
+
+@pytest.mark.parametrize("transposed", [(False, False), (False, True), (True, False), (True, True)])
+def test_large_fp32_products_and_their_gradients_are_those_of_paddle(transposed: tuple[bool, bool]):
+    shapes = (LARGE[::-1] if transposed[0] else LARGE), ((40, 500) if transposed[1] else (500, 40))
+    upstream = large_tensors((600, 40))[0].detach()
+    results = []
+    for product in (narrow.matmul, paddle.matmul):
+        x, y = large_tensors(*shapes)
+        z = product(x, y, transpose_x=transposed[0], transpose_y=transposed[1])
+        (z * upstream).sum().backward()
+        results.append((z.numpy(), x.grad.numpy(), y.grad.numpy()))
+    for ours, expected in zip(*results, strict=True):
+        np.testing.assert_allclose(ours, expected, rtol=1e-4, atol=1e-3)  # sums of up to 600 terms, in another order
+
+
+def test_a_large_fp32_product_keeps_leading_axes():
+    x, y = large_tensors(LARGE, (500, 8))
+    product = narrow.matmul(x.reshape([3, 200, 500]), y)
+    np.testing.assert_allclose(product.numpy(), paddle.matmul(x, y).reshape([3, 200, 8]).numpy(), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("frozen", [0, 1])
+def test_a_frozen_term_or_factor_of_a_large_operation_gets_no_gradient(frozen: int):
+    for operation, shapes in ((narrow.matmul, (LARGE, (500, 8))), (narrow.add, (LARGE, LARGE))):
+        pair = large_tensors(*shapes)
+        pair[frozen].stop_gradient = True
+        operation(*pair).sum().backward()
+        assert pair[frozen].grad is None and pair[1 - frozen].grad is not None
+
+
+def test_terms_of_a_large_sum_do_not_share_a_gradient():
+    """Paddle sums gradients in place: what x gets from elsewhere must not reach y, and the other way round."""
+    x, y = large_tensors(LARGE, LARGE)
+    first, second = large_tensors(LARGE, LARGE)
+    z = narrow.add(x, y)
+    (z * first.detach() + 3.0 * x + y * second.detach()).sum().backward()
+    np.testing.assert_allclose(z.numpy(), x.numpy() + y.numpy())
+    np.testing.assert_allclose(x.grad.numpy(), first.numpy() + 3.0, rtol=1e-6, atol=1e-6)
+    np.testing.assert_allclose(y.grad.numpy(), first.numpy() + second.numpy(), rtol=1e-6, atol=1e-6)
+
+
+def test_a_sum_with_a_row_stays_paddles_operation():
+    x, row = large_tensors(LARGE, (1, 500))
+    np.testing.assert_array_equal(narrow.add(x, row[0]).numpy(), (x + row[0]).numpy())
+
+
+def test_small_fp32_operations_stay_paddles_own():
     x, y = tensors("float32", (6, 50), (50, 4))
     assert narrow.matmul(x, y).numpy().tobytes() == paddle.matmul(x, y).numpy().tobytes()
     assert narrow.add(x, x).numpy().tobytes() == (x + x).numpy().tobytes()

@@ -50,6 +50,27 @@ def test_the_plain_formula_for_other_devices_is_the_same():
         np.testing.assert_allclose(ours, plain, rtol=1e-5, atol=1e-6)
 
 
+def test_both_ways_of_the_cpu_are_the_same(monkeypatch: pytest.MonkeyPatch):
+    """oneDNN's, and products with vectors where it is not available."""
+    random = np.random.default_rng(2)
+    # A gradient of one sign: the term that layer normalisation has too many is then as large as the others.
+    x, weight, upstream = (
+        random.normal(size=(40, 16)) + 1.0,
+        random.normal(size=16),
+        random.uniform(1, 2, size=(40, 16)),
+    )
+    results = []
+    for available in (True, False):
+        if not available:
+            monkeypatch.setattr(norm.cpu_ops, "applies", lambda tensor: False)
+        x_t, weight_t = tensor(x), tensor(weight)
+        y = rms_norm(x_t, weight_t, EPSILON)
+        (y * tensor(upstream)).sum().backward()
+        results.append((y.numpy(), x_t.grad.numpy(), weight_t.grad.numpy()))
+    for ours, expected in zip(*results, strict=True):
+        np.testing.assert_allclose(ours, expected, rtol=1e-5, atol=1e-5)
+
+
 def test_a_row_of_zeros_stays_zero_and_its_gradient_finite():
     x, weight = tensor(np.zeros((2, 4))), tensor(np.ones(4))
     y = rms_norm(x, weight, EPSILON)

@@ -32,6 +32,14 @@ def test_pairs_turn_by_their_angle_and_values_do_not():
     np.testing.assert_array_equal(y[[0, 3]], x[[0, 3]])
 
 
+def test_short_documents_have_the_bits_of_long_ones():
+    """Sines and cosines of a position are then computed once for all documents."""
+    positions = np.concatenate([np.arange(5), np.arange(3), np.arange(4)])
+    long = Rotary(8, THETA).table(np.arange(100))
+    np.testing.assert_array_equal(Rotary(8, THETA).table(positions), long[positions])
+    assert Rotary(8, THETA).table(np.zeros(0, np.int64)).shape == (0, 4)
+
+
 def test_the_inverse_undoes_and_is_the_adjoint():
     random = np.random.default_rng(1)
     rotation = Rotary(16, THETA).at(np.arange(7) * 11, 2, 1)

@@ -29,23 +29,38 @@ def test_threads_sleep_beside_a_neighbour_and_spin_again_without(monkeypatch, ca
     machine = Machine(monkeypatch)
     machine.steps(5, 0.001)
     assert machine.blocktimes == [] and not machine.waits.sleep
-    machine.steps(3, 0.3)
+    machine.steps(3, 0.2)
     assert machine.blocktimes == [0] and machine.waits.sleep
     machine.steps(3, 0.001)
     assert machine.blocktimes == [0], "three quiet windows are not yet enough"
-    machine.steps(1, 0.03)  # neither busy nor quiet: counted anew
+    machine.steps(1, 0.07)  # neither busy nor quiet: counted anew
     machine.steps(4, 0.001)
     assert machine.blocktimes == [0, 200]
-    machine.steps(1, 0.3)
+    machine.steps(1, 0.4)  # beyond doubt
     assert machine.blocktimes == [0, 200, 0]
     assert capsys.readouterr().err.count("other processes use this machine's cores") == 1
 
 
+def test_bursts_of_the_runs_own_workers_are_no_neighbour(monkeypatch):
+    machine = Machine(monkeypatch)
+    for _ in range(10):
+        machine.steps(1, 0.25)
+        machine.steps(1, 0.04)
+    assert machine.blocktimes == []
+
+
+def test_their_work_does_not_keep_the_threads_asleep(monkeypatch):
+    machine = Machine(monkeypatch)
+    machine.steps(2, 0.2)
+    machine.steps(4, 0.04)
+    assert machine.blocktimes == [0, 200]
+
+
 def test_short_steps_are_seen_together(monkeypatch):
     machine = Machine(monkeypatch)
-    machine.steps(20, 0.3, seconds=0.01)
+    machine.steps(45, 0.2, seconds=0.01)
     assert machine.blocktimes == []
-    machine.steps(20, 0.3, seconds=0.01)
+    machine.steps(15, 0.2, seconds=0.01)
     assert machine.blocktimes == [0]
 
 
