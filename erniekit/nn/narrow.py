@@ -13,8 +13,11 @@ from collections.abc import Callable, Sequence
 import paddle
 from paddle.autograd import PyLayer
 
-from erniekit.nn import cpu_ops, onednn
+from erniekit.nn import cpu_ops, decoding, onednn
 from erniekit.nn.nodes import call
+from erniekit.nn.sgemm import sgemm
+
+_MANY = 32  # rows of a product of generation from which oneDNN is faster than Paddle's
 
 
 def is_emulated(x: paddle.Tensor) -> bool:
@@ -33,7 +36,7 @@ def rounded(operation: Callable[..., paddle.Tensor], x: paddle.Tensor, *others: 
 
 def add(x: paddle.Tensor, y: paddle.Tensor) -> paddle.Tensor:
     """x + y."""
-    if x.shape == y.shape and paddle.is_grad_enabled() and _is_large(x) and cpu_ops.applies(x) and cpu_ops.applies(y):
+    if paddle.is_grad_enabled() and x.shape == y.shape and _is_large(x) and cpu_ops.applies(x) and cpu_ops.applies(y):
         return _Add.apply(x, y)
     return rounded(paddle.add, x, y)
 
@@ -70,13 +73,17 @@ def concat(tensors: Sequence[paddle.Tensor], axis: int = 0) -> paddle.Tensor:
 
 def matmul(x: paddle.Tensor, y: paddle.Tensor, transpose_x: bool = False, transpose_y: bool = False) -> paddle.Tensor:
     """x y for x [..., n, k] and y [k, m], each of which may be transposed if it is a matrix."""
+    if decoding.is_running() and not is_emulated(x):  # first, since starting a product takes long beside computing it
+        many = x.shape[0] >= _MANY and x.ndim == 2 and not transpose_x and cpu_ops.applies(x) and y.dtype == x.dtype
+        return _decoded(x, y, transpose_y) if many else paddle.matmul(x, y, transpose_x, transpose_y)
     of_matrices = y.ndim == 2 and (x.ndim == 2 or not transpose_x)
     in_place = of_matrices and _is_large(x) and cpu_ops.applies(x) and cpu_ops.applies(y)
     if not (in_place or is_emulated(x)):
         return paddle.matmul(x, y, transpose_x=transpose_x, transpose_y=transpose_y)
     assert of_matrices, (x.shape, y.shape)
-    product = call(_Matmul, x.reshape([-1, x.shape[-1]]), y, transpose_x, transpose_y)
-    return product if len(x.shape) == 2 else product.reshape([*x.shape[:-1], product.shape[-1]])
+    rows = x if x.ndim == 2 else x.reshape([-1, x.shape[-1]])
+    product = call(_Matmul, rows, y, transpose_x, transpose_y)
+    return product if x.ndim == 2 else product.reshape([*x.shape[:-1], product.shape[-1]])
 
 
 class _Matmul(PyLayer):
@@ -110,6 +117,16 @@ def _product(x: paddle.Tensor, y: paddle.Tensor, transpose_x: bool, transpose_y:
     if x.size and y.size and onednn.is_available(x.dtype):
         return onednn.matmul(x, y, transpose_x, transpose_y)
     return paddle.matmul(x.astype("float32"), y.astype("float32"), transpose_x, transpose_y).astype(x.dtype)
+
+
+def _decoded(x: paddle.Tensor, y: paddle.Tensor, transpose_y: bool) -> paddle.Tensor:
+    """x y of contiguous matrices in fp32, started faster than by Paddle and up to a third faster."""
+    (rows, inner), (first, second) = x.shape, y.shape
+    columns = first if transpose_y else second
+    out = cpu_ops.unfilled([rows, columns], x)
+    places = (x.data_ptr(), inner), (y.data_ptr(), second), (out.data_ptr(), columns)
+    sgemm(False, transpose_y, rows, columns, inner, *places)
+    return out
 
 
 def _is_large(x: paddle.Tensor) -> bool:

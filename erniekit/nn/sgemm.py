@@ -2,7 +2,7 @@
 
 from erniekit.nn import mkl, onednn
 
-_LONG = 256  # terms of a sum from which MKL is the faster one for x y^T
+_LONG, _MANY = 256, 32  # terms of a sum, and rows, from which MKL is the faster one for x y^T
 
 
 def sgemm(
@@ -19,9 +19,9 @@ def sgemm(
 ) -> None:
     """out [rows, columns] = alpha x y + beta out; see onednn.sgemm, which must be available.
 
-    On two threads MKL computes x y^T with up to 1.4 times the speed of oneDNN, if the sums are long; oneDNN is as fast
-    or faster for the other products of a training step (docs/speed.md).
+    On two threads MKL computes x y^T with up to 1.4 times the speed of oneDNN, if rows are many and sums are long;
+    oneDNN is as fast or faster for the other products of training and decoding steps (docs/speed.md).
     """
-    of_mkl = transpose_y and not transpose_x and inner >= _LONG and mkl.is_available()
+    of_mkl = transpose_y and not transpose_x and inner >= _LONG and rows >= _MANY and mkl.is_available()
     library = mkl if of_mkl else onednn
     library.sgemm(transpose_x, transpose_y, rows, columns, inner, x, y, out, alpha, beta)

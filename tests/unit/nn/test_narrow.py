@@ -6,7 +6,7 @@ import numpy as np
 import paddle
 import pytest
 
-from erniekit.nn import narrow, onednn
+from erniekit.nn import decoding, narrow, onednn
 
 DTYPES = ("bfloat16", "float16")
 INDEX = [2, 0, 2]
@@ -169,6 +169,15 @@ def test_terms_of_a_large_sum_do_not_share_a_gradient():
 def test_a_sum_with_a_row_stays_paddles_operation():
     x, row = large_tensors(LARGE, (1, 500))
     np.testing.assert_array_equal(narrow.add(x, row[0]).numpy(), (x + row[0]).numpy())
+
+
+@pytest.mark.parametrize("rows", [1, 40])
+@pytest.mark.parametrize("transpose_y", [False, True])
+def test_products_of_generation_are_those_of_paddle(rows: int, transpose_y: bool):
+    x, y = (tensor.detach() for tensor in large_tensors((rows, 30), (7, 30) if transpose_y else (30, 7)))
+    expected = paddle.matmul(x, y, transpose_y=transpose_y).numpy()
+    with decoding.running():
+        np.testing.assert_allclose(narrow.matmul(x, y, transpose_y=transpose_y).numpy(), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_small_fp32_operations_stay_paddles_own():

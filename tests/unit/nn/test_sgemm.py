@@ -20,7 +20,7 @@ def places(array: np.ndarray) -> tuple[int, int]:
 @pytest.mark.parametrize("inner", [3, 300])  # sums below and above the length from which MKL is chosen
 def test_a_product_is_added_to_columns_of_a_larger_matrix(library, transposed: tuple[bool, bool], inner: int):
     random = np.random.default_rng(inner)
-    rows, columns = 5, 7
+    rows, columns = 35, 7
     x_shape = (inner, rows) if transposed[0] else (rows, inner)
     y_shape = (columns, inner) if transposed[1] else (inner, columns)
     # Parts of wider matrices, so that a row does not begin where the one before it ends.
@@ -37,7 +37,7 @@ def test_a_product_is_added_to_columns_of_a_larger_matrix(library, transposed: t
     np.testing.assert_array_equal(whole[:, columns + 2 :], before[:, columns + 2 :])
 
 
-def test_mkl_computes_long_sums_with_a_transposed_second_matrix(monkeypatch: pytest.MonkeyPatch):
+def test_mkl_computes_long_sums_of_many_rows_with_a_transposed_second_matrix(monkeypatch: pytest.MonkeyPatch):
     called: list[str] = []
     for name, library in (("mkl", mkl), ("onednn", onednn)):
         monkeypatch.setattr(library, "sgemm", lambda *arguments, name=name: called.append(name))
