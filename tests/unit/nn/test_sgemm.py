@@ -42,11 +42,12 @@ def test_mkl_computes_long_sums_of_many_rows_with_a_transposed_second_matrix(mon
     for name, library in (("mkl", mkl), ("onednn", onednn)):
         monkeypatch.setattr(library, "sgemm", lambda *arguments, name=name: called.append(name))
     none = (0, 1)
-    for transpose_x, transpose_y, inner in (
-        (False, True, 256),
-        (False, True, 255),
-        (False, False, 256),
-        (True, True, 256),
+    for transposed, rows, inner in (
+        ((False, True), 32, 256),
+        ((False, True), 31, 256),
+        ((False, True), 32, 255),
+        ((False, False), 32, 256),
+        ((True, True), 32, 256),
     ):
-        sgemm.sgemm(transpose_x, transpose_y, 4, 4, inner, none, none, none)
-    assert called == ["mkl", "onednn", "onednn", "onednn"]
+        sgemm.sgemm(*transposed, rows, 4, inner, none, none, none)
+    assert called == ["mkl", "onednn", "onednn", "onednn", "onednn"]
