@@ -230,21 +230,27 @@ def report(name: str, job: dict[str, Any], workers: list[Side], medians: dict[st
     result: dict[str, Any] = {"preset": name, "about": {w.side: w.about | {"peak_mb": w.peak_mb} for w in workers}}
     result["share"] = shares
     result |= {"tokens_per_second": {s: tokens / statistics.median(t) for s, t in medians.items()}}
-    used = {worker.side: statistics.median(row[4] for row in worker.rows) for worker in workers}
-    result["of"] = {}
-    for numerator, denominator in (("ours", "torch"), ("before", "torch"), ("ours", "before")):
-        if numerator not in medians or denominator not in medians:
-            continue
-        ratios = [other / mine for mine, other in zip(medians[numerator], medians[denominator], strict=True)]
-        ratio, processor_ratio = statistics.median(ratios), used[denominator] / used[numerator]
-        result["of"][f"{numerator} / {denominator}"] = ratio, ratios, processor_ratio
-        print(
-            f"{numerator} / {denominator}: {ratio:.2f} of its tokens/s (rounds {min(ratios):.2f}-{max(ratios):.2f}), "
-            f"{processor_ratio:.2f} of its tokens per second of processor time"
-        )
+    result["of"] = compare(workers, medians)
     if "ours / torch" in result["of"]:
         result["ratio"], result["ratios"], result["processor_ratio"] = result["of"]["ours / torch"]
     sys.stdout.flush()
+    return result
+
+
+def compare(workers: list[Side], medians: dict[str, list[float]]) -> dict[str, tuple[float, list[float], float]]:
+    """Print how one side compares with another: the median of the rounds' ratios, these, and that of processor time."""
+    used = {worker.side: statistics.median(row[4] for row in worker.rows) for worker in workers}
+    result = {}
+    for side, other in (("ours", "torch"), ("before", "torch"), ("ours", "before")):
+        if side not in medians or other not in medians:
+            continue
+        ratios = [theirs / mine for mine, theirs in zip(medians[side], medians[other], strict=True)]
+        ratio, processor_ratio = statistics.median(ratios), used[other] / used[side]
+        result[f"{side} / {other}"] = ratio, ratios, processor_ratio
+        print(
+            f"{side} / {other}: {ratio:.2f} of its tokens/s (rounds {min(ratios):.2f}-{max(ratios):.2f}), "
+            f"{processor_ratio:.2f} of its tokens per second of processor time"
+        )
     return result
 
 
