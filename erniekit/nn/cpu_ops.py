@@ -19,6 +19,7 @@ from paddle.incubate.nn import functional as incubate
 from erniekit.nn import onednn
 from erniekit.nn.onednn import RESULT, SECOND_SOURCE, SOURCE, Primitive, dense
 from erniekit.nn.sgemm import sgemm
+from erniekit.utils import runtime
 
 # Numbers of oneDNN's C interface (dnnl_types.h).
 _TRAINING, _BACKWARD = c_int(64), c_int(128)
@@ -402,7 +403,7 @@ def rms_norm_backward(
     num_tokens, size = x_TD.shape
     dx, dweight, unused = unfilled_like(x_TD), unfilled_like(weight_D), unfilled_like(weight_D)
     no_mean_T = np.zeros(num_tokens, np.float32)
-    _layer_norm_backward(get_ident(), num_tokens, size, epsilon).run(
+    _layer_norm_backward(get_ident(), runtime.threads_in_use(), num_tokens, size, epsilon).run(
         *(dx.data_ptr(), dy_TD.data_ptr(), x_TD.data_ptr(), no_mean_T.ctypes.data, mean_square_T.ctypes.data),
         *(weight_D.data_ptr(), weight_D.data_ptr(), dweight.data_ptr(), unused.data_ptr()),
     )
@@ -463,7 +464,9 @@ def layer_norm_backward(
     grads = unfilled_like(x_TD), unfilled_like(weight_D), unfilled_like(weight_D)
     # The library asks for the shift, whose value is not used.
     operands = (grads[0], dy_TD, x_TD, *statistics, weight_D, weight_D, *grads[1:])
-    _layer_norm_backward(get_ident(), num_tokens, size, epsilon).run(*(each.data_ptr() for each in operands))
+    _layer_norm_backward(get_ident(), runtime.threads_in_use(), num_tokens, size, epsilon).run(
+        *(each.data_ptr() for each in operands)
+    )
     return grads
 
 
@@ -477,7 +480,8 @@ def _layer_norm(thread: int, num_tokens: int, size: int, epsilon: float) -> Prim
 
 
 @lru_cache(maxsize=256)
-def _layer_norm_backward(thread: int, num_tokens: int, size: int, epsilon: float) -> Primitive:
+def _layer_norm_backward(thread: int, num_threads: int, num_tokens: int, size: int, epsilon: float) -> Primitive:
+    """Each of the threads that there are when it is made sums a part of the gradient of the weight."""
     x, statistic, weight = dense(num_tokens, size), dense(num_tokens), dense(size)
     arguments = (_BACKWARD, x, x, x, statistic, c_float(epsilon), _WITH_SCALE_AND_SHIFT)
     statistics = ((_MEAN, statistic), (_VARIANCE, statistic))

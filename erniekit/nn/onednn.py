@@ -63,8 +63,8 @@ def matmul(x: paddle.Tensor, y: paddle.Tensor, transpose_x: bool = False, transp
     (rows, inner), (other, columns) = _shape(x, transpose_x), _shape(y, transpose_y)
     assert inner == other, (x.shape, y.shape)
     out = paddle.empty([rows, columns], dtype=x.dtype)
-    thread = threading.get_ident()
-    product = _product(thread, _DATA_TYPES[x.dtype], rows, inner, columns, transpose_x, transpose_y)
+    threads = threading.get_ident(), runtime.threads_in_use()
+    product = _product(*threads, _DATA_TYPES[x.dtype], rows, inner, columns, transpose_x, transpose_y)
     product.run(x.data_ptr(), y.data_ptr(), out.data_ptr())
     return out
 
@@ -219,9 +219,18 @@ def _attributes(
 
 @lru_cache(maxsize=512)
 def _product(
-    thread: int, data_type: int, rows: int, inner: int, columns: int, transpose_x: bool, transpose_y: bool
+    thread: int,
+    num_threads: int,
+    data_type: int,
+    rows: int,
+    inner: int,
+    columns: int,
+    transpose_x: bool,
+    transpose_y: bool,
 ) -> Primitive:
-    """The product of two matrices; a transposed one is stored by columns."""
+    """The product of two matrices, divided over the threads that there are when it is made; a transposed one is stored
+    by columns.
+    """
 
     def layout(rows: int, columns: int, transposed: bool) -> Layout:
         return Layout((rows, columns), (1, rows) if transposed else (columns, 1), data_type)

@@ -29,7 +29,7 @@ from pathlib import Path
 # if it is unset.
 _ASKED_THREADS = os.environ.get("ERNIEKIT_NUM_THREADS") or os.environ.get("OMP_NUM_THREADS") or ""
 
-_threads_are_set = False
+_threads = 0  # that Paddle's math library was given; 0: not yet
 
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD = -1, -2, -3  # glibc malloc.h
 
@@ -185,18 +185,22 @@ def set_threads(num_threads: int | None = None) -> int:
     """
     import paddle
 
-    global _threads_are_set
+    global _threads
     keep_freed_memory()
-    threads = num_threads or wanted_threads()
-    paddle.base.core.set_num_threads(threads)
-    _threads_are_set = True
-    return threads
+    _threads = num_threads or wanted_threads()
+    paddle.base.core.set_num_threads(_threads)
+    return _threads
 
 
 def ensure_threads() -> None:
     """`set_threads()`, unless it was called before, perhaps with another number."""
-    if not _threads_are_set:
+    if not _threads:
         set_threads()
+
+
+def threads_in_use() -> int:
+    """The number of threads that `set_threads` has given to Paddle's math library; 0 before."""
+    return _threads
 
 
 def wanted_threads() -> int:

@@ -125,7 +125,7 @@ def test_a_number_of_threads_that_was_chosen_stays(monkeypatch):
 
     counts = []
     monkeypatch.setattr(paddle.base.core, "set_num_threads", counts.append)
-    monkeypatch.setattr(runtime, "_threads_are_set", False)
+    monkeypatch.setattr(runtime, "_threads", 0)
     runtime.set_threads(3)
     runtime.ensure_threads()
     assert counts == [3]

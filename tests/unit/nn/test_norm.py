@@ -7,6 +7,7 @@ from support.numeric import numeric_gradient
 
 from erniekit.nn import norm
 from erniekit.nn.norm import LayerNorm, RMSNorm, layer_norm, rms_norm
+from erniekit.utils import runtime
 
 EPSILON = 1e-5
 
@@ -69,6 +70,27 @@ def test_both_ways_of_the_cpu_are_the_same(monkeypatch: pytest.MonkeyPatch):
         results.append((y.numpy(), x_t.grad.numpy(), weight_t.grad.numpy()))
     for ours, expected in zip(*results, strict=True):
         np.testing.assert_allclose(ours, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_the_bits_of_a_gradient_do_not_depend_on_how_many_threads_there_were_before():
+    random = np.random.default_rng(3)
+    x, weight = random.normal(size=(59, 32)), random.normal(size=32)
+
+    def gradient() -> bytes:
+        x_t, weight_t = tensor(x), tensor(weight)
+        (rms_norm(x_t, weight_t, EPSILON) * x_t).sum().backward()
+        return weight_t.grad.numpy().tobytes()
+
+    before = runtime.threads_in_use()
+    try:
+        runtime.set_threads(1)
+        gradient()
+        runtime.set_threads(2)
+        after_one = gradient()
+        norm.cpu_ops._layer_norm_backward.cache_clear()
+        assert gradient() == after_one
+    finally:
+        runtime.set_threads(before or None)
 
 
 def test_a_row_of_zeros_stays_zero_and_its_gradient_finite():

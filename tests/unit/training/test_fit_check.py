@@ -12,7 +12,7 @@ from erniekit.training import fit_check
 from erniekit.utils import log
 
 
-@pytest.mark.parametrize(("memory", "warns"), [(10**9, False), (22 * 10**6, True)])
+@pytest.mark.parametrize(("memory", "warns"), [(10**9, False), (20 * 10**6, True)])
 def test_a_run_that_does_not_fit_is_announced(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, memory: int, warns: bool
 ):
