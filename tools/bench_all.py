@@ -203,8 +203,11 @@ def draw(lines: list[dict[str, Any]], path: Path) -> None:
             numbers.setdefault(line["commit"], {}).update(line["numbers"])
     names = list(dict.fromkeys(name for found in numbers.values() for name in found))
     figure = comparison.figure_of(9, 3 * len(_SHOWN))
+    from matplotlib import colormaps
+
     figure.suptitle(here, fontsize=9)
     for axes, (title, ends) in zip(figure.subplots(len(_SHOWN), 1, sharex=True), _SHOWN.items(), strict=True):
+        axes.set_prop_cycle("color", colormaps["tab20"].colors)  # more lines than the usual ten colours
         for name in (name for name in names if name.endswith(ends)):
             points = [(place, found[name]) for place, found in enumerate(numbers.values()) if name in found]
             label = name.removesuffix(f": {title}")

@@ -12,6 +12,7 @@ import pytest
 
 import erniekit
 from erniekit.checkpoint.safetensors_read import Reader
+from erniekit.utils import runtime
 
 STEP_KEYS = {"step", "loss", "grad_norm", "learning_rate", "num_tokens", "tokens_per_second"}
 
@@ -39,7 +40,9 @@ def assert_same_weights(a, b):
 
 def cli(workspace, *overrides, **popen):
     command = [sys.executable, "-m", "erniekit", "train", str(workspace / "run.yaml"), *overrides]
-    return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, **popen)
+    # As many threads as here, where importing Paddle may have set OMP_NUM_THREADS: sums are divided over them.
+    environment = os.environ | {"ERNIEKIT_NUM_THREADS": str(runtime.wanted_threads())}
+    return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment, **popen)
 
 
 def test_a_run_writes_what_the_design_promises_and_its_loss_falls(workspace):
