@@ -21,6 +21,7 @@ MOE = "examples/configs/tiny/sft/run_sft_moe.yaml"
 FAST = {
     "bench_sft, ours alone": "bench_sft.py --num-samples 60 --batches 4 --rounds 1 --against",
     "bench_step, ours alone": "bench_step.py tiny --only ours --rounds 1 --warmup 1 --batch 1 --seq 16",
+    "bench_step, two checkouts": "bench_step.py tiny --only ours --before . --rounds 1 --warmup 1 --batch 1 --seq 16",
     "bench_generate, ours alone": "bench_generate.py tiny --only ours --rounds 1 --turn 0 --batches 2 --tokens 3",
     "bench_vl, ours alone": "bench_vl.py tiny --only ours --rows 1 --seq 436 --rounds 1 --warmup 1",
     "bench_all, one part": "bench_all.py --smallest --parts neighbour --lines {tmp}/all.jsonl --picture {tmp}/all.png",

@@ -13,11 +13,15 @@ import statistics
 import time
 from collections.abc import Callable
 
-import paddle
+from erniekit.utils import runtime
 
-from erniekit.moe.layer import MoELayer, MoESizes, TokenInfo
-from erniekit.moe.router import RouterOptions
-from erniekit.nn.mlp import SwiGLU
+runtime.prepare()  # as the command does, before the first import of paddle
+
+import paddle  # noqa: E402
+
+from erniekit.moe.layer import MoELayer, MoESizes, TokenInfo  # noqa: E402
+from erniekit.moe.router import RouterOptions  # noqa: E402
+from erniekit.nn.mlp import SwiGLU  # noqa: E402
 
 
 def seconds(run: Callable[[], None], repeat: int) -> float:

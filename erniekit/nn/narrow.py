@@ -15,7 +15,6 @@ from paddle.autograd import PyLayer
 
 from erniekit.nn import cpu_ops, decoding, onednn
 from erniekit.nn.nodes import call
-from erniekit.nn.sgemm import sgemm
 
 _MANY = 32  # rows of a product of generation from which oneDNN is faster than Paddle's
 
@@ -123,12 +122,7 @@ def _decoded(x: paddle.Tensor, y: paddle.Tensor, transpose_x: bool, transpose_y:
     suits = x.shape[0] >= _MANY and x.ndim == 2 and y.dtype == x.dtype and not transpose_x
     if not (suits and cpu_ops.applies(x)):
         return paddle.matmul(x, y, transpose_x, transpose_y)
-    (rows, inner), (first, second) = x.shape, y.shape
-    columns = first if transpose_y else second
-    out = cpu_ops.unfilled([rows, columns], x)
-    places = (x.data_ptr(), inner), (y.data_ptr(), second), (out.data_ptr(), columns)
-    sgemm(False, transpose_y, rows, columns, inner, *places)
-    return out
+    return _product(x, y, transpose_x, transpose_y)
 
 
 def _is_large(x: paddle.Tensor) -> bool:
