@@ -155,15 +155,21 @@ def test_a_frozen_term_or_factor_of_a_large_operation_gets_no_gradient(frozen: i
         assert pair[frozen].grad is None and pair[1 - frozen].grad is not None
 
 
-def test_terms_of_a_large_sum_do_not_share_a_gradient():
-    """Paddle sums gradients in place: what x gets from elsewhere must not reach y, and the other way round."""
-    x, y = large_tensors(LARGE, LARGE)
-    first, second = large_tensors(LARGE, LARGE)
-    z = narrow.add(x, y)
-    (z * first.detach() + 3.0 * x + y * second.detach()).sum().backward()
-    np.testing.assert_allclose(z.numpy(), x.numpy() + y.numpy())
-    np.testing.assert_allclose(x.grad.numpy(), first.numpy() + 3.0, rtol=1e-6, atol=1e-6)
-    np.testing.assert_allclose(y.grad.numpy(), first.numpy() + second.numpy(), rtol=1e-6, atol=1e-6)
+@pytest.mark.parametrize("length", range(6))
+@pytest.mark.parametrize("swapped", [False, True])
+def test_terms_of_a_large_sum_do_not_share_a_gradient(length: int, swapped: bool):
+    """Paddle sums gradients in place: what one term gets from elsewhere must not reach the other. The lengths of the
+    ways change which of the steps comes first.
+    """
+    a, b = large_tensors(LARGE, LARGE)
+    x, y = a * 2.0, b * 2.0
+    other = x
+    for _ in range(length):
+        other = other + 1.0
+    z = narrow.add(y, x) if swapped else narrow.add(x, y)
+    (z.sum() + (3.0 * other).sum()).backward()
+    np.testing.assert_array_equal(a.grad.numpy(), np.full(LARGE, 8.0, np.float32))
+    np.testing.assert_array_equal(b.grad.numpy(), np.full(LARGE, 2.0, np.float32))
 
 
 def test_a_sum_with_a_row_stays_paddles_operation():
