@@ -7,14 +7,13 @@ No function records a gradient: they are parts of autograd nodes. Arguments are 
 
 import math
 from collections.abc import Sequence
-from ctypes import c_float, c_int, c_uint
+from ctypes import c_float, c_int
 from functools import lru_cache
 from threading import get_ident
 
 import numpy as np
 import paddle
 from paddle import nn
-from paddle.incubate.nn import functional as incubate
 
 from erniekit.nn import onednn
 from erniekit.nn.onednn import RESULT, SECOND_SOURCE, SOURCE, Primitive, dense
@@ -22,12 +21,10 @@ from erniekit.nn.sgemm import sgemm
 from erniekit.utils import runtime
 
 # Numbers of oneDNN's C interface (dnnl_types.h).
-_TRAINING, _BACKWARD = c_int(64), c_int(128)
+TRAINING = c_int(64)
 _SOFTMAX, _SWISH, _GELU, _LINEAR = 0x30000, 0x2C, 0x31, 0x26
-_ADD, _MULTIPLY, _DIVIDE, _SUBTRACT = 0x1FFF0, 0x1FFF1, 0x1FFF4, 0x1FFF5
-_MEAN, _VARIANCE, _SCALE, _SHIFT = 49, 50, 51, 52
-_SOURCE_GRADIENT, _RESULT_GRADIENT, _SCALE_GRADIENT, _SHIFT_GRADIENT = 129, 145, 255, 256
-_WITH_SCALE_AND_SHIFT = c_uint(6)
+ADD, MULTIPLY, DIVIDE, SUBTRACT = 0x1FFF0, 0x1FFF1, 0x1FFF4, 0x1FFF5
+SOURCE_GRADIENT, RESULT_GRADIENT = 129, 145
 _FEW = 4096  # numbers up to which Paddle's swiglu, a loop without vectors, is faster than starting numpy
 MOST_IN_ONE_THREAD = 1 << 18  # numbers up to which one thread is faster than several that have to wait for one another
 
@@ -98,8 +95,8 @@ def softmax_backward_(dp: paddle.Tensor, p: paddle.Tensor) -> paddle.Tensor:
     """The gradient of scores s with p = softmax(s), from that of p and in its place: p (dp - sum_j p_j dp_j)."""
     if not (applies(dp) and applies(p)):
         return dp.subtract_((p * dp).sum(axis=-1, keepdim=True)).multiply_(p)
-    length, address = p.shape[-1], dp.data_ptr()
-    _softmax_backward(get_ident(), math.prod(p.shape) // length, length).run(address, address, p.data_ptr())
+    rows = -1, p.shape[-1]
+    softmax_backward_rows_(memory_of(dp).reshape(rows), memory_of(p).reshape(rows))
     return dp
 
 
@@ -132,14 +129,19 @@ def softmax_rows_(scores: np.ndarray) -> None:
 
 def softmax_backward_rows_(dp: np.ndarray, p: np.ndarray) -> None:
     """softmax_backward_ of contiguous arrays [rows, *], where oneDNN is available."""
-    address = dp.__array_interface__["data"][0]
-    _softmax_backward(get_ident(), *p.shape).run(address, address, p.__array_interface__["data"][0])
+    dp_at, p_at = (array.__array_interface__["data"][0] for array in (dp, p))
+    if runtime.has_avx512():
+        _softmax_backward(get_ident(), *p.shape).run(dp_at, dp_at, p_at)
+        return
+    # The library's own has no vectors here and takes ten times as long.
+    means_R = np.einsum("rc,rc->r", p, dp)
+    _centred_times(get_ident(), *p.shape).run(dp_at, means_R.ctypes.data, dp_at, p_at)
 
 
 @lru_cache(maxsize=256)
 def _softmax(thread: int, rows: int, length: int) -> Primitive:
     layout = dense(rows, length)
-    arguments = (_TRAINING, c_int(_SOFTMAX), layout, layout, c_int(1))
+    arguments = (TRAINING, c_int(_SOFTMAX), layout, layout, c_int(1))
     return Primitive("softmax_forward", arguments, ((SOURCE, layout), (RESULT, layout)))
 
 
@@ -147,8 +149,16 @@ def _softmax(thread: int, rows: int, length: int) -> Primitive:
 def _softmax_backward(thread: int, rows: int, length: int) -> Primitive:
     layout = dense(rows, length)
     arguments = (c_int(_SOFTMAX), layout, layout, layout, c_int(1))
-    operands = ((_SOURCE_GRADIENT, layout), (_RESULT_GRADIENT, layout), (RESULT, layout))
+    operands = ((SOURCE_GRADIENT, layout), (RESULT_GRADIENT, layout), (RESULT, layout))
     return Primitive("softmax_backward", arguments, operands, forward=_softmax(thread, rows, length))
+
+
+@lru_cache(maxsize=256)
+def _centred_times(thread: int, rows: int, length: int) -> Primitive:
+    """(x - a number for each row) times y."""
+    x, column = dense(rows, length), dense(rows, 1)
+    operands = ((SOURCE, x), (SECOND_SOURCE, column), (RESULT, x))
+    return Primitive("binary", (c_int(SUBTRACT), x, column, x), operands, behind=((MULTIPLY, x),))
 
 
 def fast_sigmoid(x: paddle.Tensor, factor: float = 1.0) -> paddle.Tensor:
@@ -198,7 +208,7 @@ def _swish_times(thread: int, size: int) -> Primitive:
     """(x + 0), its swish, times y: only binary operations may have another behind them."""
     x, zero = dense(size), dense(1)
     operands = ((SOURCE, x), (SECOND_SOURCE, zero), (RESULT, x))
-    return Primitive("binary", (c_int(_ADD), x, zero, x), operands, behind=(None, (_MULTIPLY, x)))
+    return Primitive("binary", (c_int(ADD), x, zero, x), operands, behind=(None, (MULTIPLY, x)))
 
 
 def gelu(x: paddle.Tensor) -> paddle.Tensor:
@@ -225,7 +235,7 @@ def multiply(x: paddle.Tensor, y: paddle.Tensor) -> paddle.Tensor:
     if not (applies(x) and applies(y)):
         return x * y
     out = unfilled_like(x)
-    _elementwise(get_ident(), _MULTIPLY, math.prod(x.shape)).run(x.data_ptr(), y.data_ptr(), out.data_ptr())
+    _elementwise(get_ident(), MULTIPLY, math.prod(x.shape)).run(x.data_ptr(), y.data_ptr(), out.data_ptr())
     return out
 
 
@@ -233,7 +243,7 @@ def multiply_(x: paddle.Tensor, y: paddle.Tensor) -> paddle.Tensor:
     """x * y for tensors of one shape, in place."""
     if not (applies(x) and applies(y)):
         return x.multiply_(y)
-    _elementwise(get_ident(), _MULTIPLY, math.prod(x.shape)).run(x.data_ptr(), y.data_ptr(), x.data_ptr())
+    _elementwise(get_ident(), MULTIPLY, math.prod(x.shape)).run(x.data_ptr(), y.data_ptr(), x.data_ptr())
     return x
 
 
@@ -248,7 +258,7 @@ def add_to_each_(x: paddle.Tensor, y: paddle.Tensor) -> paddle.Tensor:
 
 
 def _add_to_each(x: paddle.Tensor, y: paddle.Tensor, out: paddle.Tensor) -> paddle.Tensor:
-    _broadcast(get_ident(), _ADD, math.prod(x.shape) // math.prod(y.shape), math.prod(y.shape)).run(
+    _broadcast(get_ident(), ADD, math.prod(x.shape) // math.prod(y.shape), math.prod(y.shape)).run(
         x.data_ptr(), y.data_ptr(), out.data_ptr()
     )
     return out
@@ -265,7 +275,7 @@ def add(x: paddle.Tensor, y: paddle.Tensor) -> paddle.Tensor:
     if not (applies(x) and applies(y)):
         return x + y
     out = unfilled_like(x)
-    _elementwise(get_ident(), _ADD, math.prod(x.shape)).run(x.data_ptr(), y.data_ptr(), out.data_ptr())
+    _elementwise(get_ident(), ADD, math.prod(x.shape)).run(x.data_ptr(), y.data_ptr(), out.data_ptr())
     return out
 
 
@@ -282,7 +292,7 @@ def add_(x: paddle.Tensor, y: paddle.Tensor) -> paddle.Tensor:
     """x + y for tensors of one shape, in place."""
     if not (applies(x) and applies(y)):
         return x.add_(y)
-    _elementwise(get_ident(), _ADD, math.prod(x.shape)).run(x.data_ptr(), y.data_ptr(), x.data_ptr())
+    _elementwise(get_ident(), ADD, math.prod(x.shape)).run(x.data_ptr(), y.data_ptr(), x.data_ptr())
     return x
 
 
@@ -290,14 +300,14 @@ def subtract_(x: paddle.Tensor, y: paddle.Tensor) -> paddle.Tensor:
     """x - y for tensors of one shape, in place."""
     if not (applies(x) and applies(y)):
         return x.subtract_(y)
-    _elementwise(get_ident(), _SUBTRACT, math.prod(x.shape)).run(x.data_ptr(), y.data_ptr(), x.data_ptr())
+    _elementwise(get_ident(), SUBTRACT, math.prod(x.shape)).run(x.data_ptr(), y.data_ptr(), x.data_ptr())
     return x
 
 
 @lru_cache(maxsize=256)
 def _activation(thread: int, algorithm: int, size: int, factor: float) -> Primitive:
     layout = dense(size)
-    arguments = (_TRAINING, c_int(algorithm), layout, layout, c_float(factor), c_float(0.0))
+    arguments = (TRAINING, c_int(algorithm), layout, layout, c_float(factor), c_float(0.0))
     return Primitive("eltwise_forward", arguments, ((SOURCE, layout), (RESULT, layout)))
 
 
@@ -305,7 +315,7 @@ def _activation(thread: int, algorithm: int, size: int, factor: float) -> Primit
 def _activation_backward(thread: int, algorithm: int, size: int, factor: float) -> Primitive:
     layout = dense(size)
     arguments = (c_int(algorithm), layout, layout, layout, c_float(factor), c_float(0.0))
-    operands = ((_SOURCE_GRADIENT, layout), (_RESULT_GRADIENT, layout), (SOURCE, layout))
+    operands = ((SOURCE_GRADIENT, layout), (RESULT_GRADIENT, layout), (SOURCE, layout))
     return Primitive("eltwise_backward", arguments, operands, forward=_activation(thread, algorithm, size, factor))
 
 
@@ -322,7 +332,7 @@ def scale_rows(x_TD: paddle.Tensor, factors_T1: paddle.Tensor) -> paddle.Tensor:
         return x_TD * factors_T1
     out = unfilled_like(x_TD)
     operands = (x_TD, factors_T1, out)
-    _scaled_rows(get_ident(), *x_TD.shape, None).run(*(each.data_ptr() for each in operands))
+    scaled_rows(get_ident(), *x_TD.shape, None).run(*(each.data_ptr() for each in operands))
     return out
 
 
@@ -335,7 +345,7 @@ def scale_rows_and_columns(
         return paddle.matmul(of_rows_T1, of_columns_D.unsqueeze(0)).multiply_(x_TD)
     out = unfilled_like(x_TD)
     operands = (x_TD, of_rows_T1, out, of_columns_D)
-    _scaled_rows(get_ident(), *x_TD.shape, _MULTIPLY).run(*(each.data_ptr() for each in operands))
+    scaled_rows(get_ident(), *x_TD.shape, MULTIPLY).run(*(each.data_ptr() for each in operands))
     return out
 
 
@@ -345,7 +355,7 @@ def add_scaled_rows_(y_TD: paddle.Tensor, x_TD: paddle.Tensor, factors_T1: paddl
         ones_1D = paddle.ones([1, x_TD.shape[1]], dtype=x_TD.dtype)
         return y_TD.add_(paddle.matmul(factors_T1, ones_1D).multiply_(x_TD))
     operands = (x_TD, factors_T1, y_TD, y_TD)
-    _scaled_rows(get_ident(), *x_TD.shape, _ADD).run(*(each.data_ptr() for each in operands))
+    scaled_rows(get_ident(), *x_TD.shape, ADD).run(*(each.data_ptr() for each in operands))
     return y_TD
 
 
@@ -364,64 +374,17 @@ def standardise_(
 def _standardised(thread: int, num_rows: int, size: int) -> Primitive:
     x, one, row = dense(num_rows, size), dense(1, 1), dense(1, size)
     operands = ((SOURCE, x), (SECOND_SOURCE, one), (RESULT, x))
-    behind = ((_SUBTRACT, row), (_DIVIDE, row))
-    return Primitive("binary", (c_int(_DIVIDE), x, one, x), operands, behind=behind)
+    behind = ((SUBTRACT, row), (DIVIDE, row))
+    return Primitive("binary", (c_int(DIVIDE), x, one, x), operands, behind=behind)
 
 
 @lru_cache(maxsize=256)
-def _scaled_rows(thread: int, num_rows: int, size: int, behind: int | None) -> Primitive:
+def scaled_rows(thread: int, num_rows: int, size: int, behind: int | None) -> Primitive:
     """x times [num_rows, 1]; the result times [1, size], or plus [num_rows, size], if so."""
     x, factors = dense(num_rows, size), dense(num_rows, 1)
     operands = ((SOURCE, x), (SECOND_SOURCE, factors), (RESULT, x))
-    further = () if behind is None else ((behind, dense(1, size) if behind == _MULTIPLY else x),)
-    return Primitive("binary", (c_int(_MULTIPLY), x, factors, x), operands, behind=further)
-
-
-def rms_norm_forward(x_TD: paddle.Tensor, weight_D: paddle.Tensor, epsilon: float) -> tuple[paddle.Tensor, np.ndarray]:
-    """weight * x / sqrt(m + epsilon) with the mean m of the squares of each row, and m [T]; for an x to which oneDNN
-    `applies`.
-    """
-    num_tokens, size = x_TD.shape
-    rows, out = memory_of(x_TD), unfilled_like(x_TD)
-    mean_square_T = np.einsum("td,td->t", rows, rows)
-    mean_square_T /= np.float32(size)
-    scale_T = 1 / np.sqrt(mean_square_T + np.float32(epsilon))
-    _scaled_rows(get_ident(), num_tokens, size, _MULTIPLY).run(
-        x_TD.data_ptr(), scale_T.ctypes.data, out.data_ptr(), weight_D.data_ptr()
-    )
-    return out, mean_square_T
-
-
-def rms_norm_backward(
-    dy_TD: paddle.Tensor, x_TD: paddle.Tensor, mean_square_T: np.ndarray, weight_D: paddle.Tensor, epsilon: float
-) -> tuple[paddle.Tensor, paddle.Tensor]:
-    """The gradients of x and weight from that of what `rms_norm_forward` gave.
-
-    It is layer normalisation with a mean of zero. Its gradient, r (w dy - mean(w dy) - x r^2 mean(w dy x)) with r = 1 /
-    sqrt(mean_square + epsilon), has one term too many, since there the mean follows x; that is added again.
-    """
-    num_tokens, size = x_TD.shape
-    dx, dweight, unused = unfilled_like(x_TD), unfilled_like(weight_D), unfilled_like(weight_D)
-    no_mean_T = np.zeros(num_tokens, np.float32)
-    _layer_norm_backward(get_ident(), runtime.threads_in_use(), num_tokens, size, epsilon).run(
-        *(dx.data_ptr(), dy_TD.data_ptr(), x_TD.data_ptr(), no_mean_T.ctypes.data, mean_square_T.ctypes.data),
-        *(weight_D.data_ptr(), weight_D.data_ptr(), dweight.data_ptr(), unused.data_ptr()),
-    )
-    mean_T = np.einsum("td,d->t", memory_of(dy_TD), memory_of(weight_D) / np.float32(size))
-    mean_T /= np.sqrt(mean_square_T + np.float32(epsilon))
-    _column_added(get_ident(), num_tokens, size).run(dx.data_ptr(), mean_T.ctypes.data, dx.data_ptr())
-    return dx, dweight
-
-
-@lru_cache(maxsize=256)
-def _column_added(thread: int, num_rows: int, size: int) -> Primitive:
-    x, column = dense(num_rows, size), dense(num_rows, 1)
-    return Primitive("binary", (c_int(_ADD), x, column, x), ((SOURCE, x), (SECOND_SOURCE, column), (RESULT, x)))
-
-
-def rms_norm(x_TD: paddle.Tensor, weight_D: paddle.Tensor, epsilon: float) -> paddle.Tensor:
-    """weight * x / sqrt(mean(x^2) + epsilon) over the last axis, in one operation that has no backward pass here."""
-    return incubate.fused_rms_norm(x_TD, weight_D, None, epsilon, 1)[0]
+    further = () if behind is None else ((behind, dense(1, size) if behind == MULTIPLY else x),)
+    return Primitive("binary", (c_int(MULTIPLY), x, factors, x), operands, behind=further)
 
 
 def swiglu(gate_up_RW: paddle.Tensor) -> paddle.Tensor:
@@ -439,54 +402,3 @@ def swiglu(gate_up_RW: paddle.Tensor) -> paddle.Tensor:
     np.divide(both[:, :size], result, out=result)
     np.multiply(both[:, size:], result, out=result)
     return out
-
-
-def layer_norm(
-    x_TD: paddle.Tensor, weight_D: paddle.Tensor, bias_D: paddle.Tensor, epsilon: float
-) -> tuple[paddle.Tensor, tuple[paddle.Tensor, paddle.Tensor]]:
-    """weight * (x - mean) / sqrt(variance + epsilon) + bias over the last axis, and mean and variance [T]."""
-    num_tokens, size = x_TD.shape
-    y, mean, variance = unfilled_like(x_TD), *(paddle.empty([num_tokens], dtype=x_TD.dtype) for _ in range(2))
-    operands = (x_TD, y, mean, variance, weight_D, bias_D)
-    _layer_norm(get_ident(), num_tokens, size, epsilon).run(*(each.data_ptr() for each in operands))
-    return y, (mean, variance)
-
-
-def layer_norm_backward(
-    dy_TD: paddle.Tensor,
-    x_TD: paddle.Tensor,
-    statistics: tuple[paddle.Tensor, paddle.Tensor],
-    weight_D: paddle.Tensor,
-    epsilon: float,
-) -> tuple[paddle.Tensor, paddle.Tensor, paddle.Tensor]:
-    """The gradients of x, weight and bias."""
-    num_tokens, size = x_TD.shape
-    grads = unfilled_like(x_TD), unfilled_like(weight_D), unfilled_like(weight_D)
-    # The library asks for the shift, whose value is not used.
-    operands = (grads[0], dy_TD, x_TD, *statistics, weight_D, weight_D, *grads[1:])
-    _layer_norm_backward(get_ident(), runtime.threads_in_use(), num_tokens, size, epsilon).run(
-        *(each.data_ptr() for each in operands)
-    )
-    return grads
-
-
-@lru_cache(maxsize=256)
-def _layer_norm(thread: int, num_tokens: int, size: int, epsilon: float) -> Primitive:
-    x, statistic, weight = dense(num_tokens, size), dense(num_tokens), dense(size)
-    arguments = (_TRAINING, x, x, statistic, c_float(epsilon), _WITH_SCALE_AND_SHIFT)
-    statistics = ((_MEAN, statistic), (_VARIANCE, statistic))
-    operands = ((SOURCE, x), (RESULT, x), *statistics, (_SCALE, weight), (_SHIFT, weight))
-    return Primitive("layer_normalization_forward", arguments, operands)
-
-
-@lru_cache(maxsize=256)
-def _layer_norm_backward(thread: int, num_threads: int, num_tokens: int, size: int, epsilon: float) -> Primitive:
-    """Each of the threads that there are when it is made sums a part of the gradient of the weight."""
-    x, statistic, weight = dense(num_tokens, size), dense(num_tokens), dense(size)
-    arguments = (_BACKWARD, x, x, x, statistic, c_float(epsilon), _WITH_SCALE_AND_SHIFT)
-    statistics = ((_MEAN, statistic), (_VARIANCE, statistic))
-    gradients = ((_SCALE_GRADIENT, weight), (_SHIFT_GRADIENT, weight))
-    weights = ((_SCALE, weight), (_SHIFT, weight))
-    operands = ((_SOURCE_GRADIENT, x), (_RESULT_GRADIENT, x), (SOURCE, x), *statistics, *weights, *gradients)
-    forward = _layer_norm(thread, num_tokens, size, epsilon)
-    return Primitive("layer_normalization_backward", arguments, operands, forward=forward)

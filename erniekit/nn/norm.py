@@ -5,7 +5,7 @@ import paddle
 from paddle import nn
 from paddle.autograd import PyLayer
 
-from erniekit.nn import cpu_ops, decoding, fused
+from erniekit.nn import cpu_norm, cpu_ops, decoding, fused
 from erniekit.nn.cpu_ops import add_scaled_rows_, scale_rows_and_columns
 from erniekit.nn.narrow import rounded
 from erniekit.nn.nodes import call
@@ -23,7 +23,7 @@ class _RMSNorm(PyLayer):
         ctx.save_for_backward(x_TD, weight_D)
         ctx.epsilon = epsilon
         if cpu_ops.applies(x):
-            y, ctx.mean_square = cpu_ops.rms_norm_forward(x, weight, epsilon)
+            y, ctx.mean_square = cpu_norm.rms_norm_forward(x, weight, epsilon)
             return y.astype(x_TD.dtype)
         ctx.mean_square = paddle.matmul(x.square(), paddle.full([x.shape[1], 1], 1.0 / x.shape[1]))
         return scale_rows_and_columns(x, paddle.rsqrt(ctx.mean_square + epsilon), weight).astype(x_TD.dtype)
@@ -33,7 +33,7 @@ class _RMSNorm(PyLayer):
         x_TD, weight_D = ctx.saved_tensor()
         x, dy, weight = (each.astype("float32") for each in (x_TD, dy_TD.contiguous(), weight_D))
         if isinstance(ctx.mean_square, np.ndarray):
-            dx, dweight = cpu_ops.rms_norm_backward(dy, x, ctx.mean_square, weight, ctx.epsilon)
+            dx, dweight = cpu_norm.rms_norm_backward(dy, x, ctx.mean_square, weight, ctx.epsilon)
         else:
             rstd_T1, product = paddle.rsqrt(ctx.mean_square + ctx.epsilon), dy * x
             dweight = paddle.matmul(rstd_T1, product, transpose_x=True).reshape([-1])
@@ -69,7 +69,7 @@ def rms_norm(x: paddle.Tensor, weight_D: paddle.Tensor, epsilon: float) -> paddl
         return _plain(x, weight_D, epsilon)
     rows = x if x.ndim == 2 else x.reshape([-1, x.shape[-1]])
     if decoding.is_running() and cpu_ops.applies(rows) and weight_D.dtype == x.dtype:
-        normed = cpu_ops.rms_norm(rows, weight_D, epsilon)
+        normed = cpu_norm.rms_norm(rows, weight_D, epsilon)
     else:
         normed = call(_RMSNorm, rows, weight_D, epsilon)
     return normed if x.ndim == 2 else normed.reshape(x.shape)
@@ -105,7 +105,7 @@ class _LayerNorm(PyLayer):
         ctx.epsilon, ctx.statistics = epsilon, None
         ctx.bias_needs_gradient = not bias_D.stop_gradient
         if cpu_ops.applies(x_TD):
-            y_TD, ctx.statistics = cpu_ops.layer_norm(x_TD, weight_D, bias_D, epsilon)
+            y_TD, ctx.statistics = cpu_norm.layer_norm(x_TD, weight_D, bias_D, epsilon)
             return y_TD
         return nn.functional.layer_norm(x_TD, x_TD.shape[1], weight_D, bias_D, epsilon)
 
@@ -113,7 +113,7 @@ class _LayerNorm(PyLayer):
     def backward(ctx, dy_TD: paddle.Tensor) -> tuple[paddle.Tensor | None, ...]:
         x_TD, weight_D = ctx.saved_tensor()
         if ctx.statistics is not None:
-            grads = cpu_ops.layer_norm_backward(dy_TD.contiguous(), x_TD, ctx.statistics, weight_D, ctx.epsilon)
+            grads = cpu_norm.layer_norm_backward(dy_TD.contiguous(), x_TD, ctx.statistics, weight_D, ctx.epsilon)
             needed = not x_TD.stop_gradient, not weight_D.stop_gradient, ctx.bias_needs_gradient
             return tuple(grad if wanted else None for grad, wanted in zip(grads, needed, strict=True))
         size, ones_D = x_TD.shape[1], paddle.ones_like(weight_D)

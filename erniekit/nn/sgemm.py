@@ -1,8 +1,9 @@
-"""The product of two fp32 matrices in the memory of tensors, by the library that is the faster one for how they lie."""
+"""The product of two fp32 matrices in the memory of tensors, by the library that is the faster one for it."""
 
 from erniekit.nn import mkl, onednn
+from erniekit.utils import runtime
 
-_LONG, _MANY = 256, 32  # terms of a sum, and rows, from which MKL is the faster one for x y^T
+_LONG, _MANY = 256, 32  # terms of a sum, and rows, from which MKL is the faster one for x y^T with AVX-512
 
 
 def sgemm(
@@ -19,9 +20,10 @@ def sgemm(
 ) -> None:
     """out [rows, columns] = alpha x y + beta out; see onednn.sgemm, which must be available.
 
-    On two threads MKL computes x y^T with up to 1.4 times the speed of oneDNN, if rows are many and sums are long;
-    oneDNN is as fast or faster for the other products of training and decoding steps (docs/speed.md).
+    Measured on two threads (docs/speed.md): with AVX-512, MKL has up to 1.4 times the speed of oneDNN for x y^T, if
+    rows are many and sums are long, and oneDNN is as fast or faster for the other products of training and decoding
+    steps. With AVX2, MKL is as fast or faster for all, and takes half of oneDNN's time for an x^T y of few columns.
     """
-    of_mkl = transpose_y and not transpose_x and inner >= _LONG and rows >= _MANY and mkl.is_available()
-    library = mkl if of_mkl else onednn
+    of_mkl = not runtime.has_avx512() or (transpose_y and not transpose_x and inner >= _LONG and rows >= _MANY)
+    library = mkl if of_mkl and mkl.is_available() else onednn
     library.sgemm(transpose_x, transpose_y, rows, columns, inner, x, y, out, alpha, beta)

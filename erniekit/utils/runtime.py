@@ -53,6 +53,14 @@ def cpu_flags(cpuinfo: str | None = None) -> set[str]:
     return next((set(line.split()) for line in lines if line.startswith("flags")), set())
 
 
+@lru_cache(maxsize=1)
+def has_avx512() -> bool:
+    """Whether this processor has AVX-512. On those with AVX2 alone, kernels of Paddle's wheel that were compiled for
+    AVX-512 end the process (an illegal instruction), and some of oneDNN's have no vectors.
+    """
+    return cpu_flags() >= _AVX512
+
+
 def _cpuinfo() -> str:
     try:
         with open("/proc/cpuinfo", encoding="utf-8", errors="replace") as file:

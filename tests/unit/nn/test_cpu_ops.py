@@ -8,6 +8,7 @@ import paddle
 import pytest
 
 from erniekit.nn import cpu_ops, onednn
+from erniekit.utils import runtime
 
 # Rounding of fp32 inside an operation of a few steps, relative to numbers around 1.
 CLOSE = {"rtol": 2e-6, "atol": 2e-6}
@@ -22,6 +23,12 @@ def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str
     elif not onednn.is_available(paddle.float32):
         pytest.skip("this processor or wheel does not have it")
     return request.param
+
+
+@pytest.fixture(params=[True, False], ids=["with AVX-512", "with AVX2"])
+def processor(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is chosen by the processor's instruction set."""
+    monkeypatch.setattr(runtime, "has_avx512", lambda: request.param)
 
 
 def random(*shape: int, scale: float = 1.0) -> np.ndarray:
@@ -48,6 +55,7 @@ def test_softmax_of_hidden_and_of_large_scores():
     np.testing.assert_allclose(found, softmax(scores), rtol=1e-6, atol=1e-27)
 
 
+@pytest.mark.usefixtures("processor")
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_the_gradient_of_softmax_takes_the_place_of_the_upstream_one(shape: tuple[int, ...]):
     p, upstream = softmax(random(*shape)), random(*shape[::-1]).reshape(shape)

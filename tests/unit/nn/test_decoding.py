@@ -9,7 +9,7 @@ import pytest
 
 from erniekit.losses import lm
 from erniekit.losses.lm import Head
-from erniekit.nn import cpu_ops, decoding, kv_cache, mkl, token_attention
+from erniekit.nn import cpu_norm, cpu_ops, decoding, kv_cache, mkl, token_attention
 from erniekit.nn.attention import HeadLayout
 from erniekit.nn.grouped import grouped_matmul
 from erniekit.nn.linear import Linear
@@ -17,6 +17,7 @@ from erniekit.nn.mlp import gated, swiglu
 from erniekit.nn.nodes import call
 from erniekit.nn.norm import rms_norm
 from erniekit.nn.rotary import Rotary
+from erniekit.utils import runtime
 
 
 def both(function: Callable[[], paddle.Tensor]) -> tuple[np.ndarray, np.ndarray]:
@@ -46,6 +47,16 @@ def test_norm_and_activations(rows: int):
     inside, outside = both(lambda: swiglu(extreme))
     assert np.isfinite(inside).all()
     np.testing.assert_allclose(inside, outside, rtol=1e-5, atol=1e-30)
+
+
+@pytest.mark.parametrize("rows", [1, 5, 2100])
+def test_norm_without_avx512(rows: int, monkeypatch: pytest.MonkeyPatch):
+    """There Paddle's own operation would end the process."""
+    monkeypatch.setattr(runtime, "has_avx512", lambda: False)
+    monkeypatch.setattr(cpu_norm, "incubate", None)
+    paddle.seed(1)
+    x, weight = paddle.randn([rows, 128]) * 3, paddle.randn([128])
+    assert_close(both(lambda: rms_norm(x, weight, 1e-5)))
 
 
 def test_products_of_sorted_rows():

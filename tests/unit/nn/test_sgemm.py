@@ -5,6 +5,7 @@ import paddle
 import pytest
 
 from erniekit.nn import mkl, onednn, sgemm
+from erniekit.utils import runtime
 
 pytestmark = pytest.mark.skipif(
     not (onednn.is_available(paddle.float32) and mkl.is_available()), reason="the libraries are not in this wheel"
@@ -37,8 +38,12 @@ def test_a_product_is_added_to_columns_of_a_larger_matrix(library, transposed: t
     np.testing.assert_array_equal(whole[:, columns + 2 :], before[:, columns + 2 :])
 
 
-def test_mkl_computes_long_sums_of_many_rows_with_a_transposed_second_matrix(monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize("has_avx512", [True, False], ids=["with AVX-512", "with AVX2"])
+def test_the_library_follows_from_the_processor_and_from_how_the_matrices_lie(
+    has_avx512: bool, monkeypatch: pytest.MonkeyPatch
+):
     called: list[str] = []
+    monkeypatch.setattr(runtime, "has_avx512", lambda: has_avx512)
     for name, library in (("mkl", mkl), ("onednn", onednn)):
         monkeypatch.setattr(library, "sgemm", lambda *arguments, name=name: called.append(name))
     none = (0, 1)
@@ -50,4 +55,12 @@ def test_mkl_computes_long_sums_of_many_rows_with_a_transposed_second_matrix(mon
         ((True, True), 32, 256),
     ):
         sgemm.sgemm(*transposed, rows, 4, inner, none, none, none)
-    assert called == ["mkl", "onednn", "onednn", "onednn", "onednn"]
+    assert called == (["mkl", "onednn", "onednn", "onednn", "onednn"] if has_avx512 else ["mkl"] * 5)
+
+
+def test_onednn_multiplies_where_mkl_is_absent(monkeypatch: pytest.MonkeyPatch):
+    called: list[str] = []
+    monkeypatch.setattr(mkl, "is_available", lambda: False)
+    monkeypatch.setattr(onednn, "sgemm", lambda *arguments: called.append("onednn"))
+    sgemm.sgemm(False, True, 32, 4, 256, (0, 1), (0, 1), (0, 1))
+    assert called == ["onednn"]
