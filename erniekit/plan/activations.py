@@ -48,10 +48,22 @@ def device_of(job: Job) -> Device:
         tensor_ranks=ranks,
         expert_ranks=job.degrees.expert,
         master_grad=job.cfg.amp_master_grad and job.element_bytes == 2,
+        waiting=_waiting(job, job.degrees.sharding),
+        waiting_of_experts=_waiting(job, job.degrees.sharding // job.degrees.expert),
         pairs=job.has_pairs,
         context_ranks=job.degrees.context,
         is_ring=job.degrees.context > 1 and job.cfg.cp_comm_type == "p2p",
     )
+
+
+def _waiting(job: Job, ranks: int) -> float:
+    """The part of a weight's fp32 gradient that exists beside what is kept of it, while a backward pass runs: in ZeRO
+    stage 2 a rank keeps its chunk, and a CPU sends whole gradients after the pass. Before the first exchange of a step
+    there is no chunk yet.
+    """
+    if not (job.on_cpu and job.zero_stage == 2 and ranks > 1 and job.element_bytes == ops.FP32):
+        return 0.0
+    return 1.0 if job.num_microbatches > 1 else 1.0 - 1.0 / ranks
 
 
 def stage_activations(job: Job, model: CausalLM, stage: int) -> StageActivations:
@@ -88,7 +100,7 @@ def _entrance(job: Job, device: Device, model: CausalLM) -> Operation:
     rows = device.residual(job.model.hidden_size)
     trained = not embedding.weight.stop_gradient
     weight = device.element * embedding.weight.shape[0] * embedding.weight.shape[1] if trained else 0
-    waits = weight if device.master_grad else 0.0
+    waits = weight if device.master_grad else weight * device.waiting
     return Operation("embedding", rows, rows, rows + weight, waits)
 
 
@@ -267,7 +279,7 @@ def _head(job: Job, device: Device, model: CausalLM) -> Operation:
     # the gradient of the logits, also in 16 bits where the head has these, and that of the weight by this chunk
     narrow = 0.0 if device.element == FP32 else logits * device.element / FP32
     products = logits + narrow + 3 * FP32 * rows * width + (weight if several else 0.0)
-    waits = device.element / FP32 * weight if device.master_grad else 0.0
+    waits = device.element / FP32 * weight if device.master_grad else weight * device.waiting
     if job.cfg.method.options:
         backward = gathered + gradients + weight + max(chunk, products)
         return Operation("output head", gathered, gathered + chunk, backward, waits)
@@ -373,14 +385,14 @@ def _forward_peak(chunk: Sequence[Operation]) -> Sizes:
 
 
 def _backward_peak(chunk: Sequence[Operation]) -> Sizes:
-    """The same for the backward pass, with the 16-bit gradients that wait for its end."""
+    """The same for the backward pass, with the gradients of weights that wait for its end."""
     found: Sizes = {}
     total, peak, gradients = sum(operation.kept for operation in chunk), 0.0, 0.0
     for number, operation in reversed(list(enumerate(chunk))):
-        gradients += operation.gradient
         if total + operation.backward + gradients > peak:
             peak = total + operation.backward + gradients
-            now = {operation.kind: operation.backward, "16-bit gradients": gradients}
+            now = {operation.kind: operation.backward, "waiting gradients": gradients}
             found = _sum(_by_kind(chunk[: number + 1]), now)
         total -= operation.kept
+        gradients += operation.gradient
     return found

@@ -32,7 +32,8 @@ FP8_ELEMENT = 1 + FP32 / 128  # a number in FP8 and its share of a scale
 class Operation:
     """One operation. `kept`: bytes from its forward pass to the end of its backward pass. `forward`, `backward`: the
     most that exists besides while it runs, its inputs and results included where nobody else keeps them. `gradient`:
-    bytes of 16-bit weight gradients that stay until the pass through the chunk has ended. `on_host`: bytes that wait in
+    bytes of weight gradients that stay until the pass through the chunk has ended, beside the gradients that are kept
+    from one microbatch to the next. `on_host`: bytes that wait in
     host memory from its forward to its backward pass.
     """
 
@@ -49,7 +50,8 @@ class Device:
     """How this rank computes: `element` bytes of weights and activations; the code path of a CPU or a GPU; tokens of a
     microbatch, all of them and those of this rank between projections; `documents`: lengths of the documents of a
     microbatch, each of them a prompt and two answers where it is one of `pairs`; 16-bit gradients wait for the end of a
-    pass and become fp32 then (`master_grad`). `context_ranks` share the tokens of each document, of which `tokens` are
+    pass and become fp32 then (`master_grad`). fp32 gradients wait for their exchange after the pass, as far as they are
+    not among those that are kept: this part of a weight's and of an expert's. `context_ranks` share the tokens of each document, of which `tokens` are
     on this rank; keys and values go around a ring, or heads are exchanged for tokens.
     """
 
@@ -61,6 +63,8 @@ class Device:
     tensor_ranks: int = 1
     expert_ranks: int = 1
     master_grad: bool = True
+    waiting: float = 0.0
+    waiting_of_experts: float = 0.0
     pairs: bool = False
     context_ranks: int = 1
     is_ring: bool = False
@@ -115,6 +119,7 @@ def projection(
         forward += e * rows * num_out
         backward += e * rows * num_in
     waits = weight if not device.on_cpu and device.master_grad else 0.0
+    waits += weight * (device.waiting if layer.num_experts is None else device.waiting_of_experts)
     return Operation(kind, kept, forward, backward + (2 if parts else 1) * weight + beside, waits)
 
 

@@ -37,4 +37,6 @@ def test_a_rank_takes_what_is_planned(layout: Layout, directory: Path, request: 
     for rank, found in enumerate(ranks_of(layout, directory, request)):
         measured, planned = found["measured"], found["planned"]
         assert {kind: measured[kind] for kind in EXACT} == {kind: planned[kind] for kind in EXACT}, rank
-        assert planned["activations"] == pytest.approx(measured["activations"], rel=0.05), rank
+        # What ZeRO stage 2 sends after a pass is planned beside the activations, but may come when these are gone.
+        assert planned["activations"] <= 1.05 * measured["activations"], rank
+        assert planned["activations"] + planned["exchange"] >= 0.95 * measured["activations"], rank

@@ -129,6 +129,8 @@ LAYOUTS = (
     Layout("vl, vision frozen", 1, "tiny-vl", _VISION | {"freeze_config": "freeze_vision"}),
     Layout("dense of 100 M", 1, "tiny-dense", _100M),
     Layout("dense of 100 M, recompute", 1, "tiny-dense", _100M | {"recompute": True}),
+    Layout("dense of 100 M, 512 tokens, recompute, stage 2", 2, "tiny-dense",
+           _100M | {"max_seq_len": 512, "recompute": True, "data_parallel_degree": 2, "sharding": "stage2"}),
     Layout("dense of 100 M, 512 tokens, recompute, stage 3", 2, "tiny-dense",
            _100M | {"max_seq_len": 512, "recompute": True, "data_parallel_degree": 2, "sharding": "stage3"}),
     Layout("dense of 100 M, 2 stages", 2, "tiny-dense", _100M | _FOUR_LAYERS),
@@ -278,8 +280,8 @@ def _with_picture(row: Any, vision: Any) -> Any:
 
 
 def _planned(cfg: Any, model: Any, mesh: Any) -> dict[str, int]:
-    from erniekit.plan.activations import stage_activations
     from erniekit.plan.job import Cluster, make_job
+    from erniekit.plan.memory import plan_memory
     from erniekit.training.outline import outline_stage, stage_tensors
 
     share = 1 - 1 / cfg.max_seq_len
@@ -287,10 +289,12 @@ def _planned(cfg: Any, model: Any, mesh: Any) -> dict[str, int]:
     cluster = Cluster(mesh.degrees.world, "cpu", mesh.degrees.world)
     job = make_job(cfg, model, cluster, picture_tokens=pictures, supervised_share=share)
     tensors = stage_tensors(job, mesh.pipe)
+    parts = dict(plan_memory(job, 0.0, outline_stage, [mesh.pipe]).stages[0].parts)
     return {
         "parameters": tensors.parameters + tensors.average + tensors.copies,
         "gradients": tensors.gradients,
         "state": tensors.state,
         "reference": tensors.reference,
-        "activations": round(stage_activations(job, outline_stage(job, mesh.pipe)[0], mesh.pipe).peak),
+        "activations": round(parts["activations"]),
+        "exchange": round(parts.get("exchange", 0.0)),
     }
