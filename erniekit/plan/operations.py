@@ -51,8 +51,8 @@ class Device:
     microbatch, all of them and those of this rank between projections; `documents`: lengths of the documents of a
     microbatch, each of them a prompt and two answers where it is one of `pairs`; 16-bit gradients wait for the end of a
     pass and become fp32 then (`master_grad`). fp32 gradients wait for their exchange after the pass, as far as they are
-    not among those that are kept: this part of a weight's and of an expert's. `context_ranks` share the tokens of each document, of which `tokens` are
-    on this rank; keys and values go around a ring, or heads are exchanged for tokens.
+    not among those that are kept: this part of a weight's and of an expert's. `context_ranks` share the tokens of each
+    document, of which `tokens` are on this rank; keys and values go around a ring, or heads are exchanged for tokens.
     """
 
     element: int
@@ -118,9 +118,15 @@ def projection(
     if device.tensor_ranks > 1:  # a collective's copy
         forward += e * rows * num_out
         backward += e * rows * num_in
-    waits = weight if not device.on_cpu and device.master_grad else 0.0
-    waits += weight * (device.waiting if layer.num_experts is None else device.waiting_of_experts)
+    waits = weight * _waiting(device, layer)
     return Operation(kind, kept, forward, backward + (2 if parts else 1) * weight + beside, waits)
+
+
+def _waiting(device: Device, layer: Projection) -> float:
+    """The part of a weight's gradient that waits for the end of the pass."""
+    if device.master_grad and not device.on_cpu:
+        return 1.0
+    return device.waiting if layer.num_experts is None else device.waiting_of_experts
 
 
 def _in_parts(device: Device, layer: Projection) -> bool:
