@@ -135,9 +135,14 @@ def _text(field: "dataclasses.Field[Any]", value: Any) -> str:
     words, path = field.metadata["words"], field.metadata["path"]
     if isinstance(value, bool) and str(value).lower() in words:  # from JSON or Python
         value = str(value)
-    text = _scalar(_only(value), "text")
+    choices = field.metadata["choices"]
+    text = _scalar(_only(value), f"one of {_named(choices)}" if choices else "text")
     text = words.get(text.lower(), text)
-    return _chosen(field.metadata["choices"], expand(text) if path else text)
+    return _chosen(choices, expand(text) if path else text)
+
+
+def _named(choices: Sequence[str]) -> str:
+    return ", ".join(choice or "'' (nothing)" for choice in choices)
 
 
 def _chosen(choices: Sequence[str], text: str) -> str:
@@ -146,10 +151,9 @@ def _chosen(choices: Sequence[str], text: str) -> str:
             return choice
     if not choices:
         return text
-    named = ", ".join(choice or "'' (nothing)" for choice in choices)
     near = difflib.get_close_matches(text.lower(), [choice.lower() for choice in choices], n=1)
     hint = "".join(f"; did you mean {choice}?" for choice in choices if choice.lower() in near)
-    raise ValueError(f"expected one of {named}, got {shown(text)}{hint}")
+    raise ValueError(f"expected one of {_named(choices)}, got {shown(text)}{hint}")
 
 
 def _only(value: Any) -> Any:

@@ -111,7 +111,7 @@ def _value(text: str) -> Any:
         text.encode("utf-8")
     except UnicodeEncodeError:
         raise ConfigError(f"command line: {text!r} is not UTF-8 text.") from None
-    return yaml_tree.read_value(text)
+    return _plain(yaml_tree.read_value(text))
 
 
 def _dotted(name: str, value: Any, known: Callable[[str], bool]) -> Entry:

@@ -108,11 +108,17 @@ def test_sources_and_shares_are_lists(write):
         ("save_steps: -5", "save_steps: must be at least 1, got -5 (x.yaml:4)"),
         ("compute_type: bf17", "compute_type: expected one of bf16, fp16, fp32, wint8"),
         ("logging_dir: {a: 1}", "logging_dir: expected text, got {'a': 1} (x.yaml:4)"),
+        ("rope_scaling: {type: yarn}", "rope_scaling: expected one of '' (nothing), linear, dynamic, yarn, got {'type"),
         ("from_scratch: perhaps", "from_scratch: expected True or False, got 'perhaps' (x.yaml:4)"),
     ],
 )
 def test_a_wrong_value_names_key_expectation_and_place(write, line, expected):
     assert expected in message(write(BASE + line + "\n"))
+
+
+def test_a_mapping_on_the_command_line_is_shown_as_in_a_file(write):
+    text = message(write(BASE), ["logging_dir={a: [1, {b: 2}]}"])
+    assert text == "logging_dir: expected text, got {'a': [1, {'b': 2}]} (command line)"
 
 
 def test_every_problem_is_told_at_once(write):
