@@ -71,8 +71,7 @@ def read_overrides(given: "Sequence[str] | Mapping[str, Any] | None", known: Cal
         raise ConfigError(f"overrides: expected a list of key=value words, got the text {given!r}")
     last: dict[str, Entry] = {}
     for name, value in _words(list(given), known):
-        entry = _dotted(name, value, known)
-        last[entry.name] = entry
+        last |= {entry.name: entry for entry in _dotted(name, value, known)}
     return list(last.values())
 
 
@@ -114,15 +113,15 @@ def _value(text: str) -> Any:
     return _plain(yaml_tree.read_value(text))
 
 
-def _dotted(name: str, value: Any, known: Callable[[str], bool]) -> Entry:
-    """The entry of a dotted name: training_args.seed=3 means seed=3, and env.x=1 is a mapping."""
+def _dotted(name: str, value: Any, known: Callable[[str], bool]) -> Iterable[Entry]:
+    """The entries of a dotted name: training_args.seed=3 and training_args={seed: 3} mean seed=3; env.x=1 is a mapping."""
     first, *rest = name.split(".")
     block = ""
     while rest and is_block(first, known):
         block, first, *rest = first, *rest
     for part in reversed(rest):
         value = {part: value}
-    return Entry(first, value, "command line", block)
+    return _flatten(_nested({first: value}, lambda name: "command line"), known, block)
 
 
 def _plain(value: Any) -> Any:

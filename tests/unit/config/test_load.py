@@ -121,6 +121,12 @@ def test_a_mapping_on_the_command_line_is_shown_as_in_a_file(write):
     assert text == "logging_dir: expected text, got {'a': [1, {'b': 2}]} (command line)"
 
 
+def test_a_block_on_the_command_line_is_read_as_in_a_file(write):
+    cfg = load(write(BASE), ["training_args={seed: 3, max_steps: 7}", "model_args.max_seq_len=64"])
+    assert (cfg.seed, cfg.max_steps, cfg.max_seq_len) == (3, 7, 64)
+    assert message(write(BASE), ["training_args={sed: 3}"]) == "sed: unknown key; did you mean seed? (command line)"
+
+
 def test_every_problem_is_told_at_once(write):
     text = message(write(BASE + "max_steps: abc\nmax_seq_lenn: 5\nlerning_rate: 1\n"), ["packing=maybe"])
     assert "max_steps: expected an integer" in text
