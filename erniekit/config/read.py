@@ -80,6 +80,8 @@ def _words(words: list[str], known: Callable[[str], bool]) -> Iterable[tuple[str
     while position < len(words):
         word = words[position]
         position += 1
+        if not word.removeprefix("--").partition("=")[0].strip():
+            raise ConfigError(f"{word!r} names no key. Example: max_steps=100")
         if word.startswith("--"):
             name, equals, text = word[2:].partition("=")
             values = [text] if equals else []

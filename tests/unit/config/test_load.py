@@ -121,6 +121,11 @@ def test_a_mapping_on_the_command_line_is_shown_as_in_a_file(write):
     assert text == "logging_dir: expected text, got {'a': [1, {'b': 2}]} (command line)"
 
 
+@pytest.mark.parametrize("word", ["=3", "--", "--=3", " =3"])
+def test_a_word_without_a_key_is_an_error(write, word: str):
+    assert message(write(BASE), [word]) == f"{word!r} names no key. Example: max_steps=100"
+
+
 def test_a_block_on_the_command_line_is_read_as_in_a_file(write):
     cfg = load(write(BASE), ["training_args={seed: 3, max_steps: 7}", "model_args.max_seq_len=64"])
     assert (cfg.seed, cfg.max_steps, cfg.max_seq_len) == (3, 7, 64)
