@@ -389,6 +389,7 @@ def test_yaml_and_the_command_line_read_a_list_alike(write, key, given):
     assert vars(load(write(BASE + f"{key}: {json.dumps(given)}\n"), more))[key] == from_words
 
 
+@settings(max_examples=25)  # each reads a configuration twice
 @given(st.lists(st.text(st.characters(codec="utf-8", exclude_characters="\0$~:"), min_size=1), max_size=4))
 def test_any_texts_of_a_list_survive_saving(items):
     cfg = load(None, {"modules_to_save": items}, "version")
