@@ -116,7 +116,7 @@ def _value(text: str) -> Any:
 
 
 def _dotted(name: str, value: Any, known: Callable[[str], bool]) -> Iterable[Entry]:
-    """The entries of a dotted name: training_args.seed=3 and training_args={seed: 3} mean seed=3; env.x=1 is a mapping."""
+    """What a dotted name gives: training_args.seed=3 and training_args={seed: 3} mean seed=3; env.x=1 is a mapping."""
     first, *rest = name.split(".")
     block = ""
     while rest and is_block(first, known):
