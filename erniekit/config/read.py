@@ -123,6 +123,8 @@ def _dotted(name: str, value: Any, known: Callable[[str], bool]) -> Iterable[Ent
         block, first, *rest = first, *rest
     for part in reversed(rest):
         value = {part: value}
+    if value is None:  # an empty block is a line of a file that may be kept, but no word that does anything
+        return [Entry(first, value, "command line", block)]
     return _flatten(_nested({first: value}, lambda name: "command line"), known, block)
 
 

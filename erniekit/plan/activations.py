@@ -48,15 +48,15 @@ def device_of(job: Job) -> Device:
         tensor_ranks=ranks,
         expert_ranks=job.degrees.expert,
         master_grad=job.cfg.amp_master_grad and job.element_bytes == 2,
-        waiting=_waiting(job, job.degrees.sharding),
-        waiting_of_experts=_waiting(job, job.degrees.sharding // job.degrees.expert),
+        waiting=_part_to_exchange(job, job.degrees.sharding),
+        waiting_of_experts=_part_to_exchange(job, job.degrees.sharding // job.degrees.expert),
         pairs=job.has_pairs,
         context_ranks=job.degrees.context,
         is_ring=job.degrees.context > 1 and job.cfg.cp_comm_type == "p2p",
     )
 
 
-def _waiting(job: Job, ranks: int) -> float:
+def _part_to_exchange(job: Job, ranks: int) -> float:
     """The part of a weight's fp32 gradient that exists beside what is kept of it, while a backward pass runs: in ZeRO
     stage 2 a rank keeps its chunk, and a CPU sends whole gradients after the pass. Before the first exchange of a step
     there is no chunk yet.

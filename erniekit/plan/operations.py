@@ -33,8 +33,7 @@ class Operation:
     """One operation. `kept`: bytes from its forward pass to the end of its backward pass. `forward`, `backward`: the
     most that exists besides while it runs, its inputs and results included where nobody else keeps them. `gradient`:
     bytes of weight gradients that stay until the pass through the chunk has ended, beside the gradients that are kept
-    from one microbatch to the next. `on_host`: bytes that wait in
-    host memory from its forward to its backward pass.
+    from one microbatch to the next. `on_host`: bytes that wait in host memory from its forward to its backward pass.
     """
 
     kind: str

@@ -130,6 +130,7 @@ def test_a_block_on_the_command_line_is_read_as_in_a_file(write):
     cfg = load(write(BASE), ["training_args={seed: 3, max_steps: 7}", "model_args.max_seq_len=64"])
     assert (cfg.seed, cfg.max_steps, cfg.max_seq_len) == (3, 7, 64)
     assert message(write(BASE), ["training_args={sed: 3}"]) == "sed: unknown key; did you mean seed? (command line)"
+    assert message(write(BASE), ["training_args="]) == "training_args: unknown key (command line)"
 
 
 def test_every_problem_is_told_at_once(write):
