@@ -93,12 +93,19 @@ class _State:
                 self._fixed(rule, entry)
             else:
                 self._keep(extras, entry.name, _Given(plain(entry.value), _as_written(entry), entry.place))
-        for name in nulls - given.keys():
-            self.given.pop(name, None)
+        for name in sorted(nulls - given.keys()):
+            self._forget(name)
         for name in given.keys() & self.given.keys():
             self._note_overruled(self.given[name], given[name])
         self.given |= given
         self.extras |= extras
+
+    def _forget(self, name: str) -> None:
+        """Drop the value of an earlier layer, which may be meant, or an empty variable of a shell: max_steps=$STEPS."""
+        old, default = self.given.pop(name, None), plain(_FIELDS[name].default)
+        if old is not None and plain(old.value) != default:
+            why = f"the command line gives {name} no value, so that its default holds: {shortened(str(default))}"
+            self.notes.append(f"{old.written} ({old.place}): no effect: {why}")
 
     def _note_names(self, entries: Sequence[read.Entry]) -> None:
         self.mentioned |= {entry.name for entry in entries}

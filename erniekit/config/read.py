@@ -16,6 +16,7 @@ from erniekit.utils.errors import ConfigError
 MAX_BYTES = 1 << 20  # of a configuration file
 _BLOCK_ENDINGS = ("_args", "_config", "_arguments")
 # Mappings of ERNIE's pretraining files that group keys under other names.
+_COMMAND_LINE = "command line"
 _BLOCKS = ("fp8_mem_configs", "fp8_fused_ops_configs")
 _JSON_KEY = re.compile(r'"((?:[^"\\]|\\.)*)"\s*:')
 _OVERRIDE = re.compile(r"(?P<name>[A-Za-z_][A-Za-z0-9_.]*)=", re.ASCII)
@@ -70,12 +71,13 @@ def read_overrides(given: "Sequence[str] | Mapping[str, Any] | None", known: Cal
     if isinstance(given, str):
         raise ConfigError(f"overrides: expected a list of key=value words, got the text {given!r}")
     last: dict[str, Entry] = {}
-    for name, value in _words(list(given), known):
-        last |= {entry.name: entry for entry in _dotted(name, value, known)}
+    for name, value, place in _words(list(given), known):
+        last |= {entry.name: entry for entry in _dotted(name, value, place, known)}
     return list(last.values())
 
 
-def _words(words: list[str], known: Callable[[str], bool]) -> Iterable[tuple[str, Any]]:
+def _words(words: list[str], known: Callable[[str], bool]) -> Iterable[tuple[str, Any, str]]:
+    """The name, value and place of each word, or of several that belong together."""
     position = 0
     while position < len(words):
         word = words[position]
@@ -89,12 +91,12 @@ def _words(words: list[str], known: Callable[[str], bool]) -> Iterable[tuple[str
                 values.append(words[position])
                 position += 1
             if not values:
-                yield name, True  # a switch without a value: --packing
+                yield name, True, f"{_COMMAND_LINE}: a switch without a value"  # --packing
             else:
-                yield name, _value(values[0]) if len(values) == 1 else [_value(item) for item in values]
+                yield name, _value(values[0]) if len(values) == 1 else [_value(item) for item in values], _COMMAND_LINE
         elif "=" in word:
             name, _, text = word.partition("=")
-            yield name.strip(), _value(text)
+            yield name.strip(), _value(text), _COMMAND_LINE
         else:
             raise ConfigError(f"{word!r} is neither key=value nor --key value. Example: max_steps=100")
 
@@ -115,7 +117,7 @@ def _value(text: str) -> Any:
     return _plain(yaml_tree.read_value(text))
 
 
-def _dotted(name: str, value: Any, known: Callable[[str], bool]) -> Iterable[Entry]:
+def _dotted(name: str, value: Any, place: str, known: Callable[[str], bool]) -> Iterable[Entry]:
     """What a dotted name gives: training_args.seed=3 and training_args={seed: 3} mean seed=3; env.x=1 is a mapping."""
     first, *rest = name.split(".")
     block = ""
@@ -124,8 +126,8 @@ def _dotted(name: str, value: Any, known: Callable[[str], bool]) -> Iterable[Ent
     for part in reversed(rest):
         value = {part: value}
     if value is None:  # an empty block is a line of a file that may be kept, but no word that does anything
-        return [Entry(first, value, "command line", block)]
-    return _flatten(_nested({first: value}, lambda name: "command line"), known, block)
+        return [Entry(first, value, place, block)]
+    return _flatten(_nested({first: value}, lambda name: place), known, block)
 
 
 def _plain(value: Any) -> Any:

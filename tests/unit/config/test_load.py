@@ -211,6 +211,22 @@ def test_override_syntax(write, word, key, value):
     assert vars(load(write(BASE + "save_total_limit: 3\n"), [word]))[key] == value
 
 
+def test_a_word_without_a_value_says_which_value_it_removes(write):
+    """max_steps=$STEPS with an empty STEPS would otherwise train by the default in silence."""
+    path = write(BASE + "save_total_limit: 3\n")
+    notes = load(path, ["save_total_limit="]).notes
+    why = "the command line gives save_total_limit no value, so that its default holds: None"
+    assert [note for note in notes if "save_total_limit" in note] == [
+        f"save_total_limit: 3 ({Path(path).name}:{len(BASE.splitlines()) + 1}): no effect: {why}"
+    ]
+    assert not [note for note in load(path, ["seed="]).notes if "seed" in note]  # the file has no other value
+
+
+def test_a_switch_that_needs_a_value_says_that_it_has_none(write):
+    text = message(write(BASE), ["--max_steps", "--packing"])
+    assert text == "max_steps: expected an integer, got True (command line: a switch without a value)"
+
+
 def test_options_alone_are_a_configuration():
     words = (
         "--model_name_or_path m --train_dataset_path a b --output_dir out --packing --max_steps 7 --learning_rate 1e-4"
