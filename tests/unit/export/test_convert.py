@@ -49,6 +49,7 @@ def source(tmp_path, case, dtype="F32", change=None, max_shard_size="5GB", to_pa
         tensors[name] = ("F32", value) if fp32 else (dtype, to_dtype(value, "F32", short))
     if change is not None:
         change(tensors)
+    tmp_path.mkdir(exist_ok=True)
     directory = write(tmp_path / "source", tensors, fixture.config, max_shard_size)
     for name in ("tokenizer.model", "tokenizer_config.json", "chat_template.jinja", "generation_config.json"):
         (directory / name).write_text(name)
@@ -143,6 +144,28 @@ def test_mtp_tensors_are_kept_even_if_the_config_is_silent(tmp_path):
     convert(tmp_path / "paddle", tmp_path / "pt", "pt")
     assert_same_bits(read(directory), read(tmp_path / "pt"))
     assert ModelConfig.from_dir(tmp_path / "pt").num_nextn_predict_layers == 0
+
+
+MTP_PROJECTION = "model.mtp_linear_proj.0.weight"
+
+
+def _transpose_mtp_projection(tensors):
+    """As in the published ERNIE-4.5-300B-A47B-PT."""
+    dtype, array = tensors[MTP_PROJECTION]
+    tensors[MTP_PROJECTION] = (dtype, np.ascontiguousarray(array.T))
+
+
+@pytest.mark.parametrize("silent", [False, True])
+@pytest.mark.parametrize("format", ["pt", "paddle"])
+def test_a_transposed_mtp_projection_is_read_and_written_as_it_should_be(tmp_path, format, silent):
+    directory = source(tmp_path / "a", "moe_mtp", "BF16", _transpose_mtp_projection)
+    expected = source(tmp_path / "b", "moe_mtp", "BF16")
+    if silent:
+        config = json.loads((directory / "config.json").read_text()) | {"num_nextn_predict_layers": 0}
+        (directory / "config.json").write_text(json.dumps(config))
+    convert(directory, tmp_path / "out", format)
+    convert(expected, tmp_path / "expected", format)
+    assert_same_bits(read(tmp_path / "expected"), read(tmp_path / "out"))
 
 
 def test_a_head_that_is_not_tied_after_all_stays_so(tmp_path):
