@@ -64,6 +64,14 @@ class TestFiles:
         with pytest.raises(BadRecord, match="target_frames of a video must be a positive number"):
             open_video(video("a.mkv", target_frames="x"), reader)
 
+    @pytest.mark.parametrize("times", [{"fps": 1.0}, {"time_stamps": [0, 1]}])
+    def test_times_beside_a_file_are_refused(self, reader, tmp_path, times):
+        """Qwen's form has the frames to take of a second in `fps`."""
+        write_video(tmp_path / "a.mkv")
+        with pytest.raises(BadRecord, match=f"{next(iter(times))} stands beside the video file a.mkv") as caught:
+            open_video(video("a.mkv", **times), reader)
+        assert "video_fps" in caught.value.hint
+
     def test_files_that_cannot_be_decoded(self, reader, tmp_path):
         (tmp_path / "text.mp4").write_bytes(b"no video " * 100)
         with pytest.raises(BadRecord, match=r"text.mp4 cannot be decoded"):
