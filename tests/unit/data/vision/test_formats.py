@@ -98,6 +98,21 @@ def test_one_conversation_in_every_form(options, kind, number):
     assert sample.messages == CUPS and sample.kind == "chat"
 
 
+def test_options_beside_the_source_of_a_listed_medium_are_those_of_its_part(options):
+    record = {
+        "messages": [{"role": "user", "content": "<image><video>Which?"}, answer("Both.")],
+        "images": [{"path": "a.png", "bytes": None, "max_pixels": 1568, "caption": "cups"}],
+        "videos": [{"frames": ["a.png", "a.png"], "fps": 4}],
+    }
+    sample, notes = parse("messages", record, options)
+    picture, clip, _ = sample.messages[0]["content"]
+    assert picture["max_pixels"] == 1568 and clip["fps"] == 4
+    assert notes.unused == {"'caption' of images"}
+    inside = user({"type": "image_url", "image_url": {"url": "a.png", "max_pixels": 1568}}, text("Which?"))
+    sample, _ = parse("messages", {"messages": [inside, answer("This.")]}, options)
+    assert sample.messages[0]["content"][0]["max_pixels"] == 1568
+
+
 def test_text_without_pictures_stays_text(options):
     sample, _ = parse("messages", {"messages": [{"role": "user", "content": "2 + 2?"}, answer("4")]}, options)
     assert sample.messages == [{"role": "user", "content": "2 + 2?"}, answer("4")]
