@@ -427,6 +427,17 @@ class TestBoxes:
         with pytest.raises(BadLine, match="corners swapped"):
             converted("[5, 2, 4, 4]")
 
+    def test_boxes_in_python_s_quotes(self, options):
+        """The text of a dict, as many data sets have it."""
+        record = {
+            "messages": [*TALK[:1], answer("[{'bbox_2d': [20, 10, 200, 100], 'label': 'cup'}]")],
+            "images": ["a.png"],
+        }
+        sample, _ = parse("messages", record, options, boxes="pixels")
+        assert sample.messages[1]["content"] == "[{'bbox_2d': [100, 100, 1000, 1000], 'label': 'cup'}]"
+        with pytest.raises(BadLine, match="outside the picture"):
+            parse("messages", record, options, boxes="fraction")
+
     def test_boxes_in_calls(self, options):
         record = {
             "messages": [
