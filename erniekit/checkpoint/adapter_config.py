@@ -76,7 +76,8 @@ _MAX_REPEATS = 3  # of its unbounded repetitions
 @dataclass(frozen=True)
 class AdapterConfig:
     """The options in an adapter_config.json. `ranks` and `alphas` are PEFT's patterns with the rank or the alpha of
-    each. `targets` is a pattern or a tuple of module names; None if the file does not list the adapted modules explicitly.
+    each. `targets` is a pattern or a tuple of module names; None if the file does not list the adapted modules
+    explicitly.
     """
 
     base: str | None

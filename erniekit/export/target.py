@@ -40,8 +40,8 @@ def model_target(
     for source in sources:
         if not Path(source).is_dir():
             raise CheckpointError(
-                f"there is no model directory {str(source)!r} (looked in {Path.cwd()}). Check the path; a model of a Hub "
-                "has to be downloaded first."
+                f"there is no model directory {str(source)!r} (looked in {Path.cwd()}). Check the path; a model of a "
+                "Hub has to be downloaded first."
             )
     target = Path(target_dir)
     mark = _mark(command, sources)

@@ -86,13 +86,18 @@ def fill_tags(
                 f"{places} <{kind}> tag{'s' * (places != 1)} for {len(sources)} {kind}{'s' * (len(sources) != 1)}", hint
             )
         for part, source in zip(list(_places(result, kind)), sources, strict=True):
-            part.update({kind: source, **options_inside(kind, source)})
-            notes.unused.update(f"{name!r} of {kind}s" for name in unknown_inside(kind, source))
+            _fill_part(part, kind, source, notes)
     pictures = [part["image"] for turn in result for part in _parts(turn) if part["type"] == "image"]
     _fill_objects(result, media.objects, pictures, options)
     return [
         {**turn, "content": merged(turn["content"])} if isinstance(turn["content"], list) else turn for turn in result
     ]
+
+
+def _fill_part(part: dict[str, Any], kind: str, source: Any, notes: Notes) -> None:
+    """Give a part its source, and the options that stand beside it."""
+    part.update({kind: source, **options_inside(kind, source)})
+    notes.unused.update(f"{name!r} of {kind}s" for name in unknown_inside(kind, source))
 
 
 def _with_places(turn: dict[str, Any]) -> dict[str, Any]:

@@ -68,7 +68,7 @@ def test_a_checkpoint_may_be_a_run_as_in_eval(tmp_path):
 def test_a_lora_path_that_is_no_adapter_is_refused(tmp_path):
     """A whole model would be exported without a word, and without any adapter."""
     trained(tmp_path / "model", "tiny-moe")
-    with pytest.raises(CheckpointError, match="lora_path: .*model holds no adapter"):
+    with pytest.raises(CheckpointError, match=r"lora_path: .*model holds no adapter"):
         export(load({"output_dir": str(tmp_path / "out"), "lora_path": str(tmp_path / "model")}))
 
 

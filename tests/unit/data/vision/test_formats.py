@@ -98,21 +98,6 @@ def test_one_conversation_in_every_form(options, kind, number):
     assert sample.messages == CUPS and sample.kind == "chat"
 
 
-def test_options_beside_the_source_of_a_listed_medium_are_those_of_its_part(options):
-    record = {
-        "messages": [{"role": "user", "content": "<image><video>Which?"}, answer("Both.")],
-        "images": [{"path": "a.png", "bytes": None, "max_pixels": 1568, "caption": "cups"}],
-        "videos": [{"frames": ["a.png", "a.png"], "fps": 4}],
-    }
-    sample, notes = parse("messages", record, options)
-    picture, clip, _ = sample.messages[0]["content"]
-    assert picture["max_pixels"] == 1568 and clip["fps"] == 4
-    assert notes.unused == {"'caption' of images"}
-    inside = user({"type": "image_url", "image_url": {"url": "a.png", "max_pixels": 1568}}, text("Which?"))
-    sample, _ = parse("messages", {"messages": [inside, answer("This.")]}, options)
-    assert sample.messages[0]["content"][0]["max_pixels"] == 1568
-
-
 def test_text_without_pictures_stays_text(options):
     sample, _ = parse("messages", {"messages": [{"role": "user", "content": "2 + 2?"}, answer("4")]}, options)
     assert sample.messages == [{"role": "user", "content": "2 + 2?"}, answer("4")]
@@ -426,17 +411,6 @@ class TestBoxes:
                 converted(wrong)
         with pytest.raises(BadLine, match="corners swapped"):
             converted("[5, 2, 4, 4]")
-
-    def test_boxes_in_python_s_quotes(self, options):
-        """The text of a dict, as many data sets have it."""
-        record = {
-            "messages": [*TALK[:1], answer("[{'bbox_2d': [20, 10, 200, 100], 'label': 'cup'}]")],
-            "images": ["a.png"],
-        }
-        sample, _ = parse("messages", record, options, boxes="pixels")
-        assert sample.messages[1]["content"] == "[{'bbox_2d': [100, 100, 1000, 1000], 'label': 'cup'}]"
-        with pytest.raises(BadLine, match="outside the picture"):
-            parse("messages", record, options, boxes="fraction")
 
     def test_boxes_in_calls(self, options):
         record = {
