@@ -52,6 +52,7 @@ class ModelReader:
         self.format: Format = detect_format(names, str(self.path))
         read = ModelConfig.from_dir(self.path) if config is None else config
         self.left_out: set[str] = set()
+        self._said_mixed = False
         self.config = self._with_stored_head(read, adapt=config is None)
         depths = self._mtp_depths(adapt=config is None, keep=keep_mtp)
         self.logicals = logical_tensors(dataclasses.replace(self.config, num_nextn_predict_layers=depths))
@@ -84,13 +85,15 @@ class ModelReader:
         return self._stored[name]
 
     def read(self, logical: Logical, as_fp32: bool = False) -> np.ndarray:
-        """Read one unit of the model in our layout: as stored (bfloat16 as uint16 bits), or widened to float32."""
+        """Read one unit of the model in our layout: as stored (bfloat16 as uint16 bits), or widened to float32, as
+        pieces of different types always are.
+        """
         pieces = logical.pieces(self.format)
         stored = {self.info(piece.name).dtype for piece in pieces}
-        if as_fp32 and len(stored) == 1:  # widened last, so that only half as many bytes are transposed
-            whole = logical.from_file((self.read_piece(piece) for piece in pieces), self.format)
-            return to_fp32(whole, stored.pop())
-        return logical.from_file((self.read_piece(piece, as_fp32) for piece in pieces), self.format)
+        if len(stored) > 1:
+            return logical.from_file((self.read_piece(piece, as_fp32=True) for piece in pieces), self.format)
+        whole = logical.from_file((self.read_piece(piece) for piece in pieces), self.format)
+        return to_fp32(whole, stored.pop()) if as_fp32 else whole  # last: half as many bytes are transposed
 
     def read_piece(self, piece: Piece, as_fp32: bool = False) -> np.ndarray:
         """Read one tensor as it lies in a file of this directory's layout: as stored, or widened to float32."""
@@ -108,12 +111,18 @@ class ModelReader:
         return reader.codec_of(self._stored[piece.name]) if isinstance(reader, QuantisedReader) else None
 
     def dtype_of(self, logical: Logical) -> str:
-        """The header dtype of a unit; CheckpointError if its pieces differ."""
-        dtypes = {self.info(piece.name).dtype for piece in logical.pieces(self.format)}
-        if len(dtypes) > 1:
+        """The header dtype of a unit as `read` gives it: F32 where its pieces differ, which is said."""
+        found = {self.info(piece.name).dtype for piece in logical.pieces(self.format)}
+        if len(found) == 1:
+            return found.pop()
+        if not self._said_mixed:
             names = ", ".join(piece.name for piece in logical.pieces(self.format))
-            raise CheckpointError(f"{self.path}: {names} have different dtypes ({', '.join(sorted(dtypes))}).")
-        return dtypes.pop()
+            log.warning(
+                f"{self.path}: {names} are one weight here and of different types ({', '.join(sorted(found))}): such "
+                "weights become F32"
+            )
+        self._said_mixed = True
+        return "F32"
 
     def _with_stored_head(self, config: ModelConfig, adapt: bool) -> ModelConfig:
         if not config.tie_word_embeddings or HEAD not in self.reader:

@@ -194,14 +194,26 @@ def test_refusals(tmp_path):
         convert(directory, tmp_path / "out", "gguf")
     with pytest.raises(CheckpointError, match="int8"):
         convert(directory, tmp_path / "out", "pt", dtype="int8")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("format", ["pt", "paddle"])
+def test_parts_of_a_weight_may_be_of_different_types(tmp_path, format):
+    """As where an adapter of q_proj and v_proj was merged in float32."""
 
     def change(tensors):
-        name = "model.layers.0.self_attn.k_proj.weight"
-        tensors[name] = ("BF16", fp32_to_bf16(tensors[name][1]))
+        for part in "qv":
+            name = f"model.layers.0.self_attn.{part}_proj.weight"
+            tensors[name] = ("F32", bf16_to_fp32(tensors[name][1]))
 
-    with pytest.raises(CheckpointError, match="different dtypes"):
-        convert(source(tmp_path / "b", "dense_tied", change=change), tmp_path / "out", "paddle")
-    assert not (tmp_path / "out").exists()
+    expected = source(tmp_path / "a", "dense_tied", "BF16")
+    convert(source(tmp_path / "b", "dense_tied", "BF16", change=change), tmp_path / "out", format)
+    convert(expected, tmp_path / "expected", format)
+    found = read(tmp_path / "out")
+    for name, (dtype, array) in read(tmp_path / "expected").items():
+        joined = any(f"layers.0.self_attn.{part}_proj.weight" in name for part in ("q", "k", "v", "qkv"))
+        assert found[name][0] == ("F32" if joined else dtype)
+        np.testing.assert_array_equal(found[name][1], bf16_to_fp32(array) if joined else array)
 
 
 def test_a_write_gone_wrong_is_found(tmp_path, monkeypatch):
