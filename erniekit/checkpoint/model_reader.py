@@ -111,7 +111,7 @@ class ModelReader:
         return reader.codec_of(self._stored[piece.name]) if isinstance(reader, QuantisedReader) else None
 
     def dtype_of(self, logical: Logical) -> str:
-        """The header dtype of a unit as `read` gives it: F32 where its pieces differ, which is said."""
+        """The header dtype of a unit as `read` gives it: F32 where its pieces differ, with a log line."""
         found = {self.info(piece.name).dtype for piece in logical.pieces(self.format)}
         if len(found) == 1:
             return found.pop()
