@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from erniekit.checkpoint.model_dir import ADAPTER_CONFIG_FILE, ADAPTER_FILE, is_adapter
 from erniekit.hub import local_path, resolve_model
@@ -75,12 +75,14 @@ _MAX_REPEATS = 3  # of its unbounded repetitions
 
 @dataclass(frozen=True)
 class AdapterConfig:
-    """The options in an adapter_config.json. `alphas` are PEFT's patterns with the alpha of each. `targets` is a
-    pattern or a tuple of module names; None if the file does not list the adapted modules explicitly.
+    """The options in an adapter_config.json. `ranks` and `alphas` are PEFT's patterns with the rank or the alpha of
+    each. `targets` is a pattern or a tuple of module names; None if the file does not list the adapted modules
+    explicitly.
     """
 
     base: str | None
     rank: int
+    ranks: tuple[tuple[re.Pattern[str], int], ...]
     alpha: float
     dropout: float
     rslora: bool
@@ -93,9 +95,20 @@ class AdapterConfig:
 
     def scaling(self, name: str, rank: int) -> float:
         """The factor s in W + s A B for a projection by PEFT's name."""
-        forms = (name, f"{name}.weight")
-        matching = (alpha for pattern, alpha in self.alphas if any(pattern.match(form) for form in forms))
-        return next(matching, self.alpha) / (rank**0.5 if self.rslora else rank)
+        return _first(self.alphas, name, self.alpha) / (rank**0.5 if self.rslora else rank)
+
+    def rank_of(self, name: str) -> int:
+        """The rank of a projection by PEFT's name."""
+        return _first(self.ranks, name, self.rank)
+
+
+Number = TypeVar("Number", int, float)
+
+
+def _first(patterns: Iterable[tuple[re.Pattern[str], Number]], name: str, default: Number) -> Number:
+    """The number of the first pattern that fits the name of a projection, or of its weight."""
+    forms = (name, f"{name}.weight")
+    return next((number for pattern, number in patterns if any(pattern.match(form) for form in forms)), default)
 
 
 def read_adapter_config(path: Path) -> AdapterConfig:
@@ -106,12 +119,14 @@ def read_adapter_config(path: Path) -> AdapterConfig:
     content = JsonObject(read_json_object(file, CheckpointError), str(file), CheckpointError)
     _check_options(content)
     alphas = content.get_object("alpha_pattern")
-    ranks = content.get_object("rank_pattern")  # the ranks follow from the shapes of the factors
-    for name in ranks.values:
-        ranks.get_int(name, None, 1, _MAX_RANK)
+    ranks = content.get_object("rank_pattern")
     return AdapterConfig(
         base=content.get_text("base_model_name_or_path", None),
         rank=content.get_int("r", 8, 1, _MAX_RANK),
+        ranks=tuple(
+            (_pattern(name, f"{file}: rank_pattern", ending=True), ranks.get_int(name, 8, 1, _MAX_RANK))
+            for name in ranks.values
+        ),
         alpha=_alpha(content, "lora_alpha", 8.0),
         dropout=float(content.get_number("lora_dropout", 0.0, 0, 0.999)),
         rslora=content.get_bool("use_rslora", False),

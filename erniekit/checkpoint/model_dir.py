@@ -108,6 +108,13 @@ def require_model(directory: Path) -> None:
         )
 
 
+def require_adapter(lora_path: str) -> Path:
+    """The directory that lora_path names. Raises CheckpointError if it is no adapter."""
+    if not is_adapter(lora_path):
+        raise CheckpointError(f"lora_path: {lora_path} holds no adapter ({ADAPTER_CONFIG_FILE}, {ADAPTER_FILE}).")
+    return Path(lora_path)
+
+
 def require_weights(directory: Path) -> None:
     """Raises ConfigError if training is to start from weights and model_name_or_path has none."""
     if not has_weights(directory):

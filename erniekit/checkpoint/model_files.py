@@ -4,13 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from erniekit.checkpoint.adapter_config import base_of
-from erniekit.checkpoint.model_dir import (
-    ADAPTER_CONFIG_FILE,
-    ADAPTER_FILE,
-    find_checkpoint,
-    is_adapter,
-    require_model,
-)
+from erniekit.checkpoint.model_dir import find_checkpoint, is_adapter, require_adapter, require_model
 from erniekit.checkpoint.model_shape import adds_vision, directories, given_shape, model_config, vision_start
 from erniekit.checkpoint.vision_start import VisionStart
 from erniekit.config.schema import Config
@@ -72,11 +66,7 @@ def _directory(cfg: Config) -> tuple[Path, bool, str]:
             if cfg.model_name_or_path is None and cfg.lora_path is None and not shaped:
                 raise
     if cfg.lora_path is not None:
-        if not is_adapter(cfg.lora_path):
-            raise CheckpointError(
-                f"lora_path: {cfg.lora_path} holds no adapter ({ADAPTER_CONFIG_FILE}, {ADAPTER_FILE})."
-            )
-        return Path(cfg.lora_path), False, ""
+        return require_adapter(cfg.lora_path), False, ""
     if shaped:
         return directories(cfg)[0], True, ""
     if cfg.model_name_or_path is None:

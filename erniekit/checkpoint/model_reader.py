@@ -1,6 +1,7 @@
 """Opens model directories for reading and checks their tensors against the table of weights. It uses numpy only."""
 
 import dataclasses
+import re
 from pathlib import Path
 
 import numpy as np
@@ -28,6 +29,9 @@ from erniekit.utils.errors import CheckpointError
 
 # What readers of each layout expect in the header: transformers wants "pt", Paddle's loaders "np".
 METADATA: dict[Format, dict[str, str]] = {"pt": {"format": "pt"}, "paddle": {"format": "np"}}
+# The published ERNIE-4.5-300B-A47B-PT has this one matrix as [in, out], as a -Paddle file does. It is twice as wide as
+# high, so that its shape tells.
+_MAY_BE_TURNED = re.compile(r"model\.mtp_linear_proj\.\d+\.weight")
 
 
 class ModelReader:
@@ -48,11 +52,13 @@ class ModelReader:
         self.format: Format = detect_format(names, str(self.path))
         read = ModelConfig.from_dir(self.path) if config is None else config
         self.left_out: set[str] = set()
+        self._said_mixed = False
         self.config = self._with_stored_head(read, adapt=config is None)
         depths = self._mtp_depths(adapt=config is None, keep=keep_mtp)
         self.logicals = logical_tensors(dataclasses.replace(self.config, num_nextn_predict_layers=depths))
         match = match_names(self.logicals, [name for name in names if name not in self.left_out], self.format)
         self._stored = match.stored
+        self._turned = self._find_turned()
         misshapen = [
             f"{piece.name} {list(self.info(piece.name).shape)}, expected {list(piece.shape)}"
             for piece in (piece for logical in self.logicals for piece in logical.pieces(self.format))
@@ -67,24 +73,32 @@ class ModelReader:
 
     def info(self, name: str) -> TensorInfo:
         """(header dtype, shape) of the tensor that the table of weights calls `name`."""
-        return self.reader.info(self._stored[name])
+        info = self.reader.info(self._stored[name])
+        return info._replace(shape=info.shape[::-1]) if name in self._turned else info
+
+    def is_turned(self, logical: Logical) -> bool:
+        """Whether a matrix lies in the file as the transpose of what the layout has."""
+        return any(piece.name in self._turned for piece in logical.pieces(self.format))
 
     def stored_name(self, name: str) -> str:
         """The name in the file of the tensor that the table of weights calls `name`."""
         return self._stored[name]
 
     def read(self, logical: Logical, as_fp32: bool = False) -> np.ndarray:
-        """Read one unit of the model in our layout: as stored (bfloat16 as uint16 bits), or widened to float32."""
-        names = [self._stored[piece.name] for piece in logical.pieces(self.format)]
-        stored = {self.reader.info(name).dtype for name in names}
-        if as_fp32 and len(stored) == 1:  # widened last, so that only half as many bytes are transposed
-            whole = logical.from_file((self.reader.read(name) for name in names), self.format)
-            return to_fp32(whole, stored.pop())
-        return logical.from_file((self.reader.read(name, as_fp32) for name in names), self.format)
+        """Read one unit of the model in our layout: as stored (bfloat16 as uint16 bits), or widened to float32, as
+        pieces of different types always are.
+        """
+        pieces = logical.pieces(self.format)
+        stored = {self.info(piece.name).dtype for piece in pieces}
+        if len(stored) > 1:
+            return logical.from_file((self.read_piece(piece, as_fp32=True) for piece in pieces), self.format)
+        whole = logical.from_file((self.read_piece(piece) for piece in pieces), self.format)
+        return to_fp32(whole, stored.pop()) if as_fp32 else whole  # last: half as many bytes are transposed
 
     def read_piece(self, piece: Piece, as_fp32: bool = False) -> np.ndarray:
         """Read one tensor as it lies in a file of this directory's layout: as stored, or widened to float32."""
-        return self.reader.read(self._stored[piece.name], as_fp32)
+        array = self.reader.read(self._stored[piece.name], as_fp32)
+        return np.ascontiguousarray(array.T) if piece.name in self._turned else array
 
     @property
     def stored(self) -> Reader:
@@ -97,12 +111,18 @@ class ModelReader:
         return reader.codec_of(self._stored[piece.name]) if isinstance(reader, QuantisedReader) else None
 
     def dtype_of(self, logical: Logical) -> str:
-        """The header dtype of a unit; CheckpointError if its pieces differ."""
-        dtypes = {self.info(piece.name).dtype for piece in logical.pieces(self.format)}
-        if len(dtypes) > 1:
+        """The header dtype of a unit as `read` gives it: F32 where its pieces differ, with a log line."""
+        found = {self.info(piece.name).dtype for piece in logical.pieces(self.format)}
+        if len(found) == 1:
+            return found.pop()
+        if not self._said_mixed:
             names = ", ".join(piece.name for piece in logical.pieces(self.format))
-            raise CheckpointError(f"{self.path}: {names} have different dtypes ({', '.join(sorted(dtypes))}).")
-        return dtypes.pop()
+            log.warning(
+                f"{self.path}: {names} are one weight here and of different types ({', '.join(sorted(found))}): such "
+                "weights become F32"
+            )
+        self._said_mixed = True
+        return "F32"
 
     def _with_stored_head(self, config: ModelConfig, adapt: bool) -> ModelConfig:
         if not config.tie_word_embeddings or HEAD not in self.reader:
@@ -133,6 +153,18 @@ class ModelReader:
             self.config = dataclasses.replace(self.config, num_nextn_predict_layers=0)
             return 0
         return expected
+
+    def _find_turned(self) -> set[str]:
+        """The tensors of the table that the file has transposed."""
+        turned = set()
+        for logical in self.logicals if any(is_mtp(name) for name in self._stored) else ():
+            [piece, *others] = logical.pieces(self.format)
+            if others or piece.name not in self._stored or not _MAY_BE_TURNED.fullmatch(logical.param):
+                continue
+            if self.reader.info(self._stored[piece.name]).shape == piece.shape[::-1]:
+                log.once(f"{self.path}: {piece.name} is transposed in the file, and read so")
+                turned.add(piece.name)
+        return turned
 
     def _head_repeats_embeddings(self) -> bool:
         embeddings = EMBEDDINGS[self.format]

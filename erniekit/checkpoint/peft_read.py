@@ -12,7 +12,7 @@ import numpy as np
 from erniekit.checkpoint.adapter_config import AdapterConfig, ends, read_adapter_config
 from erniekit.checkpoint.fingerprint import fingerprint
 from erniekit.checkpoint.mismatch import mismatch_lines
-from erniekit.checkpoint.model_dir import ADAPTER_FILE
+from erniekit.checkpoint.model_dir import ADAPTER_CONFIG_FILE, ADAPTER_FILE
 from erniekit.checkpoint.peft_write import PREFIX, is_parameter, part_sizes, peft_path
 from erniekit.checkpoint.safetensors_read import Reader
 from erniekit.lora import LoraOptions, Slot
@@ -23,6 +23,7 @@ from erniekit.models.weights import logical_tensors
 from erniekit.utils.errors import CheckpointError
 
 _TENSOR = re.compile(r"(?P<module>.+)\.lora_(?P<kind>A|B|magnitude_vector)(\.default)?(\.weight)?")
+_NOT_ADAPTED = re.compile(r"(^|\.)(embed_tokens|lm_head|mlp\.gate)\.(base_layer|lora_)")
 _EXPERT = re.compile(r"(?P<prefix>.+\.mlp\.(?:vision_)?experts)\.(?P<expert>[0-9]{1,6})\.(?P<half>gate|up|down)_proj")
 
 
@@ -106,6 +107,11 @@ class _Reading:
             self.misshapen.append(f"{name} {list(shape)}")
         else:
             factors[kind] = self.reader.read(name, as_fp32=True)
+            if not np.isfinite(factors[kind]).all():
+                raise CheckpointError(
+                    f"{self.path}: {name} has values that are not finite: the training diverged, or the file is "
+                    "damaged. Use an earlier checkpoint."
+                )
 
     def _factors_of(self, module: str) -> dict[str, np.ndarray] | None:
         """The factors read so far of one adapter, by PEFT's module name; None for a module that the model lacks."""
@@ -216,6 +222,10 @@ class _Reading:
                 + (f", {experts} experts" if experts > 1 else "")
             )
             return
+        told = self.content.rank_of(self._path(key))
+        if key not in self.scales and rank != told:  # those of experts one by one have another rank together
+            self.misshapen.append(f"{self._path(key)}: rank {rank}, and {ADAPTER_CONFIG_FILE} says {told}")
+            return
         scaling = self.scales.get(key) or self.content.scaling(self._path(key), rank)
         slots.setdefault(module, {})[part] = Slot(rank, scaling)
         name = f"{module}.adapter."
@@ -256,17 +266,14 @@ class _Reading:
             {"missing": missing, "not in this model": self.unexpected, "of another size": self.misshapen}
         )
         if lines or not self.factors:
-            base = self.content.base
-            lines = lines or ["  it has no factors at all"]
-            raise CheckpointError(
-                "\n".join(
-                    [
-                        f"{self.path}: the adapter does not fit this model.",
-                        *lines,
-                        f"It was trained on {base}: set model_name_or_path to that model.",
-                    ]
+            advice = f"It was trained on {self.content.base}: set model_name_or_path to that model."
+            if not missing and not self.misshapen and all(map(_NOT_ADAPTED.search, self.unexpected or [""])):
+                advice = (
+                    "Adapters of embeddings, head and routers are not applied here: merge this one into its base with "
+                    "PEFT, and use the result as a model."
                 )
-            )
+            lines = lines or ["  it has no factors at all"]
+            raise CheckpointError("\n".join([f"{self.path}: the adapter does not fit this model.", *lines, advice]))
 
 
 def _fit_together(halves: list[dict[int, dict[str, np.ndarray]]], num_experts: int) -> bool:

@@ -72,12 +72,22 @@ def _compressed_tensors(reader: Reader, settings: Mapping[str, Any]) -> Recognis
     for name in _stems(reader, ".weight_scale"):
         if f"{name}.weight_packed" not in reader:
             _unpacked(reader, name, found)
+    if _is_asymmetric(settings) and not any(_stems(reader, ".weight_zero_point")):
+        found.problems.append("config.json says symmetric: false, and no matrix has its weight_zero_point")
     found.leave_out(reader, r"\.(input|output)_(scale|zero_point)$", "activations are not quantised here")
     found.leave_out(reader, r"\.[kv]_scale$", "the cache is not quantised here")
     indexed = list(_stems(reader, ".weight_g_idx"))
     if indexed:
         found.problems.append(f"{indexed[0]}.weight_g_idx: groups in the order of their activations are not read here")
     return found
+
+
+def _is_asymmetric(settings: Mapping[str, Any]) -> bool:
+    """Whether the settings of compressed-tensors give some weights codes that stand for 0 by a number of their own."""
+    groups = settings.get("config_groups")
+    found = groups.values() if isinstance(groups, Mapping) else ()
+    weights = [group.get("weights") for group in found if isinstance(group, Mapping)]
+    return any(isinstance(each, Mapping) and each.get("symmetric") is False for each in weights)
 
 
 def _packed(reader: Reader, name: str, found: Recognised) -> None:

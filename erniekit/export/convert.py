@@ -176,7 +176,7 @@ def _verify(source: ModelReader, target_dir: Path, edited: Mapping[str, int]) ->
             continue
         for piece in logical.pieces(source.format):
             written = digest(piece.extract(in_our_layout))
-            original = source.reader.read(source.stored_name(piece.name))
+            original = source.read_piece(piece)
             if digest(dtypes.convert(original, source.info(piece.name).dtype, dtype)) != written:
                 raise _misread(piece.name, source, target_dir)
         del in_our_layout

@@ -10,6 +10,8 @@ from erniekit.checkpoint.model_dir import (
     copy_companions,
     find_checkpoint,
     is_adapter,
+    list_checkpoints,
+    require_adapter,
 )
 from erniekit.checkpoint.model_reader import ModelReader
 from erniekit.checkpoint.peft_read import read_adapter
@@ -116,19 +118,20 @@ def output_of(cfg: Config) -> Path:
 
 
 def checkpoint_of(cfg: Config) -> Path:
-    """The directory that the key `checkpoint` names, else the final model or the newest checkpoint in `output_dir`,
-    else the adapter that `lora_path` names. Raises CheckpointError where there is none.
+    """The directory that the key `checkpoint` names or, of a run, what `find_checkpoint` chooses there; else that of
+    `output_dir`; else the adapter that `lora_path` names. Raises CheckpointError where there is none.
     """
     if cfg.checkpoint:
         if not Path(cfg.checkpoint).is_dir():
             raise CheckpointError(f"checkpoint: there is no directory {cfg.checkpoint!r} (looked in {Path.cwd()}).")
-        return Path(cfg.checkpoint)
+        named = Path(cfg.checkpoint)
+        return find_checkpoint(named) if list_checkpoints(named) else named
     try:
         return find_checkpoint(output_of(cfg))
     except CheckpointError:
         if cfg.lora_path is None:
             raise
-    return Path(cfg.lora_path)
+    return require_adapter(cfg.lora_path)
 
 
 def export_checkpoint(

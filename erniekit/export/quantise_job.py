@@ -55,7 +55,7 @@ class EditedModel:
 
     def has_pieces(self, logical: Logical, format: Format) -> bool:
         """Whether the tensors of a weight in a file of `format` are those of the opened directory, as they are."""
-        return self.reader.format == format and not self.edits(logical)
+        return self.reader.format == format and not self.edits(logical) and not self.reader.is_turned(logical)
 
     def edits(self, logical: Logical) -> bool:
         """Whether the editor changes a weight."""

@@ -37,6 +37,12 @@ def model_target(
     directories of models or of runs. Otherwise CheckpointError is raised before anything is read; `cure` is the option
     that it names.
     """
+    for source in sources:
+        if not Path(source).is_dir():
+            raise CheckpointError(
+                f"there is no model directory {str(source)!r} (looked in {Path.cwd()}). Check the path; a model of a "
+                "Hub has to be downloaded first."
+            )
     target = Path(target_dir)
     mark = _mark(command, sources)
     replaced = _is_replaced(target, mark, overwrite, sources[0], cure)

@@ -218,6 +218,9 @@ _HARMLESS_BEGINNINGS = (
     "virtual_pp",
 )
 
+# Of a vision_config: how Baidu's code divides and computes it again.
+_HARMLESS_IN_VISION = frozenset(("attn_sep", "vit_first_fwd_bsz", "vit_num_recompute_layers"))
+
 
 def check_keys(config: JsonObject, fields: Mapping[str, Any]) -> list[str]:
     """Refuse what would make another model than the one that is built, and return lines about what is not used.
@@ -236,10 +239,22 @@ def check_keys(config: JsonObject, fields: Mapping[str, Any]) -> list[str]:
     return lines
 
 
+def check_vision_keys(vision: JsonObject, others: Mapping[str, Any]) -> list[str]:
+    """The same for the keys of a vision_config that are not read."""
+    lines = []
+    for key, value in others.items():
+        if value is not None and key not in OWN_KEYS and key not in _HARMLESS_IN_VISION:
+            lines += _check_plain(vision, key, value)
+    return lines
+
+
 def _check_key(config: JsonObject, key: str, value: Any, fields: Mapping[str, Any]) -> list[str]:
     """See check_keys: of one key."""
-    if key in _WITH_OTHER_KEYS:
-        return _WITH_OTHER_KEYS[key](config, key, fields)
+    return _WITH_OTHER_KEYS[key](config, key, fields) if key in _WITH_OTHER_KEYS else _check_plain(config, key, value)
+
+
+def _check_plain(config: JsonObject, key: str, value: Any) -> list[str]:
+    """See check_keys: of one key whose meaning does not depend on others."""
     if key in _CHANGES_THE_MODEL:
         if value not in _CHANGES_THE_MODEL[key]:
             raise refusal(config, key, "ERNIE 4.5 models as transformers defines them do not have it")

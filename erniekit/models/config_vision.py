@@ -8,8 +8,9 @@ Either is separated into the keys of a text model, which are then read like any 
 from collections.abc import Mapping
 from typing import Any
 
-from erniekit.models.config_keys import refusal
+from erniekit.models.config_keys import check_vision_keys, refusal
 from erniekit.models.vision_config import VisionConfig
+from erniekit.utils import log
 from erniekit.utils.errors import CheckpointError
 from erniekit.utils.user_files import JsonObject
 
@@ -68,6 +69,7 @@ def _from_transformers(config: JsonObject) -> tuple[JsonObject, VisionConfig]:
             values[key] = config.values[key]
     for key in ("pad_token_id", "bos_token_id", "eos_token_id"):
         values.setdefault(key, config.values.get(key))
+    _add_outer(config, text, values)
     text_rope = text.get_object("rope_parameters")
     sections = text_rope.get_list("mrope_section", [22, 22, 20])
     values["rope_parameters"] = {key: value for key, value in text_rope.values.items() if key != "mrope_section"}
@@ -92,6 +94,18 @@ def _from_transformers(config: JsonObject) -> tuple[JsonObject, VisionConfig]:
         **tokens,
     }
     return JsonObject(values, text.where, CheckpointError), VisionConfig(**_common(vision), **fields)
+
+
+def _add_outer(config: JsonObject, text: JsonObject, values: dict[str, Any]) -> None:
+    """Add the keys beside text_config and vision_config that this package does not know there, to be judged with those
+    of the text model. What text_config has counts.
+    """
+    known = {*_TOKENS, "text_config", "vision_config", "model_type", "architectures", "transformers_version"}
+    for key in config.values.keys() - known:
+        value = config.values[key]
+        if key in text and value not in (None, values.get(key)):
+            log.once(f"{config.where}: {key}: {value!r:.60} is not used: text_config has {values.get(key)!r:.60}")
+        values.setdefault(key, value)
 
 
 def _from_baidu(config: JsonObject) -> tuple[JsonObject, VisionConfig]:
@@ -163,7 +177,10 @@ def _rest(vision: JsonObject, read: tuple[str, ...]) -> dict[str, Any]:
     """The keys of vision_config that are kept as they are."""
     known = {"model_type", "depth", "hidden_size", "hidden_act", "num_heads", "in_channels", "patch_size"}
     known |= {"spatial_merge_size", "rms_norm_eps", "initializer_range", *read}
-    return {key: value for key, value in vision.values.items() if key not in known}
+    others = {key: value for key, value in vision.values.items() if key not in known}
+    for line in check_vision_keys(vision, others):
+        log.once(f"{vision.where}: {line}")
+    return others
 
 
 def _two(config: JsonObject, key: str) -> tuple[int, int]:

@@ -82,8 +82,12 @@ def processor_messages() -> list[dict[str, Any]]:
     return [system, {**user, "content": parts}]
 
 
-def write_video(path: Path, frames: int = 30, rate: int = 10, width: int = 64, height: int = 48) -> Path:
-    """A video whose frame number i has the brightness 8 * i, encoded without loss."""
+def write_video(
+    path: Path, frames: int = 30, rate: int = 10, width: int = 64, height: int = 48, bright_rows: int = 0
+) -> Path:
+    """A video whose frame number i has the brightness 8 * i, but for the white `bright_rows` at the top. In .mkv files
+    it is encoded without loss.
+    """
     import av
 
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -93,6 +97,7 @@ def write_video(path: Path, frames: int = 30, rate: int = 10, width: int = 64, h
         stream.pix_fmt = "bgr0" if path.suffix == ".mkv" else "yuv420p"
         for number in range(frames):
             pixels = np.full((height, width, 3), 8 * number % 256, np.uint8)
+            pixels[:bright_rows] = 255
             for packet in stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")):
                 container.mux(packet)
         for packet in stream.encode():

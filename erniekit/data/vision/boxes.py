@@ -15,7 +15,8 @@ SCALE = 1000
 _KEY = "bbox_2d"
 _NUMBER = r"-?\d+(?:\.\d+)?(?:[eE][-+]?\d+)?"
 _FOUR = re.compile(rf"\[\s*({_NUMBER})\s*,\s*({_NUMBER})\s*,\s*({_NUMBER})\s*,\s*({_NUMBER})\s*\]")
-_IN_TEXT = re.compile(rf'("{_KEY}"\s*:\s*)({_FOUR.pattern}|\[(?:\s*{_FOUR.pattern}\s*,?)+\s*\])')
+# Either kind of quotes: answers of data sets are JSON, or Python's text of a dict.
+_IN_TEXT = re.compile(rf"""(["']{_KEY}["']\s*:\s*)({_FOUR.pattern}|\[(?:\s*{_FOUR.pattern}\s*,?)+\s*\])""")
 
 Size = Callable[[], tuple[int, int]]  # of the picture that a box is in: width and height, read when needed
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any, BinaryIO
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps, PngImagePlugin, UnidentifiedImageError
 
 from erniekit.data.records.errors import BadRecord
 from erniekit.data.records.fields import Notes
@@ -26,6 +26,10 @@ Image.init()
 FORMATS = tuple(name for name in _WANTED if name in Image.OPEN)  # Pillow may be built without some of them
 _VIDEOS = (".mp4", ".mkv", ".avi", ".mov", ".webm", ".m4v")  # what is most often meant by them
 _ORIENTATION = 0x0112
+_TURNS = range(2, 9)  # its values that turn or mirror a picture; 1 is upright, others mean nothing
+# Programs that draw pictures keep their settings as text in PNG files. Pillow refuses the picture because of a text
+# beyond 1 MB; its bound for all texts of a file, 64 MB, remains.
+PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY
 _GREY_16 = ("I;16", "I;16L", "I;16B", "I;16N", "I")
 
 
@@ -49,7 +53,7 @@ def image_size(source: Any, reader: MediaReader, options: ImageOptions = IMAGE_O
         return check_array(source).shape[1], source.shape[0]
     with _opened(source, reader, options) as image:
         width, height = image.size
-        turned = options.apply_exif and image.getexif().get(_ORIENTATION, 1) in (5, 6, 7, 8)
+        turned = options.apply_exif and _orientation(image, None) in (5, 6, 7, 8)
         return (height, width) if turned else (width, height)
 
 
@@ -75,7 +79,7 @@ def load_picture(
     with _opened(source, reader, options) as image:
         if _count_frames(image) > 1 and notes is not None:
             notes.doubts.add("an animated picture: only its first frame is used")
-        if image.getexif().get(_ORIENTATION, 1) != 1:
+        if _orientation(image, notes) in _TURNS:
             if options.apply_exif:
                 image = ImageOps.exif_transpose(image)
             elif notes is not None:
@@ -86,6 +90,20 @@ def load_picture(
         picture = to_rgb(image)
         picture.load()  # before its file is closed
         return picture
+
+
+def _orientation(image: Image.Image, notes: Notes | None) -> Any:
+    """The orientation tag of a picture; 1, upright, where there is none or it cannot be read. What a camera or a
+    program wrote beside the pixels does not make a picture unreadable.
+    """
+    try:
+        return image.getexif().get(_ORIENTATION, 1)
+    except (TimeoutError, MemoryError):
+        raise
+    except Exception:  # Pillow raises many kinds for damaged EXIF and XMP data, others in each version
+        if notes is not None:
+            notes.doubts.add("the EXIF data of a picture cannot be read: it is taken as upright")
+        return 1
 
 
 def _count_frames(image: Image.Image) -> int:
@@ -109,7 +127,9 @@ def to_rgb(image: Image.Image) -> Image.Image:
     """An image of any mode in RGB: white where it is transparent, 16-bit grey divided by 256."""
     if image.mode in _GREY_16:
         grey = np.asarray(image).astype(np.int64)
-        return Image.fromarray((grey.clip(0, 65535) // 256).astype(np.uint8)).convert("RGB")
+        narrow = (grey.clip(0, 65535) // 256).astype(np.uint8)
+        narrow[grey == image.info.get("transparency", -1)] = 255
+        return Image.fromarray(narrow).convert("RGB")
     if image.mode == "F":
         raise BadRecord("a picture of floating-point values has no defined brightness", "save it with 8 bits a channel")
     if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:

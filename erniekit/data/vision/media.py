@@ -26,6 +26,8 @@ MAX_IMAGE_BYTES = 256 << 20
 MAX_VIDEO_BYTES = 8 << 30
 _ARCHIVES = (".tar", ".zip")
 _COMPRESSED_TARS = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
+# The fields of an object around a source, the first of which counts.
+SOURCES = ("bytes", "url", "path", "image", "video", "image_url", "video_url", "frames")
 _MAX_MEMBERS = 4_000_000
 _SECONDS = 30.0  # that a server has for each read
 
@@ -123,7 +125,7 @@ def kind_of_file(path: Path) -> str:
 def unwrap(source: Any) -> Any:
     """What an object around a source says: {"bytes": ...}, {"path": ...}, {"url": ...}, {"image": ...}."""
     while isinstance(source, Mapping):
-        inner = [source[key] for key in ("bytes", "url", "path", "image", "video", "image_url") if source.get(key)]
+        inner = [source[key] for key in SOURCES if source.get(key)]
         if not inner:
             raise BadRecord("a picture or video names no source", 'give a path, or {"bytes": ...}, or {"url": ...}')
         source = inner[0]

@@ -2,12 +2,13 @@
 "video": source}, from the forms in which OpenAI's API, transformers and data sets write them.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from erniekit.data.records.errors import BadRecord
 from erniekit.data.records.fields import has_content
 from erniekit.data.records.values import kind_of, text_of
+from erniekit.data.vision.media import SOURCES
 
 # type of a part -> what it is, and the keys that may name its source
 _KINDS = {
@@ -32,6 +33,21 @@ _OPTIONS = {
     ),
 }
 _HARMLESS = ("detail", "width", "height", "id", "format", "cache_control")
+
+
+def options_inside(what: str, source: Any) -> dict[str, Any]:
+    """The options of a picture or video, "image" or "video", that stand in the object that names its source."""
+    if not isinstance(source, Mapping):
+        return {}
+    return {key: source[key] for key in _OPTIONS[what] if source.get(key) is not None}
+
+
+def unknown_inside(what: str, source: Any) -> list[str]:
+    """The other fields of such an object that are not read, in order."""
+    if not isinstance(source, Mapping):
+        return []
+    known = (*SOURCES, *_OPTIONS[what], "type", *_HARMLESS)
+    return [key for key, value in source.items() if key not in known and has_content(value)]
 
 
 def content_parts(content: Sequence[Any], name: str) -> list[dict[str, Any]]:
@@ -69,7 +85,8 @@ def _medium(part: dict[str, Any], name: str, what: str, keys: tuple[str, ...]) -
     if unknown is not None:
         known_options = ", ".join(_OPTIONS[what])
         raise BadRecord(f"{name} has the unknown field {unknown!r}", f"the options of a part are {known_options}")
-    return {"type": what, what: part[given[0]] if given else None, **options}
+    source = part[given[0]] if given else None
+    return {"type": what, what: source, **options_inside(what, source), **options}
 
 
 def media_of(messages: Sequence[dict[str, Any]]) -> Iterator[dict[str, Any]]:

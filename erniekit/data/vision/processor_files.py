@@ -17,7 +17,7 @@ from erniekit.data.vision.frames import FONT, FrameOptions
 from erniekit.data.vision.pixels import MEAN, STD
 from erniekit.data.vision.positions import MERGED_FRAMES
 from erniekit.data.vision.smart_resize import IMAGE_LIMITS, PUBLISHED, VIDEO_LIMITS, Patching, PixelLimits
-from erniekit.utils import atomic
+from erniekit.utils import atomic, log
 from erniekit.utils.errors import CheckpointError
 from erniekit.utils.user_files import JsonObject, read_json_object
 
@@ -29,6 +29,7 @@ IMAGE_FILE, VIDEO_FILE, PROCESSOR_FILE = (
 FILES = (IMAGE_FILE, VIDEO_FILE, PROCESSOR_FILE, FONT.name)
 _RATE_OF_FRAMES = 24.0  # what transformers assumes of frames that come without times
 _MAX_SIDE = 1024
+_EDGES = ("shortest_edge", "longest_edge")  # of `size`: areas in pixels, whatever the names say
 SERVING_CHOICE = FrameOptions(max_frames=180, sample="leading", assumed_rate=_RATE_OF_FRAMES)
 
 
@@ -58,6 +59,8 @@ def read_settings(directory: Path, model: Patching | None = None) -> ProcessorSe
             raise CheckpointError(
                 f"{directory}: {switch}: false is not supported. Remove it from the processor's files."
             )
+    for file in (image, video):
+        _require_own_way(file)
     settings = ProcessorSettings()
     merge = image.get_int("merge_size", image.get_int("spatial_conv_size", PUBLISHED.spatial_merge, 1, 8), 1, 8)
     patching = Patching(image.get_int("patch_size", PUBLISHED.patch, 1, _MAX_SIDE), merge)
@@ -75,6 +78,27 @@ def read_settings(directory: Path, model: Patching | None = None) -> ProcessorSe
     if model is not None:
         _require_same(settings, ProcessorSettings(patching=model), directory)
     return settings
+
+
+def _require_own_way(file: JsonObject) -> None:
+    """CheckpointError for a setting by which other pixels would come of a picture."""
+    if file.values.get("resample") not in (None, 3):
+        raise _not_supported(file, "resample", "pictures are resized by the bicubic filter, which is 3")
+    if abs(file.get_number("rescale_factor", 1 / 255) - 1 / 255) > 1e-6:
+        raise _not_supported(file, "rescale_factor", "pixels are divided by 255")
+    for switch in ("do_center_crop", "do_pad"):
+        if file.get_bool(switch, False):
+            raise _not_supported(file, switch, "pictures keep their shape, and are resized alone")
+    unknown = sorted(key for key, value in file.get_object("size").values.items() if value and key not in _EDGES)
+    if unknown:
+        raise _not_supported(file, "size", f"it has {', '.join(unknown)}, and {' and '.join(_EDGES)} are the bounds")
+    if not file.get_bool("do_sample_frames", True):
+        log.once(f"{file.where}: do_sample_frames: false is not used: frames are chosen by the keys of the run")
+
+
+def _not_supported(file: JsonObject, key: str, reason: str) -> CheckpointError:
+    value = repr(file.values[key])
+    return CheckpointError(f"{file.where}: {key}: {value:.60} is not supported: {reason}. Copy the file again.")
 
 
 def _require_same(settings: ProcessorSettings, model: ProcessorSettings, directory: Path) -> None:

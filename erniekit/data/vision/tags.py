@@ -11,7 +11,7 @@ from erniekit.data.records.values import json_of, kind_of, list_of
 from erniekit.data.vision.boxes import relative_box
 from erniekit.data.vision.images import IMAGE_OPTIONS, ImageOptions, image_size
 from erniekit.data.vision.media import MediaReader
-from erniekit.data.vision.parts import merged
+from erniekit.data.vision.parts import merged, options_inside, unknown_inside
 
 _TAG = re.compile(r"<(image|video|audio)>")
 _OBJECT_TAG = re.compile(r"<(bbox|ref-object)>")
@@ -85,13 +85,19 @@ def fill_tags(
             raise BadRecord(
                 f"{places} <{kind}> tag{'s' * (places != 1)} for {len(sources)} {kind}{'s' * (len(sources) != 1)}", hint
             )
-        for part, source in zip(_places(result, kind), sources, strict=True):
-            part[kind] = source
+        for part, source in zip(list(_places(result, kind)), sources, strict=True):
+            _fill_part(part, kind, source, notes)
     pictures = [part["image"] for turn in result for part in _parts(turn) if part["type"] == "image"]
     _fill_objects(result, media.objects, pictures, options)
     return [
         {**turn, "content": merged(turn["content"])} if isinstance(turn["content"], list) else turn for turn in result
     ]
+
+
+def _fill_part(part: dict[str, Any], kind: str, source: Any, notes: Notes) -> None:
+    """Give a part its source, and the options that stand beside it."""
+    part.update({kind: source, **options_inside(kind, source)})
+    notes.unused.update(f"{name!r} of {kind}s" for name in unknown_inside(kind, source))
 
 
 def _with_places(turn: dict[str, Any]) -> dict[str, Any]:

@@ -211,6 +211,12 @@ def _from_file(source: Any, part: dict[str, Any], reader: MediaReader, options: 
     from erniekit.data.vision import video_file  # PyAV is an extra
 
     name = describe(source)
+    given = [key for key in ("fps", "time_stamps") if part.get(key) is not None]
+    if given:
+        raise BadRecord(
+            f"{given[0]} stands beside the video file {name}, which says itself when its frames are",
+            "write video_fps for the frames to take of a second; fps and time_stamps are those of a list of frames",
+        )
     with reader.open(source, MAX_VIDEO_BYTES) as file:
         info = video_file.probe(file, name, _MAX_FRAMES, options.max_seconds)
     indices = choose_frames(info.count, info.rate, _choice(part, options))

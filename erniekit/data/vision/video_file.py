@@ -1,5 +1,6 @@
 """Decoding video files with PyAV (extra `video`): FFmpeg's decoders, BSD licence, one wheel for all Pythons."""
 
+import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,6 +14,7 @@ from erniekit.data.records.fields import Notes
 
 try:
     import av
+    from av.sidedata.sidedata import Type as SideData
 except ImportError as missing:
     raise MissingPackage(
         "reading video files needs PyAV. Hint: pip install 'erniekit[video]', or give videos as directories of frames."
@@ -23,34 +25,78 @@ av.logging.set_level(None)  # damaged frames are reported by us, with the row's 
 
 @dataclass(frozen=True)
 class VideoInfo:
-    """What the header of a video says: its size in pixels, its number of frames and frames a second."""
+    """What a video says of itself: its size in pixels as it is shown, its number of frames and frames a second.
+    `quarter_turns`: by how many quarters of a turn to the left the stored frames are turned to be shown.
+    """
 
     width: int
     height: int
     count: int
     rate: float
+    quarter_turns: int = 0
 
 
 def probe(file: BinaryIO, name: str, max_frames: int, max_seconds: float) -> VideoInfo:
-    """Read the header of a video. Where it has no number of frames, the packets are counted without decoding them."""
+    """Read the header of a video, and decode one frame, which alone says how it is turned. Where the header has no
+    number of frames, or more than are shown, the packets are counted without decoding them.
+    """
+    end = time.monotonic() + max_seconds
     with _container(file, name) as (container, stream):
-        count = stream.frames
-        if count <= 0:
-            end, count = time.monotonic() + max_seconds, 0
-            for packet in container.demux(stream):
-                count += packet.size > 0
-                _check_time(end, name)
-        if count <= 0:
-            raise BadRecord(f"{name} has no frames", "is the file complete?")
-        if count > max_frames:
-            raise BadRecord(f"{name} has {count:,} frames, at most {max_frames:,} are read", "divide the video")
         width, height = stream.codec_context.width, stream.codec_context.height
         if not width or not height:
             raise BadRecord(f"{name} does not say the size of its frames", "is the file complete?")
-        rate = stream.average_rate or stream.guessed_rate
-        if not rate:
-            raise BadRecord(f"{name} does not say how many frames a second it has", "convert it, or extract its frames")
-        return VideoInfo(width, height, count, float(rate))
+        rate, count = stream.average_rate or stream.guessed_rate, stream.frames
+        if _hides_frames(container, stream, rate):
+            count = 0
+        if count > max_frames:
+            raise _too_long(name, count, max_frames)
+        first = next(_frames(container, stream, name, end), None)
+        turns = 0 if first is None else _quarter_turns(first)
+        if turns % 2:
+            width, height = height, width
+    if count <= 0:
+        count = _count_packets(file, name, end)
+    if count > max_frames:
+        raise _too_long(name, count, max_frames)
+    if not rate:
+        raise BadRecord(f"{name} does not say how many frames a second it has", "convert it, or extract its frames")
+    return VideoInfo(width, height, count, float(rate), turns)
+
+
+def _hides_frames(container: Any, stream: Any, rate: Any) -> bool:
+    """Whether an MP4 or MOV file has more frames than are shown: it was cut without encoding it again. The header of
+    other formats may be wrong about the duration, as where a file breaks off.
+    """
+    if not rate or not stream.duration or "mp4" not in container.format.name:
+        return False
+    return bool(stream.frames > stream.duration * stream.time_base * rate + 1)
+
+
+def _count_packets(file: BinaryIO, name: str, end: float) -> int:
+    file.seek(0)
+    count = 0
+    with _container(file, name) as (container, stream):
+        for packet in container.demux(stream):
+            count += packet.size > 0 and not packet.is_discard
+            _check_time(end, name)
+    if not count:
+        raise BadRecord(f"{name} has no frames", "is the file complete?")
+    return count
+
+
+def _too_long(name: str, count: int, max_frames: int) -> BadRecord:
+    return BadRecord(f"{name} has {count:,} frames, at most {max_frames:,} are read", "divide the video")
+
+
+def _quarter_turns(frame: Any) -> int:
+    """By how many quarters of a turn to the left a frame is turned to be shown, as its display matrix says. Phones
+    store what they film upright in this way, and the decoder of ERNIE's training code turns it, too.
+    """
+    matrix = frame.side_data.get(SideData.DISPLAYMATRIX)
+    if matrix is None:
+        return 0
+    across, down = np.frombuffer(matrix, np.int32)[:2].tolist()
+    return round(-math.atan2(down, across) / (math.pi / 2)) % 4
 
 
 def decode(
@@ -82,7 +128,9 @@ def decode(
 
 
 def _pixels(frame: Any, info: VideoInfo) -> np.ndarray:
-    return frame.to_ndarray(format="rgb24", width=info.width, height=info.height)
+    width, height = (info.height, info.width) if info.quarter_turns % 2 else (info.width, info.height)
+    pixels = frame.to_ndarray(format="rgb24", width=width, height=height)
+    return np.ascontiguousarray(np.rot90(pixels, info.quarter_turns)) if info.quarter_turns else pixels
 
 
 def _frames(container: Any, stream: Any, name: str, end: float) -> Iterator[Any]:
@@ -106,8 +154,9 @@ def _check_time(end: float, name: str) -> None:
 def _container(file: BinaryIO, name: str) -> Iterator[tuple[Any, Any]]:
     try:
         with av.open(file, metadata_errors="ignore") as container:
-            if not container.streams.video:
+            stream = container.streams.best("video")  # not the cover of an album
+            if stream is None:
                 raise BadRecord(f"{name} has no video", "is it the right file?")
-            yield container, container.streams.video[0]
+            yield container, stream
     except av.error.FFmpegError as error:
         raise BadRecord(f"{name} cannot be decoded: {error.strerror or error}", "is the file complete?") from None

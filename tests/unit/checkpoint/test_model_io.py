@@ -199,6 +199,21 @@ def test_mtp_is_left_out_or_missing_with_a_line(tmp_path, monkeypatch):
         load_weights(CausalLM(ModelConfig.from_dir(directory)), directory)
 
 
+def test_a_transposed_mtp_projection_is_read(tmp_path, monkeypatch):
+    """The published ERNIE-4.5-300B-A47B-PT has it so."""
+
+    def change(tensors):
+        name = "model.mtp_linear_proj.0.weight"
+        tensors[name] = np.ascontiguousarray(tensors[name].T)
+
+    lines = said(monkeypatch)
+    directory, _ = checkpoint(tmp_path, "moe_mtp", change)
+    found, expected = parameters(load_model(directory)), parameters(load_model(read_fixture("moe_mtp").path))
+    for name, value in expected.items():
+        np.testing.assert_array_equal(found[name], value)
+    assert any("model.mtp_linear_proj.0.weight is transposed" in line for line in lines)
+
+
 def test_load_weights_fills_a_model_in_place():
     path = read_fixture("moe_untied").path
     model = CausalLM(ModelConfig.from_dir(path))

@@ -99,6 +99,8 @@ def edit(path: Path, **changes: Any) -> None:
         ({"target_modules": "(a+)+$"}, "target_modules: .*too complicated a pattern"),
         ({"target_modules": ".*a.*b.*c.*d"}, "target_modules: .*too complicated a pattern"),
         ({"target_modules": [1]}, "target_modules: must be a list of names"),
+        ({"r": 2}, r"self_attn\.q_proj: rank 3, and adapter_config\.json says 2"),
+        ({"rank_pattern": {"o_proj": 5}}, r"2 of another size: \S*o_proj: rank 3, and adapter_config\.json says 5"),
         ({"modules_to_save": ["embed_tokens"]}, r"1 missing: embed_tokens \(modules_to_save\)"),
         ({"base_model_name_or_path": 7}, "base_model_name_or_path: must be text"),
     ],
@@ -129,6 +131,11 @@ def test_options_that_change_nothing_here(tmp_path: Path) -> None:
         (
             lambda tensors, name: tensors.update({name.replace("A.weight", "A.default.weight"): tensors[name]}),
             "not in this model: .*lora_A",
+        ),
+        (lambda tensors, name: tensors.update({name: tensors[name] * np.nan}), "q_proj.lora_A.weight has values that"),
+        (
+            lambda tensors, name: tensors.update({"base_model.model.lm_head.lora_A.weight": tensors[name]}),
+            "(?s)lm_head.lora_A.weight.*Adapters of embeddings, head and routers are not applied here",
         ),
     ],
 )

@@ -103,6 +103,11 @@ def test_damaged(sources: Path, tmp_path: Path, case: str):
     [
         ("wint4", {"quant_method": "gptq"}, "method 'gptq' are not read here, only compressed-tensors"),
         ("wint4", {"quant_method": "fp8", "weight_block_size": [128, 128]}, "quantised \\(fp8\\), and no tensor is"),
+        (
+            "wint4",
+            {"config_groups": {"group_0": {"targets": ["Linear"], "weights": {"num_bits": 4, "symmetric": False}}}},
+            "symmetric: false, and no matrix has its weight_zero_point",
+        ),
         ("fp8", {"weight_block_size": [128]}, "weight_block_size \\[128\\]"),
         ("fp8", {"quant_method": None}, "method None"),
         ("wint8-paddle", {"quantization": "wint4"}, "expected"),

@@ -49,6 +49,7 @@ def source(tmp_path, case, dtype="F32", change=None, max_shard_size="5GB", to_pa
         tensors[name] = ("F32", value) if fp32 else (dtype, to_dtype(value, "F32", short))
     if change is not None:
         change(tensors)
+    tmp_path.mkdir(exist_ok=True)
     directory = write(tmp_path / "source", tensors, fixture.config, max_shard_size)
     for name in ("tokenizer.model", "tokenizer_config.json", "chat_template.jinja", "generation_config.json"):
         (directory / name).write_text(name)
@@ -145,6 +146,28 @@ def test_mtp_tensors_are_kept_even_if_the_config_is_silent(tmp_path):
     assert ModelConfig.from_dir(tmp_path / "pt").num_nextn_predict_layers == 0
 
 
+MTP_PROJECTION = "model.mtp_linear_proj.0.weight"
+
+
+def _transpose_mtp_projection(tensors):
+    """As in the published ERNIE-4.5-300B-A47B-PT."""
+    dtype, array = tensors[MTP_PROJECTION]
+    tensors[MTP_PROJECTION] = (dtype, np.ascontiguousarray(array.T))
+
+
+@pytest.mark.parametrize("silent", [False, True])
+@pytest.mark.parametrize("format", ["pt", "paddle"])
+def test_a_transposed_mtp_projection_is_read_and_written_as_it_should_be(tmp_path, format, silent):
+    directory = source(tmp_path / "a", "moe_mtp", "BF16", _transpose_mtp_projection)
+    expected = source(tmp_path / "b", "moe_mtp", "BF16")
+    if silent:
+        config = json.loads((directory / "config.json").read_text()) | {"num_nextn_predict_layers": 0}
+        (directory / "config.json").write_text(json.dumps(config))
+    convert(directory, tmp_path / "out", format)
+    convert(expected, tmp_path / "expected", format)
+    assert_same_bits(read(tmp_path / "expected"), read(tmp_path / "out"))
+
+
 def test_a_head_that_is_not_tied_after_all_stays_so(tmp_path):
     head = np.random.default_rng(0).standard_normal((160, 32)).astype(np.float32)
     directory = source(tmp_path, "dense_tied", change=lambda tensors: tensors.update({"lm_head.weight": ("F32", head)}))
@@ -171,14 +194,26 @@ def test_refusals(tmp_path):
         convert(directory, tmp_path / "out", "gguf")
     with pytest.raises(CheckpointError, match="int8"):
         convert(directory, tmp_path / "out", "pt", dtype="int8")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("format", ["pt", "paddle"])
+def test_parts_of_a_weight_may_be_of_different_types(tmp_path, format):
+    """As where an adapter of q_proj and v_proj was merged in float32."""
 
     def change(tensors):
-        name = "model.layers.0.self_attn.k_proj.weight"
-        tensors[name] = ("BF16", fp32_to_bf16(tensors[name][1]))
+        for part in "qv":
+            name = f"model.layers.0.self_attn.{part}_proj.weight"
+            tensors[name] = ("F32", bf16_to_fp32(tensors[name][1]))
 
-    with pytest.raises(CheckpointError, match="different dtypes"):
-        convert(source(tmp_path / "b", "dense_tied", change=change), tmp_path / "out", "paddle")
-    assert not (tmp_path / "out").exists()
+    expected = source(tmp_path / "a", "dense_tied", "BF16")
+    convert(source(tmp_path / "b", "dense_tied", "BF16", change=change), tmp_path / "out", format)
+    convert(expected, tmp_path / "expected", format)
+    found = read(tmp_path / "out")
+    for name, (dtype, array) in read(tmp_path / "expected").items():
+        joined = any(f"layers.0.self_attn.{part}_proj.weight" in name for part in ("q", "k", "v", "qkv"))
+        assert found[name][0] == ("F32" if joined else dtype)
+        np.testing.assert_array_equal(found[name][1], bf16_to_fp32(array) if joined else array)
 
 
 def test_a_write_gone_wrong_is_found(tmp_path, monkeypatch):

@@ -59,6 +59,19 @@ def test_a_checkpoint_that_is_not_there(tmp_path, quantised):
         export(load({"output_dir": str(tmp_path), "checkpoint": "nowhere"} | quantised))
 
 
+def test_a_checkpoint_may_be_a_run_as_in_eval(tmp_path):
+    trained(tmp_path / "run" / "checkpoint-12", "tiny-moe")
+    export(load({"output_dir": str(tmp_path / "out"), "checkpoint": str(tmp_path / "run")}))
+    assert (tmp_path / "out" / "export" / "model.safetensors").is_file()
+
+
+def test_a_lora_path_that_is_no_adapter_is_refused(tmp_path):
+    """A whole model would be exported without a word, and without any adapter."""
+    trained(tmp_path / "model", "tiny-moe")
+    with pytest.raises(CheckpointError, match=r"lora_path: .*model holds no adapter"):
+        export(load({"output_dir": str(tmp_path / "out"), "lora_path": str(tmp_path / "model")}))
+
+
 def test_layout_dtype_and_template_can_be_chosen(tmp_path):
     trained(tmp_path / "run", "tiny-dense")
     export(load({"output_dir": str(tmp_path / "out"), "checkpoint": str(tmp_path / "run"), "format": "paddle"}))

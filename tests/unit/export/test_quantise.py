@@ -1,6 +1,7 @@
 """Quantised directories hold the model's weights within each scheme's error, and everything else as it was."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from erniekit.export import quantise_job
 from erniekit.export.convert import convert
 from erniekit.export.export import export_checkpoint
 from erniekit.export.quantise import write_quantised
-from erniekit.models.weights import Logical
+from erniekit.models.weights import Logical, Piece
 from erniekit.precision.codes import full_range
 from erniekit.precision.packing import pack_words
 from erniekit.quantize.schemes import SCHEMES
@@ -65,6 +66,27 @@ def test_weights_within_the_error_and_the_rest_unchanged(models: Path, tmp_path:
     stored = Reader(tmp_path / "q")
     for error in report.errors:  # only as codes
         assert f"{error.name}.weight" not in stored or stored.info(f"{error.name}.weight").dtype in ("I8", "F8_E4M3")
+
+
+def test_a_transposed_mtp_projection_is_written_as_it_should_be(models: Path, tmp_path: Path):
+    """The published ERNIE-4.5-300B-A47B-PT has it so."""
+    tensors = load_bits(models)
+    name = "model.mtp_linear_proj.0.weight"
+    expected = ModelReader(models).read_piece(Piece(name, tensors[name][1].shape, transposed=True))
+    tensors[name] = (tensors[name][0], np.ascontiguousarray(tensors[name][1].T))
+    shutil.copytree(models, tmp_path / "m", ignore=lambda *_: ["model.safetensors"])
+    with Writer(tmp_path / "m", [(key, kind, bits.shape) for key, (kind, bits) in tensors.items()], "5GB") as writer:
+        for key, (_, bits) in tensors.items():
+            writer.write(key, bits)
+    quantised_model(tmp_path / "m", tmp_path / "q", "wint4")
+    written = Reader(tmp_path / "q")
+    assert written.info(name).shape == expected.shape
+    np.testing.assert_array_equal(written.read(name), expected)
+
+
+def load_bits(path: Path) -> dict[str, tuple[str, np.ndarray]]:
+    reader = Reader(path)
+    return {name: (reader.info(name).dtype, reader.read(name)) for name in reader.keys()}  # noqa: SIM118
 
 
 def test_the_same_bytes_twice(models: Path, tmp_path: Path):

@@ -27,6 +27,14 @@ def test_the_same_source_again(tmp_path):
     assert str(tmp_path) not in (tmp_path / "target" / SOURCE_FILE).read_text(), "it goes to others"
 
 
+def test_a_source_that_is_no_directory_is_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    for source in ("baidu/ERNIE-4.5-0.3B-PT", tmp_path / "file"):
+        with pytest.raises(CheckpointError, match=f"no model directory '{source}'"):
+            write(tmp_path / "new" / "target", source)
+    assert not (tmp_path / "new").exists()
+
+
 @pytest.mark.parametrize("command", ["export", "convert"])
 def test_another_model_is_replaced_only_if_asked(tmp_path, command, monkeypatch):
     said = []

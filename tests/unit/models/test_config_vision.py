@@ -9,6 +9,7 @@ from support.tiny_vision import CONFIG
 
 from erniekit.models.config import ModelConfig
 from erniekit.models.weights import num_parameters
+from erniekit.utils import log
 from erniekit.utils.errors import CheckpointError
 
 # The published 28B-A3B model in Baidu's spelling; the end of the layers counts those that were cut off.
@@ -112,6 +113,46 @@ def test_written_and_read_again_is_the_same_model(source: dict[str, Any], first:
     for format in (first, second):
         again = ModelConfig.from_dict(json.loads(json.dumps(config.to_dict(format))))
         assert again == config
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "line"),
+    [
+        ("my_note", 1, "my_note: 1 is not known here and not used"),
+        ("vocab_size", 9, "vocab_size: 9 is not used: text_config has 64"),
+        ("vision_config.window_size", 112, "vision_config: window_size: 112 is not known here and not used"),
+        ("vision_config.attention_dropout", 0.5, "vision_config: attention_dropout: 0.5 is not used"),
+    ],
+)
+def test_a_key_that_is_not_used_is_named_and_kept(path: str, value: Any, line: str, monkeypatch: pytest.MonkeyPatch):
+    lines: list[str] = []
+    monkeypatch.setattr(log, "once", lines.append)
+    written = ModelConfig.from_dict(changed(CONFIG, path, value), "c.json").to_dict("pt")
+    assert len(lines) == 1 and lines[0].startswith(f"c.json: {line}")
+    *outer, key = path.split(".")
+    assert key == "vocab_size" or written[outer[0] if outer else "text_config"][key] == value
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        ("rope_scaling", {"rope_type": "yarn", "factor": 4.0}),
+        ("sliding_window", 128),
+        ("hidden_act", "gelu"),
+        ("vision_config.qk_norm", True),
+    ],
+)
+def test_a_key_that_would_change_the_model_is_refused_wherever_it_stands(path: str, value: Any):
+    with pytest.raises(CheckpointError, match=path.rpartition(".")[2]):
+        ModelConfig.from_dict(changed(CONFIG, path, value))
+
+
+def test_the_published_keys_are_no_line(monkeypatch: pytest.MonkeyPatch):
+    lines: list[str] = []
+    monkeypatch.setattr(log, "once", lines.append)
+    for config in (BAIDU, CONFIG, ModelConfig.from_dict(BAIDU).to_dict("pt")):
+        ModelConfig.from_dict(config)
+    assert not lines
 
 
 def test_patterns_of_sparse_layers_survive():

@@ -1,6 +1,8 @@
 """Pictures of every kind as pixels and patches; broken ones as bad rows."""
 
 import io
+import struct
+import zlib
 
 import numpy as np
 import pytest
@@ -72,6 +74,41 @@ def test_transparency_becomes_white(reader):
 def test_16_bit_grey_is_divided(reader):
     values = np.array([[0, 255, 256, 32768, 65535]], np.uint16)
     assert load_image(saved(Image.fromarray(values)), reader)[0, :, 0].tolist() == [0, 0, 1, 128, 255]
+
+
+def test_16_bit_grey_may_be_transparent(reader):
+    values = np.array([[512, 32768]], np.uint16)
+    assert load_image(saved(Image.fromarray(values), transparency=512), reader)[0, :, 0].tolist() == [255, 128]
+
+
+def _png_with(name: bytes, content: bytes) -> bytes:
+    """A PNG file with another chunk behind its header."""
+    whole = encoded(blocks(30, 20))
+    chunk = struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
+    return whole[:33] + chunk + whole[33:]
+
+
+@pytest.mark.parametrize("options", [ImageOptions(), ImageOptions(apply_exif=True)])
+@pytest.mark.parametrize(
+    ("name", "content", "doubt"),
+    [
+        (b"eXIf", b"no EXIF data", True),
+        (b"zTXt", b"prompt\0\0" + zlib.compress(b"x" * (2 << 20)), False),
+    ],
+)
+def test_what_stands_beside_the_pixels_does_not_make_a_picture_unreadable(reader, options, name, content, doubt):
+    notes, source = Notes(), _png_with(name, content)
+    assert image_size(source, reader, options) == (30, 20)
+    np.testing.assert_array_equal(load_image(source, reader, options, notes), blocks(30, 20))
+    assert any("EXIF data of a picture cannot be read" in said for said in notes.doubts) == doubt
+
+
+def test_an_orientation_that_turns_nothing_is_no_warning(reader):
+    exif = Image.Exif()
+    exif[0x0112] = 0  # some cameras write it where they do not know
+    notes = Notes()
+    load_image(saved(Image.fromarray(blocks(30, 20)), "PNG", exif=exif), reader, notes=notes)
+    assert not notes.doubts
 
 
 def test_cmyk_grey_and_black_and_white(reader):

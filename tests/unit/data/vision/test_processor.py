@@ -169,6 +169,22 @@ def test_files_that_cannot_be(tmp_path, values, message):
         read_settings(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"resample": 2}, "resample: 2 is not supported: .* bicubic"),
+        ({"rescale_factor": 1 / 127.5}, "rescale_factor: 0.0078.* is not supported"),
+        ({"do_center_crop": True}, "do_center_crop: True is not supported"),
+        ({"size": {"height": 224, "width": 224}}, "size: .* it has height, width"),
+    ],
+)
+@pytest.mark.parametrize("name", ["preprocessor_config.json", "video_preprocessor_config.json"])
+def test_settings_by_which_other_pixels_would_come_are_refused(tmp_path, name, values, message):
+    (tmp_path / name).write_text(json.dumps(values))
+    with pytest.raises(CheckpointError, match=f"{name}: {message}"):
+        read_settings(tmp_path)
+
+
 def test_a_text_model_has_no_processor(tmp_path, directory):
     for name in ("tokenizer.json", "tokenizer_config.json"):
         text = (directory / name).read_text("utf-8").replace("<|IMAGE_END|>", "<|OTHER|>")

@@ -1,5 +1,6 @@
 """Videos as files, directories and lists of frames."""
 
+import struct
 from pathlib import Path
 
 import numpy as np
@@ -63,6 +64,14 @@ class TestFiles:
         with pytest.raises(BadRecord, match="target_frames of a video must be a positive number"):
             open_video(video("a.mkv", target_frames="x"), reader)
 
+    @pytest.mark.parametrize("times", [{"fps": 1.0}, {"time_stamps": [0, 1]}])
+    def test_times_beside_a_file_are_refused(self, reader, tmp_path, times):
+        """Qwen's form has the frames to take of a second in `fps`."""
+        write_video(tmp_path / "a.mkv")
+        with pytest.raises(BadRecord, match=f"{next(iter(times))} stands beside the video file a.mkv") as caught:
+            open_video(video("a.mkv", **times), reader)
+        assert "video_fps" in caught.value.hint
+
     def test_files_that_cannot_be_decoded(self, reader, tmp_path):
         (tmp_path / "text.mp4").write_bytes(b"no video " * 100)
         with pytest.raises(BadRecord, match=r"text.mp4 cannot be decoded"):
@@ -75,6 +84,43 @@ class TestFiles:
         (tmp_path / "a.avi").write_bytes(data[: len(data) // 2])
         with pytest.raises(BadRecord, match=r"can be decoded|cannot be decoded|has no frames"):
             brightness(open_video(video("a.avi"), reader, options(fps=10)))
+
+    @pytest.mark.parametrize(
+        ("matrix", "size", "bright"),
+        [
+            ((0, 1, -1, 0), (48, 64), np.s_[:, 24:]),  # as a phone stores what it films upright: a turn to the right
+            ((0, -1, 1, 0), (48, 64), np.s_[:, :24]),
+            ((-1, 0, 0, -1), (64, 48), np.s_[24:]),
+        ],
+    )
+    def test_a_video_is_turned_as_it_says(self, reader, tmp_path, matrix, size, bright):
+        """The upper half of the stored frames is bright."""
+        data = bytearray(write_video(tmp_path / "a.mp4", frames=3, bright_rows=24).read_bytes())
+        place = data.index(b"tkhd") + 44
+        across, down, across_below, down_below = (value << 16 for value in matrix)
+        data[place : place + 36] = struct.pack(">9i", across, down, 0, across_below, down_below, 0, 0, 0, 1 << 30)
+        opened = open_video(video(bytes(data)), reader, options())
+        assert (opened.width, opened.height) == size
+        for frame in opened.decode(None):
+            assert frame.shape == (size[1], size[0], 3)
+            assert frame[bright].mean() > 200 and frame.mean() < 140
+
+    def test_a_video_that_was_cut_without_encoding_it_again(self, reader, tmp_path):
+        """The file has frames from the key frame before the cut on, and says where what is shown begins."""
+        import av
+
+        write_video(tmp_path / "long.mp4", frames=30)
+        with av.open(str(tmp_path / "long.mp4")) as whole, av.open(str(tmp_path / "cut.mp4"), "w") as cut:
+            stream = whole.streams.video[0]
+            copy = cut.add_stream_from_template(stream)
+            begin = int(2 / stream.time_base)
+            for packet in whole.demux(stream):
+                if packet.dts is not None:
+                    packet.pts, packet.dts, packet.stream = packet.pts - begin, packet.dts - begin, copy
+                    cut.mux(packet)
+        opened = open_video(video("cut.mp4"), reader, options(min_frames=30))
+        assert len(opened.times) == 10
+        assert np.allclose(brightness(opened), [8 * i % 256 for i in range(20, 30)], atol=5)
 
     def test_decoding_has_a_time_limit(self, reader, tmp_path):
         write_video(tmp_path / "a.mkv")

@@ -1,0 +1,31 @@
+"""What tags in texts become, with what the record lists beside them."""
+
+from erniekit.data.records.fields import Notes
+from erniekit.data.vision.formats import parse_vision_record
+from erniekit.data.vision.media import MediaReader
+from erniekit.data.vision.tags import FormatOptions
+
+
+def parts_of(record, tmp_path):
+    notes = Notes()
+    record["messages"].append({"role": "assistant", "content": "Both."})
+    sample = parse_vision_record(record, "messages", "f.jsonl:7", FormatOptions(MediaReader(tmp_path)), notes)
+    return sample.messages[0]["content"], notes
+
+
+def test_options_beside_the_source_of_a_listed_medium_are_those_of_its_part(tmp_path):
+    record = {
+        "messages": [{"role": "user", "content": "<image><video>Which?"}],
+        "images": [{"path": "a.png", "bytes": None, "max_pixels": 1568, "caption": "cups"}],
+        "videos": [{"frames": ["a.png", "a.png"], "fps": 4}],
+    }
+    (picture, clip, _), notes = parts_of(record, tmp_path)
+    assert picture["max_pixels"] == 1568 and clip["fps"] == 4
+    assert notes.unused == {"'caption' of images"}
+
+
+def test_options_in_the_object_of_an_address_are_those_of_the_part(tmp_path):
+    part = {"type": "image_url", "image_url": {"url": "a.png", "max_pixels": 1568}}
+    record = {"messages": [{"role": "user", "content": [part, {"type": "text", "text": "Which?"}]}]}
+    (picture, _), _ = parts_of(record, tmp_path)
+    assert picture["max_pixels"] == 1568
