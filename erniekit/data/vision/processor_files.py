@@ -29,7 +29,8 @@ IMAGE_FILE, VIDEO_FILE, PROCESSOR_FILE = (
 FILES = (IMAGE_FILE, VIDEO_FILE, PROCESSOR_FILE, FONT.name)
 _RATE_OF_FRAMES = 24.0  # what transformers assumes of frames that come without times
 _MAX_SIDE = 1024
-_EDGES = ("shortest_edge", "longest_edge")  # of `size`: areas in pixels, whatever the names say
+_EDGES = ("shortest_edge", "longest_edge")  # of transformers' `size`: areas in pixels, whatever the names say
+_AREAS = ("min_pixels", "max_pixels")  # of the `size` that Baidu's own processor saves, beside the same two keys
 SERVING_CHOICE = FrameOptions(max_frames=180, sample="leading", assumed_rate=_RATE_OF_FRAMES)
 
 
@@ -89,7 +90,9 @@ def _require_own_way(file: JsonObject) -> None:
     for switch in ("do_center_crop", "do_pad"):
         if file.get_bool(switch, False):
             raise _not_supported(file, switch, "pictures keep their shape, and are resized alone")
-    unknown = sorted(key for key, value in file.get_object("size").values.items() if value and key not in _EDGES)
+    unknown = sorted(
+        key for key, value in file.get_object("size").values.items() if value and key not in (*_EDGES, *_AREAS)
+    )
     if unknown:
         raise _not_supported(file, "size", f"it has {', '.join(unknown)}, and {' and '.join(_EDGES)} are the bounds")
     if not file.get_bool("do_sample_frames", True):
@@ -177,10 +180,12 @@ def _read(path: Path) -> JsonObject:
 
 
 def _limits(file: JsonObject, prefix: str, default: PixelLimits) -> PixelLimits:
-    """min_pixels and max_pixels, or transformers' `size`."""
+    """min_pixels and max_pixels, or those of `size`."""
     size = file.get_object("size") if not prefix else JsonObject({}, file.where, file.error)
-    low = file.get_int(f"{prefix}min_pixels", size.get_int("shortest_edge", default.min_pixels, 1), 1)
-    high = file.get_int(f"{prefix}max_pixels", size.get_int("longest_edge", default.max_pixels, 1), 1)
+    bounds = default.min_pixels, default.max_pixels
+    for pair in (_EDGES, _AREAS):
+        bounds = size.get_int(pair[0], bounds[0], 1), size.get_int(pair[1], bounds[1], 1)
+    low, high = (file.get_int(f"{prefix}{key}", bound, 1) for key, bound in zip(_AREAS, bounds, strict=True))
     if low > high:
         raise CheckpointError(f"{file.where}: {prefix}min_pixels {low} is larger than {prefix}max_pixels {high}.")
     return PixelLimits(low, high)

@@ -143,6 +143,19 @@ def test_both_published_forms_of_files(tmp_path):
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(baidu), "utf-8")
     found = read_settings(tmp_path)
     assert found.images == (3136, 4842768) and (found.choice.min_frames, found.choice.fps) == (4, 1.0)
+    # What its class saves, once loaded: the bounds again in `size`, and keys that are not given as null.
+    saved = baidu | {
+        "size": {"min_pixels": 3136, "max_pixels": 4842768},
+        "resample": 3,
+        "do_pad": None,
+        "crop_size": None,
+    }
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(saved), "utf-8")
+    assert read_settings(tmp_path).images == (3136, 4842768)
+    del saved["min_pixels"], saved["max_pixels"]
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(saved), "utf-8")
+    assert read_settings(tmp_path).images == (3136, 4842768)
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(baidu), "utf-8")
     nested = {
         "image_processor": {"size": {"shortest_edge": 784, "longest_edge": 1568}, "patch_size": 14},
         "video_processor": {"size": {"shortest_edge": 1568, "longest_edge": 3136}, "max_frames": 20},
