@@ -165,6 +165,20 @@ def test_limits_are_honoured(server: Asking, model: ChatModel):
     assert server.chat(stop_token_ids=list(range(300)), min_tokens=4)["usage"]["completion_tokens"] >= 4
 
 
+def test_odd_settings_of_one_request_do_not_end_the_engine(server: Asking):
+    greedy = server.complete(temperature=0)["choices"][0]["text"]
+    for temperature in (1e-38, 1e-50):
+        for more in ({}, {"top_p": 0.5}, {"logprobs": 2}):
+            assert server.complete(temperature=temperature, seed=1, **more)["choices"][0]["text"] == greedy
+    for penalty in (1e-300, 1e-45, 100):
+        assert server.complete(temperature=1e-38, repetition_penalty=penalty)["choices"][0]["finish_reason"]
+    every = list(range(server.served.chat_model.model.config.vocab_size))
+    for more in ({}, {"top_p": 0.5}, {"top_k": 3, "min_p": 0.1}):
+        ended = server.complete(temperature=1.0, stop_token_ids=every, min_tokens=2, **more)["choices"][0]
+        assert ended["finish_reason"] == "stop", "every token is an end token, and all of them are banned"
+    assert server.complete(temperature=0)["choices"][0]["text"] == greedy
+
+
 def test_max_tokens_beyond_the_context_are_lowered_and_the_response_says_so(server: Asking, model: ChatModel):
     with client(server.served.chat_model.path, model, max_model_len=32) as small:
         answer = small.http.post(CHAT, json={"model": "tiny", "messages": QUESTION, "max_tokens": 65535})
