@@ -4,6 +4,7 @@ The tables here are read by `read_fields` and by the OpenAPI document, so that t
 """
 
 import difflib
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -238,6 +239,8 @@ def _checked(value: Any, field: Field, name: str) -> Any:
 
 def _not_within(value: Any, field: Field) -> str:
     """What is expected, where a value of the right type is not; else nothing."""
+    if isinstance(value, float) and math.isnan(value):  # of LLM; the server's JSON has none
+        return "a number"
     if field.ge is not None and value < field.ge:
         return f"{field.ge} or more"
     if field.gt is not None and value <= field.gt:
