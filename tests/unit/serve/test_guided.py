@@ -97,6 +97,36 @@ def test_a_demanded_call_is_a_call(server: Asking):
         assert [call["function"]["name"] for call in streamed["tool_calls"]] == ["forecast"]
 
 
+REFERRING = {
+    "$defs": {"Day": {"type": "integer", "minimum": 0, "maximum": 9}},
+    "type": "object",
+    "properties": {"day": {"$ref": "#/$defs/Day"}, "then": {"anyOf": [{"$ref": "#"}, {"type": "null"}]}},
+    "required": ["day", "then"],
+    "additionalProperties": False,
+}
+
+
+def test_references_in_the_parameters_of_a_tool_are_its_own(server: Asking):
+    """As pydantic writes nested models; "#" is the function's parameters, not the call around them."""
+    tools = [{"type": "function", "function": {"name": "天气 \"x\"", "parameters": REFERRING}}]
+    named = {"type": "function", "function": {"name": tools[0]["function"]["name"]}}
+    for seed in range(3):
+        (call,) = server.chat(tools=tools, tool_choice=named, seed=seed, **LONG)["choices"][0]["message"]["tool_calls"]
+        arguments = json.loads(call["function"]["arguments"])
+        while arguments is not None:
+            assert set(arguments) == {"day", "then"} and 0 <= arguments["day"] <= 9
+            arguments = arguments["then"]
+
+
+def test_parameters_without_a_type_are_those_of_an_object(server: Asking):
+    parameters = {"properties": {"a": {"type": "boolean"}}, "required": ["a"], "additionalProperties": False}
+    tools = [{"type": "function", "function": {"name": "f", "parameters": parameters}}]
+    for seed in range(3):
+        message = server.chat(tools=tools, tool_choice="required", parallel_tool_calls=False, seed=seed, **LONG)
+        (call,) = message["choices"][0]["message"]["tool_calls"]
+        assert set(json.loads(call["function"]["arguments"])) == {"a"}
+
+
 def test_the_form_begins_behind_the_thought(model_dir: Path):
     with client(model_dir, chat_template="thinking") as thinking:
         closing = thinking.served.chat_model.tokenizer.token_id("</think>")
