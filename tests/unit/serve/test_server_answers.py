@@ -188,6 +188,16 @@ def test_max_tokens_beyond_the_context_are_lowered_and_the_response_says_so(serv
         assert small.chat(max_tokens=None)["usage"]["total_tokens"] == 32
 
 
+def test_a_long_prompt_does_not_shorten_the_answers_to_others(server: Asking, model: ChatModel):
+    with client(server.served.chat_model.path, model, max_model_len=32) as small:
+        body = {"model": "tiny", "prompt": [[7] * 30, [7]], "max_tokens": 16, "ignore_eos": True}
+        answer = small.http.post(COMPLETIONS, json=body | {"return_token_ids": True})
+        assert [len(choice["token_ids"]) for choice in answer.json()["choices"]] == [2, 16]
+        assert answer.headers["x-erniekit-max-tokens"] == "2"
+        whole = small.complete(prompt=[[7] * 30, [7]], max_tokens=None, ignore_eos=True, return_token_ids=True)
+        assert [len(choice["token_ids"]) for choice in whole["choices"]] == [2, 31]
+
+
 CALL = '<tool_call>\n{"name": "add", "arguments": {"a":  1, "t": "</tool_call>"}}\n</tool_call>\n'
 TOOLS = [{"type": "function", "function": {"name": "add", "parameters": {"type": "object", "properties": {}}}}]
 
@@ -256,6 +266,14 @@ def test_history_comes_back_as_it_was_written(server: Asking):
         server.good("/tokenize", {"messages": [{"role": "developer", "content": "s"}, *QUESTION]})["tokens"]
         == (server.good("/tokenize", {"messages": [{"role": "system", "content": "s"}, *QUESTION]})["tokens"])
     )
+
+
+def test_an_answer_that_was_cut_off_in_its_thought_may_be_sent_back(server: Asking, monkeypatch: pytest.MonkeyPatch):
+    with rigged(monkeypatch, server.served, "<think>hm hm hm hm"):
+        (choice,) = server.chat(max_tokens=3)["choices"]
+    message = choice["message"]
+    assert message["content"] is None and message["reasoning"] and choice["finish_reason"] == "length"
+    assert server.chat(messages=[*QUESTION, message, *QUESTION], max_tokens=1)["choices"]
 
 
 def test_what_cannot_change_the_answer_is_ignored_and_neutral_values_pass(server: Asking):

@@ -71,6 +71,7 @@ def server(model_dir: Path, model: ChatModel):
         ({"tool_choice": "must", "tools": [{"function": {"name": "f"}}]}, "tool_choice", "expected auto"),
         ({"tool_choice": "auto"}, "tool_choice", "no tools"),
         ({"tools": [{}]}, "tools[0]", "function"),
+        ({"tools": [{"function": {"name": "f", "parameters": True}}]}, "tools[0].function.parameters", "got boolean"),
         ({"enable_thinking": True}, "enable_thinking", "never thinks"),
         ({"chat_template_kwargs": {"tokenize": False}}, "chat_template_kwargs.tokenize", "unknown field"),
         ({"chat_template": "{{ 1 }}"}, "chat_template", "unknown field"),
