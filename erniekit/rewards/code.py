@@ -18,7 +18,7 @@ def code(sample: Sample, cfg: RewardArgs) -> float:
     A test is a text of Python statements that follow the program and must not raise, or {"input", "output"}: what the
     program reads from standard input, and prints apart from blank space at the ends of lines.
     """
-    tests = _tests(sample)
+    tests = tests_of(sample, cfg)
     program, limits = program_of(sample.answer), limits_of(cfg)
     passed = 0
     for test in tests:
@@ -48,7 +48,7 @@ def program_of(answer: str) -> str:
     return chosen[0]["code"] if chosen else answer
 
 
-def _tests(sample: Sample) -> list[str | dict[str, str]]:
+def tests_of(sample: Sample, cfg: RewardArgs) -> list[str | dict[str, str]]:
     tests = sample.fields.get("tests")
     tests = [tests] if isinstance(tests, str | dict) else tests
     if not isinstance(tests, list) or not tests or not all(map(_is_test, tests)):

@@ -189,6 +189,36 @@ def test_records_are_checked_before_training(scorer):
         one.check({"solution": "5", "reward_funcs": "format"}, "d:3")
 
 
+@pytest.mark.parametrize(
+    ("name", "fields", "said"),
+    [
+        ("choice", {"answer": "b"}, "no letter from A to H: 'b'"),
+        ("exact", {"answer": {"text": "5"}}, "no text or number"),
+        ("accuracy", {"answer": ["5", None]}, "no text or number"),
+        ("box_iou", {"answer": "[30, 10, 20, 40]"}, "must be boxes"),
+        ("point_in_box", {"answer": [1, 2]}, "must be boxes"),
+        ("tool_calls", {"answer": [{"function": "f"}]}, "must be a list of"),
+        ("tool_calls", {"answer": [{"name": "f", "arguments": "{a}"}]}, "the reward tool_calls cannot read the record"),
+        ("code", {"tests": [{"input": "1", "output": 1}]}, "'tests' of the record must be a list"),
+    ],
+)
+def test_what_a_function_cannot_read_is_found_before_training(scorer, name: str, fields: dict, said: str):
+    one = scorer(name, code_sandbox="subprocess", code_network=True) if name == "code" else scorer(name)
+    with pytest.raises(DataError, match=f"d:4: the reward {name} cannot read the record: .*") as caught:
+        one.check(fields, "d:4")
+    assert said in str(caught.value)
+
+
+def test_a_schema_that_is_none_is_found_before_training(scorer):
+    pytest.importorskip("jsonschema")
+    one = scorer("json_schema")
+    one.check({"json_schema": {"type": "object"}}, "d:1")
+    one.check({"json_schema": '{"type": "object"}'}, "d:1")
+    for schema, said in (({"type": "objekt"}, "no JSON schema"), ("[1]", "no 'json_schema' that is an object")):
+        with pytest.raises(DataError, match=f"d:2: the reward json_schema cannot read the record: .*{said}"):
+            one.check({"json_schema": schema}, "d:2")
+
+
 def test_a_record_may_choose_its_functions(scorer):
     table = scorer("exact", "format").score([sample("5", reward_funcs=["exact"]), sample("5", 2)])
     np.testing.assert_array_equal(table.values["format"], [np.nan, 0])
