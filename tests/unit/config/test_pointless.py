@@ -251,6 +251,7 @@ CASES: list[tuple[str, dict[str, Any], dict[str, Any], dict[str, Any] | None]] =
     ("train", {"icepop_alpha": 0.4}, RL, {**RL, "rollout_correction": "icepop"}),
     ("train", {"tis_cap": 3}, RL, {**RL, "rollout_correction": "tis"}),
     ("train", {"mis_cap": 3}, RL, {**RL, "rollout_correction": "mis"}),
+    ("train", {"domain_normalize": True}, {**RL, "scale_rewards": "gdpo"}, {**RL, "scale_rewards": "group"}),
     ("train", {"importance_sampling_level": "token"}, {**RL, "rollout_correction": "misc"}, RL),
     ("train", {"upo_beta": 0.2, "upo_margin": 0.1}, RL, {**RL, "upo_weight": 0.1}),
     ("train", {"upo_offline_path": "p.jsonl"}, RL, {**RL, "upo_offline_weight": 0.1}),
