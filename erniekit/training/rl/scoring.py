@@ -17,6 +17,7 @@ from erniekit.parallel.mesh import Mesh
 from erniekit.rewards import Sample, Scorer
 from erniekit.training.rl.completions import Completion, Group
 from erniekit.training.rl.rollout_metrics import sampled_kl
+from erniekit.utils import log
 
 _TAIL = 16  # last tokens of what comes before a turn, among which it may open a thought
 
@@ -63,6 +64,8 @@ def score_groups(
                 "total": table.total.tolist(),
                 "rest": [table.failures, table.metrics, table.seconds],
             }
+            if np.isnan(table.total).all():
+                log.once(f"reward_funcs: no function has given any of {len(samples)} completions a reward")
     shared = comm.gather_objects(result, mesh.world_group)[0]
     begin = 0
     for group in groups:

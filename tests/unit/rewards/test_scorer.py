@@ -133,6 +133,16 @@ def test_a_function_that_hangs_for_one_of_a_prompt_scores_the_others(scorer):
     assert "d:1: it took more than 0.7 seconds" in lines[0][1]
 
 
+def test_a_function_that_fails_for_a_prompt_alone_is_named_once(scorer):
+    """One that compares completions gets other rewards where each is scored alone, so that has to be said."""
+    with log.captured() as lines:
+        table = scorer("my.py:short").score([sample(text, line) for line in (1, 2) for text in ("a", "b")])
+    assert table.values["short"].tolist() == [1] * 4 and table.failures == {}
+    ((is_warning, line),) = lines
+    assert is_warning and "reward short: d:" in line and "it returned 1 values for 2 completions" in line
+    assert "called for each of them alone" in line
+
+
 STOPS = [
     ("odd", "raise", r"reward odd: d:1: KeyError: 'solution' \(my.py:\d+\) \(reward_on_failure: stop\)"),
     ("odd", "nan", "it gave nan"),

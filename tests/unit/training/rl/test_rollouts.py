@@ -17,6 +17,7 @@ from erniekit.training.rl.completions import Completion, Group
 from erniekit.training.rl.loader import RolloutLoader
 from erniekit.training.rl.scoring import reward_table
 from erniekit.training.run import train
+from erniekit.utils import log
 from erniekit.utils.errors import CheckpointError, DataError, TrainError
 
 CLOCKS = ("seconds", "tokens_per_second", "data_seconds")
@@ -62,6 +63,16 @@ def test_groups_of_equal_rewards_are_counted_whatever_their_mean_is_rounded_to(k
     (tmp_path / "same.py").write_text("def same(completions):\n    return [0.1] * len(completions)\n")
     step = run(keys, reward_funcs=f"{tmp_path / 'same.py'}:same", num_generations=3, max_steps=1)[0]
     assert step["frac_reward_zero_std"] == 1 and step["reward_std"] == 0
+
+
+def test_a_rollout_without_any_reward_is_said(keys, tmp_path: Path):
+    (tmp_path / "none.py").write_text("def none(completions):\n    return [None] * len(completions)\n")
+    with log.captured() as lines:
+        (step,) = run(keys, reward_funcs=f"{tmp_path / 'none.py'}:none", max_steps=1)
+    assert step["reward"] is None and step["loss"] == 0
+    assert [line for is_warning, line in lines if is_warning] == [
+        "reward_funcs: no function has given any of 16 completions a reward"
+    ]
 
 
 def test_gdpo_scales_penalties_as_rewards_of_their_own(keys):
