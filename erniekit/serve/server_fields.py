@@ -155,7 +155,7 @@ COMPLETION: dict[str, Field] = {
     "prompt": Field((str, list), "A text, a list of texts, token ids, or a list of lists of token ids.", required=True),
     "echo": Field((bool,), "Whether the prompt is part of the text."),
     "logprobs": _whole("The number of likeliest tokens whose log-probabilities are sent beside each token's.", 0, 20),
-    "return_tokens_as_token_ids": Field((bool,), "Whether `tokens` beside the scores are token_id:N instead of texts."),
+    "return_tokens_as_token_ids": Field((bool,), "Whether tokens beside the scores are token_id:N instead of texts."),
     "best_of": _refused("Several attempts.", "use n", 1),
     "suffix": _refused("The text behind the gap.", "these models continue a prompt only", ""),
     "prompt_logprobs": _refused("Scores of the prompt.", "use echo and logprobs", 0, False),

@@ -135,6 +135,17 @@ def test_biases_and_ids_of_tokens(server: Asking, model: ChatModel):
     assert chunks[0]["choices"][0]["prompt_token_ids"] == prompt
 
 
+def test_likely_tokens_of_one_text_are_told_apart_by_their_ids(server: Asking):
+    """Bytes of characters all have the text U+FFFD, of which an object has one."""
+    ask = {"prompt": "25加16", "max_tokens": 6, "logprobs": 20}
+    texts = server.complete(**ask)["choices"][0]["logprobs"]
+    ids = server.complete(**ask, return_tokens_as_token_ids=True)["choices"][0]["logprobs"]
+    assert min(map(len, texts["top_logprobs"])) < 20
+    assert all(len(top) == 20 and all(name.startswith("token_id:") for name in top) for top in ids["top_logprobs"])
+    assert all(name in top for name, top in zip(ids["tokens"], ids["top_logprobs"], strict=True))
+    assert ids["text_offset"] == texts["text_offset"]
+
+
 def test_what_a_server_measures(model_dir: Path, model: ChatModel):
     with client(model_dir, model) as asking:
         asking.chat(n=2, max_tokens=3)
