@@ -89,7 +89,9 @@ class Grammars:
     def _tokens(self, llguidance: Any) -> Any:
         described = self._tokenizer.described()
         if isinstance(described, str):
-            return llguidance.LLTokenizer(described, n_vocab=self._vocab_size, eos_token=list(self._stop_ids))
+            # Its own use of the file would spell text that a grammar demands with special tokens, which it then refuses.
+            whole = llguidance.LLTokenizer(described, eos_token=list(self._stop_ids))
+            described = [whole.decode_bytes([number]) for number in range(self._tokenizer.vocab_size)]
         wrapper = llguidance.TokenizerWrapper(_Vocabulary(self._tokenizer, described, self._stop_ids[0]))
         return llguidance.LLTokenizer(wrapper, n_vocab=self._vocab_size, eos_token=list(self._stop_ids))
 

@@ -2,14 +2,17 @@
 
 import json
 import re
+import shutil
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from support.tiny_directories import model_directory
 from support.tiny_server import COMPLETIONS, QUESTION, Asking, client, joined, opened
 
 from erniekit import LLM, SamplingParams
+from erniekit.data.chat.tokenizer import load_tokenizer
 from erniekit.generation.guided import Grammars, Guide
 from erniekit.generation.load import ChatModel
 from erniekit.utils.errors import UserError
@@ -82,6 +85,22 @@ def test_other_forms(server: Asking):
         assert server.complete(guided_grammar='start: "x" NUM\nNUM: /[0-9]{2}/', **ask)["choices"][0]["text"][0] == "x"
     cut = server.chat(response_format={"type": "json_object"}, seed=1, temperature=1.0, max_tokens=5)["choices"][0]
     assert cut["message"]["content"].startswith("{") and cut["finish_reason"] in ("length", "stop")
+
+
+@pytest.mark.parametrize("file", ["tokenizer.json", "tokenizer.model"])
+def test_text_that_looks_like_a_special_token_is_spelled(model_dir: Path, model: ChatModel, tmp_path: Path, file: str):
+    for name in ("tokenizer_config.json", file):
+        shutil.copy(model_dir / name, tmp_path)
+    tokenizer = load_tokenizer(tmp_path)
+    assert tokenizer.find_id("<think>") in tokenizer.special_tokens.values()
+    grammars = Grammars(tokenizer, model.model.config.vocab_size, (tokenizer.eos_id,))
+    for guide in (Guide("choice", ["a<think>b"]), Guide("regex", "a<think>b"), Guide("json", {"const": "<s>"})):
+        state, ids = grammars.compiled(guide, is_in_thought=False).state(), list[int]()
+        while not ids or ids[-1] != tokenizer.eos_id:
+            ids.append(int(np.flatnonzero(state(ids))[-1]))
+            assert not state.error
+        assert tokenizer.decode(ids[:-1]) in ("a<think>b", '"<s>"')
+        assert not set(ids[:-1]) & set(tokenizer.special_tokens.values())
 
 
 def test_a_demanded_call_is_a_call(server: Asking):
