@@ -234,6 +234,10 @@ def test_unknown_probabilities_of_the_rollout_have_weight_one():
     plain, expected = run({})
     assert float(corrected.loss) == float(plain.loss)
     assert gradient.tolist() == expected.tolist()
+    masked, gradient = run({}, rollout_logps=unknown, off_policy_threshold=0.01)
+    by_old, expected = run({}, off_policy_threshold=0.01)
+    assert float(masked.loss) == float(by_old.loss) != float(plain.loss)
+    assert gradient.tolist() == expected.tolist()
 
 
 @pytest.mark.parametrize(
