@@ -203,9 +203,7 @@ _RUN_RULES = [
     ),
     Rule(
         " ".join(
-            key
-            for key in option_names(GenerateArgs)
-            if not any(key in facts.also_reads for facts in METHODS.values())
+            key for key in option_names(GenerateArgs) if not any(key in facts.also_reads for facts in METHODS.values())
         ),
         _generates,
         "stage {stage} makes its texts without it; read by eval and chat",

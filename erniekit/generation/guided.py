@@ -48,7 +48,9 @@ class Guide:
             # A schema of its own: references in it ("#/$defs/...") begin at its root.
             name = json.dumps(function["name"], ensure_ascii=False)
             opening = json.dumps(f'{{"name": {name}, "arguments": ', ensure_ascii=False)
-            rules += f'body_{number}: {opening} arguments_{number} "}}"\narguments_{number}: %json {json.dumps(schema)}\n'
+            rules += (
+                f'body_{number}: {opening} arguments_{number} "}}"\narguments_{number}: %json {json.dumps(schema)}\n'
+            )
         any_body = " | ".join(f"body_{number}" for number in range(len(tools)))
         more = "" if only_one else ' ("\\n" call)*'
         return cls("grammar", f"start: call{more}\ncall: {_TAG_OPEN} ({any_body}) {_TAG_CLOSE}\n{rules}")
@@ -89,7 +91,7 @@ class Grammars:
     def _tokens(self, llguidance: Any) -> Any:
         described = self._tokenizer.described()
         if isinstance(described, str):
-            # Its own use of the file would spell text that a grammar demands with special tokens, which it then refuses.
+            # With the file alone it spells text that a grammar demands with special tokens, which it then refuses.
             whole = llguidance.LLTokenizer(described, eos_token=list(self._stop_ids))
             described = [whole.decode_bytes([number]) for number in range(self._tokenizer.vocab_size)]
         wrapper = llguidance.TokenizerWrapper(_Vocabulary(self._tokenizer, described, self._stop_ids[0]))

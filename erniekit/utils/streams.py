@@ -50,8 +50,8 @@ class _Forgiving(io.FileIO):
 
 
 def read_line() -> str | None:
-    """The next line of standard input without its line break, also that of Windows; None at the end. Raises UserError for undecodable bytes
-    in an encoding that has no surrogate escapes (UTF-16).
+    """The next line of standard input without its line break, also that of Windows; None at the end. Raises UserError
+    for undecodable bytes in an encoding that has no surrogate escapes (UTF-16).
     """
     try:
         line = sys.stdin.readline()

@@ -127,7 +127,7 @@ REFERRING = {
 
 def test_references_in_the_parameters_of_a_tool_are_its_own(server: Asking):
     """As pydantic writes nested models; "#" is the function's parameters, not the call around them."""
-    tools = [{"type": "function", "function": {"name": "天气 \"x\"", "parameters": REFERRING}}]
+    tools = [{"type": "function", "function": {"name": '天气 "x"', "parameters": REFERRING}}]
     named = {"type": "function", "function": {"name": tools[0]["function"]["name"]}}
     for seed in range(3):
         (call,) = server.chat(tools=tools, tool_choice=named, seed=seed, **LONG)["choices"][0]["message"]["tool_calls"]
