@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from support.rl_runs import rl_workspace
+from support.tiny_directories import write_lines
 
 from erniekit import config
 from erniekit.checkpoint.safetensors_read import Reader
@@ -73,6 +74,19 @@ def test_a_rollout_without_any_reward_is_said(keys, tmp_path: Path):
     assert [line for is_warning, line in lines if is_warning] == [
         "reward_funcs: no function has given any of 16 completions a reward"
     ]
+
+
+def test_pass_rates_that_are_none_are_counted(keys):
+    path = Path(keys["train_dataset_path"])
+    records = [json.loads(line) for line in path.read_text().splitlines()]
+    for record, rate in zip(records, (0.25, "0.5", 50, True, None, 0), strict=False):
+        record["pass_rate"] = rate
+    write_lines(path, records)
+    with log.captured() as lines:
+        run(keys, max_steps=1)
+    (line,) = [line for is_warning, line in lines if is_warning]
+    assert line.startswith("3 of 12 prompts have a pass_rate that is no number from 0 to 1 and is not used")
+    assert f"{path}:2 has '0.5', ..." in line
 
 
 def test_gdpo_scales_penalties_as_rewards_of_their_own(keys):
