@@ -28,11 +28,11 @@ def start_time(pid: int) -> str | None:
 
 def main() -> int:
     """Run a command, sys.argv[2:], with the directory sys.argv[1] for its files; the result is its exit code."""
-    directory, command = Path(sys.argv[1]), sys.argv[2:]
+    directory, command, pid = Path(sys.argv[1]), sys.argv[2:], os.getpid()
     asked: list[int] = []
     signal.signal(signal.SIGTERM, lambda number, frame: asked.append(number))
-    atomic.write_json(directory / PROCESS, {"pid": os.getpid(), "started": start_time(os.getpid())})
     with open(directory / LOG, "ab") as log:
+        atomic.write_json(directory / PROCESS, {"pid": pid, "started": start_time(pid), "log": log.tell()})
         child = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT)
 
     def pass_on(number: int, frame: FrameType | None) -> None:

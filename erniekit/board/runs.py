@@ -95,8 +95,9 @@ class Run:
         """Where it serves a model; None while it loads the model, and for all other commands."""
         if self.command != "server" or not self.pid():
             return None
-        found = re.search(r" is served at (http://\S+)/v1", _tail(self.directory / job.LOG, 1 << 22)[0])
-        return found[1] if found else None
+        # What is in the log before this process, an earlier one wrote, at another port.
+        said = _tail(self.directory / job.LOG, 1 << 22, _read_json(self.directory / job.PROCESS).get("log", 0))[0]
+        return next(iter(re.findall(r" is served at (http://\S+)/v1", said)), None)
 
     @property
     def metrics_file(self) -> Path:

@@ -81,11 +81,14 @@ def _only_token_files(cfg: Config) -> bool:
     return cfg.dataset_type == "pretrain" and not cfg.eval_dataset_path
 
 
+def _generates(cfg: Config, facts: Facts | None = None) -> bool:
+    """A condition: the method makes texts of its own when it trains."""
+    return "temperature" in cfg.method.also_reads
+
+
 def _trains_without(key: str) -> Callable[[Config, Facts], bool]:
-    """A condition: the method does not read this key of generation when it trains."""
-    if not any(key in facts.also_reads for facts in METHODS.values()):
-        return always
-    return lambda cfg, facts: key not in cfg.method.also_reads
+    """A condition: the method makes no texts when it trains, and does not read this key of generation."""
+    return lambda cfg, facts: key not in cfg.method.also_reads and not _generates(cfg)
 
 
 _DEGREES = (
@@ -197,6 +200,18 @@ _RUN_RULES = [
     *(
         Rule(key, _trains_without(key), "`{command}` generates no text; read by eval and chat")
         for key in option_names(GenerateArgs)
+    ),
+    Rule(
+        " ".join(
+            key for key in option_names(GenerateArgs) if not any(key in facts.also_reads for facts in METHODS.values())
+        ),
+        _generates,
+        "stage {stage} makes its texts without it; read by eval and chat",
+    ),
+    Rule(
+        "max_new_tokens",
+        lambda c, f: c.method.reads("max_completion_length") and "max_completion_length" in c.given,
+        "max_completion_length bounds the completions; read by eval and chat",
     ),
     Rule("predict_with_generate", always, "`{command}` generates no text; read by eval and chat"),
     Rule(_names(GenerateArgs) + " predict_with_generate", always, "`{command}` generates no text", ("split",)),

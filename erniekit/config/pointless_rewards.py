@@ -28,4 +28,10 @@ def _has_no_reader(functions: tuple[str, ...], cfg: Config, facts: Facts) -> boo
 REWARD_RULES = [
     Rule(keys, partial(_has_no_reader, readers), f"read only with reward_funcs: {join_names(readers, 'or')}")
     for keys, readers in _READERS.items()
+] + [
+    Rule(
+        "domain_normalize",
+        lambda c, f: c.method.reads("reward_funcs") and c.scale_rewards == "gdpo",
+        "scale_rewards: gdpo scales the rewards of each function, not their sum",
+    ),
 ]

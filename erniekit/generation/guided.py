@@ -41,17 +41,17 @@ class Guide:
     @classmethod
     def calls(cls, tools: Sequence[dict[str, Any]], only_one: bool) -> "Guide":
         """One call of a function of `tools`, or several, as ERNIE's templates write them."""
-        bodies = []
-        for tool in tools:
+        rules = ""
+        for number, tool in enumerate(tools):
             function = tool["function"]
-            properties = {
-                "name": {"const": function["name"]},
-                "arguments": function.get("parameters") or {"type": "object"},
-            }
-            body = {"type": "object", "properties": properties, "required": list(properties), "x-guidance": _JSON}
-            bodies.append(body | {"additionalProperties": False})
-        rules = "".join(f"body_{number}: %json {json.dumps(body)}\n" for number, body in enumerate(bodies))
-        any_body = " | ".join(f"body_{number}" for number in range(len(bodies)))
+            schema = {"type": "object"} | (function.get("parameters") or {}) | {"x-guidance": _JSON}
+            # A schema of its own: references in it ("#/$defs/...") begin at its root.
+            name = json.dumps(function["name"], ensure_ascii=False)
+            opening = json.dumps(f'{{"name": {name}, "arguments": ', ensure_ascii=False)
+            rules += (
+                f'body_{number}: {opening} arguments_{number} "}}"\narguments_{number}: %json {json.dumps(schema)}\n'
+            )
+        any_body = " | ".join(f"body_{number}" for number in range(len(tools)))
         more = "" if only_one else ' ("\\n" call)*'
         return cls("grammar", f"start: call{more}\ncall: {_TAG_OPEN} ({any_body}) {_TAG_CLOSE}\n{rules}")
 
@@ -91,7 +91,9 @@ class Grammars:
     def _tokens(self, llguidance: Any) -> Any:
         described = self._tokenizer.described()
         if isinstance(described, str):
-            return llguidance.LLTokenizer(described, n_vocab=self._vocab_size, eos_token=list(self._stop_ids))
+            # With the file alone it spells text that a grammar demands with special tokens, which it then refuses.
+            whole = llguidance.LLTokenizer(described, eos_token=list(self._stop_ids))
+            described = [whole.decode_bytes([number]) for number in range(self._tokenizer.vocab_size)]
         wrapper = llguidance.TokenizerWrapper(_Vocabulary(self._tokenizer, described, self._stop_ids[0]))
         return llguidance.LLTokenizer(wrapper, n_vocab=self._vocab_size, eos_token=list(self._stop_ids))
 

@@ -12,6 +12,9 @@ import numpy as np
 
 from erniekit.utils.errors import UserError
 
+_LEAST_TEMPERATURE = 1e-30  # smaller ones choose the likeliest token as well, but their scores would leave fp32
+_LARGEST_SCORE = 1e8  # of a penalised token; divided by that temperature it stays within fp32
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -46,6 +49,8 @@ class Sampling:
         for name, fine, expected in rules:
             if not fine:
                 raise UserError(f"{name}: expected {expected}, got {vars(self)[name]}")
+        if 0 < self.temperature < _LEAST_TEMPERATURE:
+            object.__setattr__(self, "temperature", _LEAST_TEMPERATURE)
 
     @property
     def greedy(self) -> bool:
@@ -75,8 +80,9 @@ def penalise_repetition(scores_V: np.ndarray, previous: Sequence[int] | np.ndarr
     scores_V = scores_V.copy()
     if penalty != 1 and len(previous):
         tokens = np.unique(previous)
-        old = scores_V[tokens]
-        scores_V[tokens] = np.where(old < 0, old * penalty, old / penalty)
+        old, penalty = scores_V[tokens], min(max(penalty, 1 / _LARGEST_SCORE), _LARGEST_SCORE)
+        new = np.where(old < 0, old * penalty, old / penalty)
+        scores_V[tokens] = np.clip(new, -_LARGEST_SCORE, _LARGEST_SCORE)
     return scores_V
 
 
@@ -167,7 +173,9 @@ def choose(
     rng: np.random.Generator,
     banned: Sequence[int] = (),
 ) -> int:
-    """The next token after prompt + generated, given its scores (logits) fp32 [V]. `banned` tokens are never chosen."""
+    """The next token after prompt + generated, given its scores (logits) fp32 [V]. `banned` tokens are never chosen,
+    unless no other is possible (where each is an end token that comes too early): then it is the first one.
+    """
     scores_V = penalise_repetition(
         scores_V, [*prompt, *generated] if sampling.repetition_penalty != 1 else (), sampling.repetition_penalty
     )
@@ -175,7 +183,7 @@ def choose(
     for token, bias in sampling.logit_bias:
         scores_V[token] += np.float32(bias)
     scores_V[list(banned)] = -np.inf
-    if sampling.greedy:
+    if sampling.greedy or scores_V.max() == -np.inf:
         return int(scores_V.argmax())
     scores_V = keep_top_k(scores_V / np.float32(sampling.temperature), sampling.top_k)
     return draw(keep_min_p(keep_top_p(scores_V, sampling.top_p), sampling.min_p), rng)

@@ -70,7 +70,7 @@ def advantages_of(
 
 def _scaled(rewards: np.ndarray, group_size: int, scaling: Scaling) -> np.ndarray:
     groups = rewards.reshape(-1, group_size)
-    centred = groups - _mean(groups)
+    centred = _centred(groups)
     if scaling == "group":
         return (centred / (_std(groups) + _SMALLEST_STD)).reshape(-1)
     if scaling == "batch":
@@ -90,10 +90,22 @@ def _mean(groups: np.ndarray) -> np.ndarray:
 
 
 def _std(groups: np.ndarray) -> np.ndarray:
-    """[groups, 1], with the divisor n - 1, of what is not NaN; 0 where fewer than two values are."""
+    """[groups, 1], with the divisor n - 1, of what is not NaN; 0 where fewer than two values are, and exactly 0 where
+    all are equal.
+    """
     count = (~np.isnan(groups)).sum(axis=1, keepdims=True)
-    squares = np.nansum((groups - _mean(groups)) ** 2, axis=1, keepdims=True)
+    squares = np.nansum(_centred(groups) ** 2, axis=1, keepdims=True)
     return np.sqrt(squares / np.maximum(count - 1, 1))
+
+
+def _centred(groups: np.ndarray) -> np.ndarray:
+    """The differences from the mean of each group; exactly 0 where all its values are equal, of which the rounded mean
+    may be another number.
+    """
+    missing = np.isnan(groups)
+    lowest = np.where(missing, np.inf, groups).min(axis=1, keepdims=True)
+    highest = np.where(missing, -np.inf, groups).max(axis=1, keepdims=True)
+    return np.where(lowest < highest, groups - _mean(groups), groups * 0)
 
 
 def overlong_penalty(length: int, max_length: int, cache: int) -> float:

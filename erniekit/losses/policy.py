@@ -326,7 +326,9 @@ def _ratio(level: Level, given: _Inputs) -> paddle.Tensor:
 
 def _on_policy(given: _Inputs, threshold: float) -> paddle.Tensor:
     """1 for the completions that off_policy_threshold keeps, else 0: [N, 1] or [N, T]."""
-    sampled = given.old if given.rollout_logps is None else given.rollout_logps.detach()
+    sampled = given.old
+    if given.rollout_logps is not None:
+        sampled = paddle.where(paddle.isnan(given.rollout_logps), given.old, given.rollout_logps.detach())
     distance = ((sampled - given.logps.detach()) * given.mask).sum(-1, keepdim=True) / given.lengths
     return 1 - ((given.advantages < 0) & (distance > threshold)).astype(given.logps.dtype)
 

@@ -15,7 +15,7 @@ def tool_calls(sample: Sample, cfg: RewardArgs) -> float:
     third for the share of arguments that both have, a third for the share that has the same value; the sum is divided
     by the larger number of calls, unreadable ones included. Where no call is due, 1 for none and 0 for any.
     """
-    expected = _expected(sample, cfg)
+    expected = right_calls(sample, cfg)
     found, unreadable = sample.calls.calls, sample.calls.unreadable
     if not expected:
         return float(not found and not unreadable)
@@ -46,13 +46,14 @@ def _agreement(expected: dict[str, Any], found: dict[str, Any]) -> float:
     return (1 + len(both) / len(names) + len(equal) / len(names)) / 3
 
 
-def _expected(sample: Sample, cfg: RewardArgs) -> list[dict[str, Any]]:
+def right_calls(sample: Sample, cfg: RewardArgs) -> list[dict[str, Any]]:
     """The calls of the record; OpenAI's form {"function": {...}} with arguments as text is read, too."""
     value = sample.fields.get(cfg.answer_key)
     value = json.loads(value) if isinstance(value, str) else value
     calls = []
     for item in [value] if isinstance(value, dict) else value if isinstance(value, list) else [None]:
         call = item.get("function", item) if isinstance(item, dict) else {}
+        call = call if isinstance(call, dict) else {}
         arguments = call.get("arguments", {})
         arguments = json.loads(arguments) if isinstance(arguments, str) else arguments
         if not isinstance(call.get("name"), str) or not isinstance(arguments, dict):

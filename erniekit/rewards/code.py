@@ -11,6 +11,17 @@ from erniekit.rewards.sandbox import Limits, run_program
 _BLOCK = re.compile(r"```(?P<language>[A-Za-z0-9_+-]*)[^\n]*\n(?P<code>.*?)(?:```|\Z)", re.DOTALL)
 
 
+# The program is a module that the test uses: what it does only as a script (if __name__ == "__main__": ... input()) is
+# not part of what the test asks for, and there is nothing to read.
+_WITH_TEST = """\
+import sys, types
+module = sys.modules["program"] = types.ModuleType("program")
+for part in {parts!r}:
+    exec(compile(part, "program.py", "exec"), module.__dict__)
+print("\\n{token}")
+"""
+
+
 def code(sample: Sample, cfg: RewardArgs) -> float:
     """Whether the answer's last Python block (or, without one, its last block, or all of it) passes the record's
     `tests`: 1.0 or 0.0, or with code_score: fraction the share of tests that pass.
@@ -18,7 +29,7 @@ def code(sample: Sample, cfg: RewardArgs) -> float:
     A test is a text of Python statements that follow the program and must not raise, or {"input", "output"}: what the
     program reads from standard input, and prints apart from blank space at the ends of lines.
     """
-    tests = _tests(sample)
+    tests = tests_of(sample, cfg)
     program, limits = program_of(sample.answer), limits_of(cfg)
     passed = 0
     for test in tests:
@@ -48,7 +59,7 @@ def program_of(answer: str) -> str:
     return chosen[0]["code"] if chosen else answer
 
 
-def _tests(sample: Sample) -> list[str | dict[str, str]]:
+def tests_of(sample: Sample, cfg: RewardArgs) -> list[str | dict[str, str]]:
     tests = sample.fields.get("tests")
     tests = [tests] if isinstance(tests, str | dict) else tests
     if not isinstance(tests, list) or not tests or not all(map(_is_test, tests)):
@@ -67,10 +78,11 @@ def _passes(program: str, test: str | dict[str, str], limits: Limits) -> bool:
         run = run_program(program, test.get("input", ""), limits)
         expected, output = test["output"], run.output
     else:
-        # Printed behind the test, so that a program that ends early with exit code 0 does not pass.
+        # Printed behind the test, so that a program that ends early with exit code 0 does not pass. What the program
+        # prints at its own end may follow.
         expected = secrets.token_hex(16)
-        run = run_program(f"{program}\n{test}\nprint('\\n{expected}')\n", "", limits)
-        output = run.output.rstrip().rpartition("\n")[2]
+        run = run_program(_WITH_TEST.format(parts=(program, test), token=expected), "", limits)
+        output = expected if expected in run.output.split() else ""
     if run.exit_code == 125 and run.problem:
         raise RuntimeError(run.problem)
     return not run.problem and run.exit_code == 0 and _lines(output) == _lines(expected)

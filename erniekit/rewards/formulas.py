@@ -21,8 +21,9 @@ def math(sample: Sample, cfg: RewardArgs) -> float:
     # process is killed instead.
     logging.getLogger("math_verify").setLevel(logging.ERROR)
     configs = (LatexExtractionConfig(boxed_match_priority=0), ExprExtractionConfig())
-    found = parse(sample.answer[-_LONGEST:], configs, parsing_timeout=None)
-    for right in right_answers(sample, cfg):
+    # The minus sign, U+2212, is none for it.
+    found = parse(sample.answer[-_LONGEST:].replace("\u2212", "-"), configs, parsing_timeout=None)
+    for right in (text.replace("\u2212", "-") for text in right_answers(sample, cfg)):
         gold = parse(right if "$" in right or "\\boxed" in right else f"${right}$", configs, parsing_timeout=None)
         gold = gold or parse(right, configs, parsing_timeout=None)
         if not gold:

@@ -12,7 +12,8 @@ _MAX_DIGITS = 400  # of a number; a longer one is none
 _TOLERANCE = Fraction(1, 10**6)  # relative, where a number is not whole: 0.333333 is a third
 _PLAIN = r"(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d*)?(?:[eE][-+]?\d{1,3})?|\.\d+(?:[eE][-+]?\d{1,3})?"
 _NUMBER = re.compile(
-    rf"(?P<sign>[-+]?)\s*(?:\\[dt]?frac\s*\{{\s*(?P<over>{_PLAIN})\s*\}}\s*\{{\s*(?P<under>{_PLAIN})\s*\}}"
+    rf"(?P<sign>[-+]?)\s*(?:\\[dt]?frac\s*(?:\{{\s*(?P<over>{_PLAIN})\s*\}}|(?P<over_digit>\d))"
+    rf"\s*(?:\{{\s*(?P<under>{_PLAIN})\s*\}}|(?P<under_digit>\d))"
     rf"|(?P<plain>{_PLAIN})(?:\s*/\s*(?P<divisor>{_PLAIN}))?)\s*(?P<percent>\\?%)?"
 )
 _WORD = r"(?!or\b|and\b|to\b)[A-Za-z°$€£¥\u4e00-\u9fff]+(?:\^\{?\d\}?|[²³])?"
@@ -50,7 +51,7 @@ def number_of(text: str) -> Fraction | None:
     """The value of a text that is one number, with or without a unit: "1,234", "-0.5", "3/4", "\\frac{3}{4}", "12 %",
     "5 km". None for any other text.
     """
-    text = _LATEX.sub(r"\1", unicodedata.normalize("NFKC", text[: 4 * _MAX_DIGITS])).strip(" \t\n.。,，;；")
+    text = _as_typed(text[: 4 * _MAX_DIGITS]).strip(" \t\n.。,，;；")
     name, equals, rest = text.rpartition("=")
     if equals and len(name) <= 40:  # x = 5
         text = rest.strip()
@@ -65,7 +66,7 @@ def number_of(text: str) -> Fraction | None:
 
 def last_number(text: str) -> Fraction | None:
     """The last number in a text."""
-    text = _LATEX.sub(r"\1", unicodedata.normalize("NFKC", text[-100 * _MAX_DIGITS :]))
+    text = _as_typed(text[-100 * _MAX_DIGITS :])
     matches = list(_NUMBER.finditer(text))
     if not matches:
         return None
@@ -78,6 +79,13 @@ def last_number(text: str) -> Fraction | None:
     return abs(value) if joined and value is not None else value
 
 
+def _as_typed(text: str) -> str:
+    """A text in Unicode's compatible form, with its numbers as a keyboard has them: without LaTeX's spaces and fonts,
+    1{,}000 as 1,000, and the minus sign (U+2212) as the hyphen.
+    """
+    return _LATEX.sub(r"\1", unicodedata.normalize("NFKC", text)).replace("{,}", ",").replace("\u2212", "-")
+
+
 def _stated(final: str, is_whole: bool) -> Fraction | None:
     value = number_of(final)
     if value is not None:
@@ -85,12 +93,13 @@ def _stated(final: str, is_whole: bool) -> Fraction | None:
     if is_whole:
         return last_number(final)
     # "The answer is 5 because ..." announces it at the beginning of what follows.
-    match = _NUMBER.match(_LATEX.sub(r"\1", unicodedata.normalize("NFKC", final[: 4 * _MAX_DIGITS])).lstrip("$€£¥ "))
+    match = _NUMBER.match(_as_typed(final[: 4 * _MAX_DIGITS]).lstrip("$€£¥ "))
     return _value(match) if match else None
 
 
 def _value(match: "re.Match[str]") -> Fraction | None:
-    first, second = match["over"] or match["plain"], match["under"] or match["divisor"]
+    first = match["over"] or match["over_digit"] or match["plain"]
+    second = match["under"] or match["under_digit"] or match["divisor"]
     if len(match.group()) > _MAX_DIGITS:
         return None
     value = Fraction(first.replace(",", ""))

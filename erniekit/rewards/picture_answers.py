@@ -22,6 +22,7 @@ _FOUR = re.compile(rf"\[\s*({_NUMBER})\s*,\s*({_NUMBER})\s*,\s*({_NUMBER})\s*,\s
 _FENCE = re.compile(r"^\s*```[a-z]*\s*|\s*```\s*$")
 _KEYS = ("bbox_2d", "bbox", "box")
 _OPTION = re.compile(r"[(（]?\s*([A-H])\s*[)）]?\s*[.．:：、,，]?")
+_OPTION_ALONE = re.compile(_OPTION.pattern, re.IGNORECASE)  # of an answer, which may be a small letter
 # Tried in this order; of the first pattern that is found the last match counts, since reasoning comes before a choice.
 _SAID = (
     re.compile(r"\\boxed\{\s*(?:\\text\{)?\s*\(?([A-H])\)?\s*\}"),
@@ -123,13 +124,13 @@ def f1_of_boxes(found: Boxes, expected: Boxes) -> float:
 def option_of(text: str) -> str | None:
     """The letter, A to H, that an answer chooses; None if it names none or it is not clear which.
 
-    An answer may be the letter alone, begin with it ("B. a cup"), or say "the answer is B" or "答案是 B" somewhere;
-    else the one letter that stands by itself counts, unless there are several different ones. "A" before another word
-    is the article.
+    An answer may be the letter alone, also a small one, begin with it ("B. a cup"), or say "the answer is B" or
+    "答案是 B" somewhere; else the one letter that stands by itself counts, unless there are several different ones.
+    "A" before another word is the article.
     """
-    whole = _OPTION.fullmatch(text.strip().strip("*"))
+    whole = _OPTION_ALONE.fullmatch(text.strip().strip("*"))
     if whole:
-        return whole[1]
+        return whole[1].upper()
     for pattern in _SAID:
         found = pattern.findall(text)
         if found:

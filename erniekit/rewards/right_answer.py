@@ -56,8 +56,8 @@ def _last_boxed(text: str) -> str | None:
 
 
 def normalised(text: str) -> str:
-    """A text for comparison: Unicode's compatible form (NFKC), without case, quotes, marks of emphasis, punctuation at
-    its end or repeated blank space.
+    """A text for comparison: Unicode's compatible form (NFKC) with the minus sign as a hyphen, without case, quotes,
+    marks of emphasis, punctuation at its end or repeated blank space.
     """
-    text = unicodedata.normalize("NFKC", text).casefold()
+    text = unicodedata.normalize("NFKC", text).replace("\u2212", "-").casefold()
     return " ".join(text.rstrip(_AT_END).lstrip(_AT_BEGINNING).split())

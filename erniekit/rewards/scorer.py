@@ -70,9 +70,10 @@ class Scorer:
         self.close()
 
     def check(self, fields: Mapping[str, Any], place: str) -> None:
-        """Check that a record has what the functions need; call it for every record before training.
+        """Check that a record has what the functions need, in a form that they can read; call it for every record
+        before training.
 
-        Raises DataError with `place` ("file:line") and what is missing.
+        Raises DataError with `place` ("file:line") and what is missing or wrong.
         """
         wanted = self._wanted(fields, place)
         for name in wanted:
@@ -88,6 +89,14 @@ class Scorer:
                     f"{place}: the record has no {keys}, which the reward {name} needs. Add it, name the field of the "
                     "right answer (answer_key), or leave the function out of reward_funcs"
                 )
+            try:
+                if builtin is not None:
+                    builtin.check(Sample([], "", (), fields, place), self._cfg)
+            except (ValueError, TypeError, RecursionError) as error:
+                raise DataError(
+                    f"{place}: the reward {name} cannot read the record: {str(error)[:300]}. Correct it, or leave the "
+                    "function out of reward_funcs (a field 'reward_funcs' of a record names those that score it)"
+                ) from None
 
     def score(self, samples: Sequence[Sample], step: int = 0) -> ScoreTable:
         """The rewards of N completions; those of one prompt must be neighbours.

@@ -4,6 +4,7 @@ import json
 import math
 import re
 from collections.abc import Mapping
+from functools import lru_cache
 from typing import Any
 
 from erniekit.config.schema_rewards import RewardArgs
@@ -33,14 +34,20 @@ def choice(sample: Sample, cfg: RewardArgs) -> float:
 
     Raises ValueError if the record's answer is none of these letters.
     """
+    right = right_letters(sample, cfg)
+    if len(right) == 1:
+        return float(option_of(sample.answer) in right)
+    return float(_letters(final_answer(sample.answer).strip(" .。*()（）")) == right)
+
+
+def right_letters(sample: Sample, cfg: RewardArgs) -> set[str]:
+    """The letters that are right. Raises ValueError if the record's answer is none from A to H."""
     right = _letters("".join(right_answers(sample, cfg)).strip())
     if not right:
         raise ValueError(
             f"{cfg.answer_key!r} of the record is no letter from A to H: {sample.fields[cfg.answer_key]!r}"
         )
-    if len(right) == 1:
-        return float(option_of(sample.answer) in right)
-    return float(_letters(final_answer(sample.answer).strip(" .。*()（）")) == right)
+    return right
 
 
 def _letters(text: str) -> set[str]:
@@ -61,20 +68,35 @@ def thinking_format(sample: Sample, cfg: RewardArgs) -> float:
 
 def json_schema(sample: Sample, cfg: RewardArgs) -> float:
     """1.0 if the answer is JSON, also in a code block, that fits the record's `json_schema`, else 0.0."""
-    import jsonschema
-
-    schema = sample.fields.get("json_schema")
-    if isinstance(schema, str):
-        schema = json.loads(schema)
-    if not isinstance(schema, Mapping | bool):
-        raise ValueError("the record has no 'json_schema' that is an object")
-    validator: Any = jsonschema.validators.validator_for(schema, default=jsonschema.Draft202012Validator)
-    validator.check_schema(schema)
+    schema, validator = right_schema(sample, cfg)
     try:
         value = json.loads(_FENCE.sub("", sample.answer), parse_constant=_no_constant)
     except (ValueError, RecursionError):
         return 0.0
     return float(validator(schema).is_valid(value))
+
+
+def right_schema(sample: Sample, cfg: RewardArgs) -> tuple[Any, Any]:
+    """(the record's `json_schema`, the class of jsonschema that validates by it). Raises ValueError for what is no
+    schema.
+    """
+    schema = sample.fields.get("json_schema")
+    return _checked_schema(schema if isinstance(schema, str) else json.dumps(schema))
+
+
+@lru_cache(maxsize=256)  # records share schemas
+def _checked_schema(text: str) -> tuple[Any, Any]:
+    import jsonschema
+
+    schema = json.loads(text)
+    if not isinstance(schema, Mapping | bool):
+        raise ValueError("the record has no 'json_schema' that is an object")
+    validator: Any = jsonschema.validators.validator_for(schema, default=jsonschema.Draft202012Validator)
+    try:
+        validator.check_schema(schema)
+    except jsonschema.SchemaError as error:
+        raise ValueError(f"'json_schema' of the record is no JSON schema: {error.message[:200]}") from None
+    return schema, validator
 
 
 def _no_constant(name: str) -> float:

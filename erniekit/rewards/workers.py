@@ -25,7 +25,7 @@ from erniekit.config.schema_rewards import RewardArgs, reward_names
 from erniekit.rewards.sample import Sample
 from erniekit.rewards.table import BUILTINS
 from erniekit.rewards.user_function import Logged, UserFunction
-from erniekit.utils import runtime
+from erniekit.utils import log, runtime
 from erniekit.utils.errors import ConfigError
 
 LARGEST = 1e6  # of a reward's size; one beyond it is taken for an error
@@ -114,6 +114,7 @@ class Workers:
     def __init__(self, cfg: RewardArgs, base: Path) -> None:
         self._cfg, self._base = cfg, base
         self._workers: list[_Worker] = []
+        self._told: set[str] = set()  # functions that have failed for all completions of a prompt
         self.fields: dict[str, tuple[str, ...]] = {}
         first = self._start()
         if not first.connection.poll(_START_SECONDS):
@@ -207,6 +208,12 @@ class Workers:
             worker.chunk = None
         if isinstance(values, str) and len(step.places) > 1:  # one by one, to know for which completion it fails
             waiting.append(_singly(chunk, step))
+            if step.name not in self._told:
+                self._told.add(step.name)
+                log.warning(
+                    f"reward {step.name}: {chunk.samples[0].place}: {values}; where it fails for the completions of a "
+                    "prompt, it is called for each of them alone (said once)"
+                )
         else:
             values = [values] if isinstance(values, str) else values
             yield Result(step.name, tuple(chunk.numbers[i] for i in step.places), values, seconds, logged)

@@ -89,7 +89,7 @@ def _guide(name: str, kind: str, what: Any) -> Guide:
             raise _wrong(name, "expected texts that are not empty")
         return Guide("choice", what)
     if not isinstance(what, str) or not what:
-        raise _wrong(name, f"expected a text, got {type_name(what)}")
+        raise _wrong(name, f"expected a text, got {'an empty one' if what == '' else type_name(what)}")
     return Guide("regex" if kind == "regex" else "grammar", what)
 
 

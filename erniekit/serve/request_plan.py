@@ -58,15 +58,18 @@ def plan(
         served.check_length(length, name)
     sampling = _sampling(values, served)
     adapter = served.adapter_of(values.get("model"))
-    requests, room = [], served.context - max(lengths)
-    limits = _limits(values, served, room)
-    limits = limits if grammar is None else replace(limits, min_new_tokens=0)
+    requests, least_room = [], served.context - max(lengths)
     asked = values.get("max_completion_tokens", values.get("max_tokens"))
     headers = {}
-    if asked is not None and asked > room:
-        headers["x-erniekit-max-tokens"] = str(room)
-        log.info(f"max_tokens: {asked} is more than the {room} tokens that the context has left, which are used")
+    if asked is not None and asked > least_room:
+        headers["x-erniekit-max-tokens"] = str(least_room)
+        log.info(
+            f"max_tokens: {asked} is more than the {least_room} tokens that the context has left"
+            f"{' behind the longest prompt' if len(prompts) > 1 else ''}, which are used"
+        )
     for row, prompt in enumerate(prompts):
+        limits = _limits(values, served, served.context - lengths[row])
+        limits = limits if grammar is None else replace(limits, min_new_tokens=0)
         for number in range(n):
             draw = row * n + number
             request = Request(_ids(prompt), limits, sampling, draw, num_scores=num_scores, adapter=adapter, owner=owner)

@@ -1,7 +1,7 @@
 """`erniekit.SamplingParams`: how one prompt is answered, under vLLM's names."""
 
 import difflib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from dataclasses import fields as fields_of
 from functools import wraps
@@ -58,6 +58,8 @@ class SamplingParams:
     structured_outputs: dict[str, Any] | None = None
 
     def __post_init__(self) -> None:
+        if self.logit_bias is not None and not isinstance(self.logit_bias, Mapping):
+            raise UserError(f"logit_bias: expected {{token id: bias}}, got {type(self.logit_bias).__name__}.")
         try:
             server_fields.read_fields(self.fields(), _FIELDS)
             server_fields.read_fields({"logprobs": self.logprobs, "prompt_logprobs": self.prompt_logprobs}, _SCORES)

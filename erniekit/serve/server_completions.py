@@ -201,10 +201,9 @@ def _logprobs(ask: _Completion, tokens: Scored, offset: int) -> dict[str, Any]:
     """The scores of tokens, in the older form. `offset`: where the first one's text begins."""
     texts, offsets, tops = [], [], []
     for number, score in tokens:
-        text = ask.served.token(number)[0]
-        texts.append(f"token_id:{number}" if ask.values.get("return_tokens_as_token_ids") else text)
+        texts.append(_shown(ask, number))
         offsets.append(offset)
-        offset += len(text)
+        offset += len(ask.served.token(number)[0])
         tops.append(None if score is None else _top(ask, number, score))
     return {
         "tokens": texts,
@@ -215,9 +214,13 @@ def _logprobs(ask: _Completion, tokens: Scored, offset: int) -> dict[str, Any]:
 
 
 def _top(ask: _Completion, number: int, score: TokenScore) -> dict[str, float]:
-    """The likeliest tokens by their text, and the chosen one; of two with one text the likelier is shown."""
+    """The likeliest tokens by their text or id, and the chosen one; of two with one text the likelier is shown."""
     top: dict[str, float] = {}
-    for candidate, logprob in score.top:
-        top.setdefault(ask.served.token(candidate)[0], max(logprob, -9999.0))
-    top.setdefault(ask.served.token(number)[0], max(score.logprob, -9999.0))
+    for candidate, logprob in (*score.top, (number, score.logprob)):
+        top.setdefault(_shown(ask, candidate), max(logprob, -9999.0))
     return top
+
+
+def _shown(ask: _Completion, number: int) -> str:
+    """The text of a token, or its id."""
+    return f"token_id:{number}" if ask.values.get("return_tokens_as_token_ids") else ask.served.token(number)[0]

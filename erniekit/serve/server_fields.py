@@ -4,6 +4,7 @@ The tables here are read by `read_fields` and by the OpenAPI document, so that t
 """
 
 import difflib
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -154,7 +155,7 @@ COMPLETION: dict[str, Field] = {
     "prompt": Field((str, list), "A text, a list of texts, token ids, or a list of lists of token ids.", required=True),
     "echo": Field((bool,), "Whether the prompt is part of the text."),
     "logprobs": _whole("The number of likeliest tokens whose log-probabilities are sent beside each token's.", 0, 20),
-    "return_tokens_as_token_ids": Field((bool,), "Whether `tokens` beside the scores are token_id:N instead of texts."),
+    "return_tokens_as_token_ids": Field((bool,), "Whether tokens beside the scores are token_id:N instead of texts."),
     "best_of": _refused("Several attempts.", "use n", 1),
     "suffix": _refused("The text behind the gap.", "these models continue a prompt only", ""),
     "prompt_logprobs": _refused("Scores of the prompt.", "use echo and logprobs", 0, False),
@@ -238,6 +239,8 @@ def _checked(value: Any, field: Field, name: str) -> Any:
 
 def _not_within(value: Any, field: Field) -> str:
     """What is expected, where a value of the right type is not; else nothing."""
+    if isinstance(value, float) and math.isnan(value):  # of LLM; the server's JSON has none
+        return "a number"
     if field.ge is not None and value < field.ge:
         return f"{field.ge} or more"
     if field.gt is not None and value <= field.gt:

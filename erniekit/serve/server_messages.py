@@ -101,8 +101,8 @@ class Messages:
             if not isinstance(calls, list):
                 raise _wrong(f"{name}.tool_calls", f"expected a list, got {type_name(calls)}")
             result["tool_calls"] = [self._call(call, f"{name}.tool_calls[{i}]") for i, call in enumerate(calls)]
-        elif content is None:
-            raise _wrong(f"{name}.content", "expected text where there are no tool_calls")
+        elif content is None and thought is None:  # an answer that was cut off inside its thought has no text
+            raise _wrong(f"{name}.content", "expected text where there are neither tool_calls nor a thought")
         return result
 
     def _shows_thoughts(self) -> bool:
@@ -233,6 +233,10 @@ def read_tools(tools: list[Any], choice: Any) -> list[dict[str, Any]] | None:
         function = tool.get("function") if isinstance(tool, dict) else None
         if not isinstance(function, dict) or not isinstance(function.get("name"), str) or not function["name"]:
             raise _wrong(f"tools[{i}]", 'expected {"type": "function", "function": {"name", "parameters"}}')
+        parameters = function.get("parameters")
+        if parameters is not None and not isinstance(parameters, dict):
+            name = f"tools[{i}].function.parameters"
+            raise _wrong(name, f"expected a JSON schema of an object, got {type_name(parameters)}")
     if not tools or choice == "none":
         return None
     return tools

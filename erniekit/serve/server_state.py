@@ -33,9 +33,20 @@ class Served(ServedModel):
         return self.cfg.max_request_mb << 20
 
     def reserve(self, count: int) -> None:
-        """Take places in the queue. Raises ApiError with the status 429 where it is full, 503 without an engine."""
+        """Take places in the queue. Raises ApiError with the status 429 where it is full, 400 where it is too small for
+        the request even when nothing is in it, 503 without an engine.
+        """
         if not self.thread.is_alive:
             raise ApiError(503, "the engine has ended; start the server again.", code="engine_failed")
+        room = self.cfg.max_num_seqs + self.cfg.max_waiting_requests
+        if count > room:
+            raise ApiError(
+                400,
+                f"n: {count} answers are asked for, and the server takes at most {room} at a time (max_num_seqs + "
+                "max_waiting_requests in its YAML). Ask in several requests.",
+                "n",
+                "invalid_value",
+            )
         try:
             self.thread.reserve(count)
         except QueueFull as error:

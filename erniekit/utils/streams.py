@@ -50,8 +50,8 @@ class _Forgiving(io.FileIO):
 
 
 def read_line() -> str | None:
-    """The next line of standard input without its line break; None at the end. Raises UserError for undecodable bytes
-    in an encoding that has no surrogate escapes (UTF-16).
+    """The next line of standard input without its line break, also that of Windows; None at the end. Raises UserError
+    for undecodable bytes in an encoding that has no surrogate escapes (UTF-16).
     """
     try:
         line = sys.stdin.readline()
@@ -60,7 +60,7 @@ def read_line() -> str | None:
             f"standard input is not text in {sys.stdin.encoding} ({error}). Set PYTHONIOENCODING to the encoding that "
             "it is in, such as utf-8."
         ) from None
-    return decode(line.removesuffix("\n")) if line else None
+    return decode(line.removesuffix("\n").removesuffix("\r")) if line else None
 
 
 def decode(line: str) -> str:

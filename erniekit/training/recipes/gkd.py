@@ -86,6 +86,7 @@ class GkdRecipe(Recipe):
         self._kind = Divergence(cfg.gkd_beta, cfg.temperature)
         self._states: dict[int, paddle.Tensor | None] = {}
         self._step = 0
+        self._has_full_prompt = False  # a document was seen whose prompt leaves no room for an answer
 
     @classmethod
     def build(cls, context: RecipeContext) -> "GkdRecipe":
@@ -139,9 +140,16 @@ class GkdRecipe(Recipe):
         to all prompts, so that these do not depend on the layout.
         """
         cfg, mesh = self.cfg, self._policy.mesh
-        own = [_prompts(batch) for batch in microbatches]
+        documents = [_documents(batch) for batch in microbatches]
+        own = [[_prompt_of(document) for document in of_batch] for of_batch in documents]
         ranks = comm.gather_objects(own, mesh.data_group)
-        order = [(m, rank, i) for m in range(len(own)) for rank, of in enumerate(ranks) for i in range(len(of[m]))]
+        order = [
+            (m, rank, i)
+            for m in range(len(own))
+            for rank, of in enumerate(ranks)
+            for i in range(len(of[m]))
+            if len(of[m][i]) < self._policy.config.max_position_embeddings
+        ]
         prompts = [ranks[rank][m][i] for m, rank, i in order]
         # Each step draws from a seed of its own, each prompt from its place in the global batch.
         seed = int(random_bits((cfg.seed, _KEY + 1), self._step, self._step + 1)[0] >> 33)
@@ -158,24 +166,37 @@ class GkdRecipe(Recipe):
         for m, of_batch in enumerate(own):
             rows = []
             for i, prompt in enumerate(of_batch):
-                documents = [_document(prompt, answers[m, mesh.data, i].all_ids, cfg.max_seq_len)]
-                rows.append(make_row(documents, [microbatches[m].sources[i]]))
+                answer, document = answers.get((m, mesh.data, i)), documents[m][i]
+                if answer is not None:
+                    document = _answered_document(prompt, answer.all_ids, cfg.max_seq_len)
+                elif not self._has_full_prompt:
+                    self._has_full_prompt = True
+                    log.warning(
+                        f"{microbatches[m].sources[i]}: the question fills the model's context, so that the model "
+                        "cannot answer it: the answer of the data is kept, here and in further such documents"
+                    )
+                rows.append(make_row([document], [microbatches[m].sources[i]]))
             result.append(join_rows(rows))
         return result
 
 
-def _prompts(batch: PackedBatch) -> list[list[int]]:
-    """The ids of each document of a batch up to the token that predicts the first one of its last answer."""
+def _documents(batch: PackedBatch) -> list[Document]:
+    """The documents of a batch."""
     bounds = np.concatenate([[0], np.cumsum(batch.segment_lengths)])
-    prompts = []
-    for start, stop in zip(bounds[:-1].tolist(), bounds[1:].tolist(), strict=True):
-        supervised = np.flatnonzero(batch.labels[start:stop] != IGNORE)
-        begins = supervised[np.append(True, np.diff(supervised) > 1)]  # of each answer
-        prompts.append(batch.input_ids[start : start + int(begins[-1]) + 1].tolist())
-    return prompts
+    return [
+        Document(batch.input_ids[start:stop].astype(np.int32), batch.labels[start:stop].astype(np.int32))
+        for start, stop in zip(bounds[:-1].tolist(), bounds[1:].tolist(), strict=True)
+    ]
 
 
-def _document(prompt: list[int], answer: list[int], max_seq_len: int) -> Document:
+def _prompt_of(document: Document) -> list[int]:
+    """The ids of a document up to the token that predicts the first one of its last answer."""
+    supervised = np.flatnonzero(document.labels != IGNORE)
+    begins = supervised[np.append(True, np.diff(supervised) > 1)]  # of each answer
+    return document.ids[: int(begins[-1]) + 1].tolist()
+
+
+def _answered_document(prompt: list[int], answer: list[int], max_seq_len: int) -> Document:
     ids = np.array(prompt + answer, np.int32)
     labels = np.array([IGNORE] * (len(prompt) - 1) + answer + [IGNORE], np.int32)
     length = max(max_seq_len, len(prompt) + 1)

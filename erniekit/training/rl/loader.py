@@ -39,7 +39,7 @@ from erniekit.training.rl.remote import RemoteGenerator, WeightExport, require_s
 from erniekit.training.rl.reward_model import reward_models
 from erniekit.training.rl.rollout_metrics import length_metrics, mean, sampled_kl, std
 from erniekit.training.rl.rollout_server import RolloutServer
-from erniekit.training.rl.scoring import score_groups
+from erniekit.training.rl.scoring import reward_table, score_groups
 from erniekit.training.rl.token_scores import TokenScorer, score_completions
 from erniekit.training.rl.tools import ToolLoop
 from erniekit.utils import heartbeat, log
@@ -290,12 +290,7 @@ class RolloutLoader:
         if cfg.kl_in_reward:
             for completion in flat:
                 completion.reward -= cfg.kl_coef * sampled_kl(completion)
-        if cfg.scale_rewards == "gdpo":
-            names = list(groups[0].rewards)
-            columns = [np.concatenate([group.rewards[name] for group in groups]) for name in names]
-            table, weights = np.stack(columns, axis=1), np.array(cfg.reward_weights or [1.0] * len(names))
-        else:
-            table, weights = np.array([[completion.reward] for completion in flat]), np.ones(1)
+        table, weights = reward_table(cfg, groups)
         scaling: Scaling = cfg.scale_rewards  # type: ignore[assignment]  # its choices are these words
         result = advantages_of(table, weights, cfg.num_generations, scaling).advantages
         for completion, advantage in zip(flat, result.tolist(), strict=True):

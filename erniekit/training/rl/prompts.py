@@ -5,6 +5,7 @@ from erniekit.data.prompts import PromptOptions, PromptSet
 from erniekit.rewards import Scorer
 from erniekit.training.data import DataContext
 from erniekit.training.rl.tools import ToolLoop
+from erniekit.utils import log
 from erniekit.utils.errors import ConfigError
 
 
@@ -41,10 +42,18 @@ def check_records(scorer: Scorer | None, prompts: PromptSet) -> None:
 
 
 def known_pass_rates(prompts: PromptSet) -> dict[int, float]:
-    """What the records say of their prompts' pass rates."""
-    rates = {}
+    """What the records say of their prompts' pass rates; a warning counts what is no number from 0 to 1."""
+    rates: dict[int, float] = {}
+    wrong: list[str] = []
     for index in range(len(prompts)):
         rate = prompts[index].fields.get("pass_rate")
-        if isinstance(rate, int | float) and 0 <= rate <= 1:
+        if isinstance(rate, int | float) and not isinstance(rate, bool) and 0 <= rate <= 1:
             rates[index] = float(rate)
+        elif rate is not None:
+            wrong.append(f"{prompts[index].place} has {str(rate)[:40]!r}")
+    if wrong:
+        log.warning(
+            f"{len(wrong)} of {len(prompts)} prompts have a pass_rate that is no number from 0 to 1 and is not used "
+            f"({wrong[0]}{', ...' if len(wrong) > 1 else ''})"
+        )
     return rates

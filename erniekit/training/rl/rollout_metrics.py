@@ -34,6 +34,8 @@ def mean(values: np.ndarray) -> float:
 
 
 def std(values: np.ndarray) -> float:
-    """The standard deviation with the divisor n - 1; 0 for fewer than two values."""
+    """The standard deviation with the divisor n - 1; 0 for fewer than two values, and exactly 0 for equal ones, of
+    which the rounded mean may be another number.
+    """
     given = values[~np.isnan(values)]
-    return float(given.std(ddof=1)) if len(given) > 1 else 0.0
+    return float(given.std(ddof=1)) if len(given) and (given != given[0]).any() else 0.0

@@ -16,6 +16,8 @@ from erniekit.parallel.agree import all_or_none
 from erniekit.parallel.mesh import Mesh
 from erniekit.rewards import Sample, Scorer
 from erniekit.training.rl.completions import Completion, Group
+from erniekit.training.rl.rollout_metrics import sampled_kl
+from erniekit.utils import log
 
 _TAIL = 16  # last tokens of what comes before a turn, among which it may open a thought
 
@@ -62,6 +64,8 @@ def score_groups(
                 "total": table.total.tolist(),
                 "rest": [table.failures, table.metrics, table.seconds],
             }
+            if np.isnan(table.total).all():
+                log.once(f"reward_funcs: no function has given any of {len(samples)} completions a reward")
     shared = comm.gather_objects(result, mesh.world_group)[0]
     begin = 0
     for group in groups:
@@ -88,6 +92,26 @@ def _sample(completion: Completion, prompt: Prompt, tokenizer: Tokenizer) -> Sam
         completion.is_truncated,
         completion.turns,
     )
+
+
+def reward_table(cfg: Config, groups: Sequence[Group]) -> tuple[np.ndarray, np.ndarray]:
+    """(rewards [N, K], their weights [K]) of which the advantages of all completions are made: their sums, or, with
+    scale_rewards: gdpo, which scales each alone, the functions and beside them what is subtracted from the sum.
+    """
+    flat = [completion for group in groups for completion in group.completions]
+    if cfg.scale_rewards != "gdpo":
+        return np.array([[completion.reward] for completion in flat]), np.ones(1)
+    names = list(groups[0].rewards)
+    columns = [np.concatenate([group.rewards[name] for group in groups]) for name in names]
+    weights = list(cfg.reward_weights or [1.0] * len(names))
+    nothing = np.where(np.isnan(columns).all(axis=0), np.nan, 0.0)  # a completion without a reward stays without
+    if cfg.soft_max_length is not None:
+        columns.append(nothing + [_overlong(cfg, completion) for completion in flat])
+        weights.append(1.0)
+    if cfg.kl_in_reward:
+        columns.append(nothing - [sampled_kl(completion) for completion in flat])
+        weights.append(cfg.kl_coef)
+    return np.stack(columns, axis=1), np.array(weights)
 
 
 def _overlong(cfg: Config, completion: Completion) -> float:

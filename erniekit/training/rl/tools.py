@@ -4,7 +4,6 @@ What the model has sampled is never tokenised again: the next prompt is the ids 
 template writes behind them, the results and the generation prompt. That text depends on the results alone.
 """
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -108,7 +107,7 @@ class ToolLoop:
             dialogue.messages.append({"role": "assistant", "content": text})
             return None
         calls = [{"type": "function", "function": call} for call in parsed.calls]
-        said = text if not calls else _without_calls(text)
+        said = text if not calls else read_calls(text).text
         dialogue.messages.append({"role": "assistant", "content": said} | ({"tool_calls": calls} if calls else {}))
         before = list(dialogue.messages)
         content: Any
@@ -182,8 +181,3 @@ def _with_absolute_paths(message: dict[str, Any], directory: Path) -> dict[str, 
             part = {**part, "image": str((directory / source).resolve())}
         parts.append(part)
     return {**message, "content": parts}
-
-
-def _without_calls(text: str) -> str:
-    """A turn's text without its calls."""
-    return re.sub(r"\s*<tool_call>.*?(</tool_call>|\Z)", "", text, flags=re.DOTALL).strip()

@@ -93,6 +93,22 @@ def test_a_killed_run_has_no_exit_code_and_can_be_started_again(runs: Runs):
     wait(lambda: run.log(0)["text"].count("begun") == 2)
 
 
+def test_the_address_of_a_server_is_that_of_its_present_process(runs: Runs, monkeypatch):
+    """Each start has a free port of its own and adds to the log; another program may have the old port."""
+    ports = "import sys, time, pathlib; p = pathlib.Path('n'); n = int(p.read_text()) if p.exists() else 1\n"
+    ports += "p.write_text(str(n + 1)); time.sleep(0.3)\n"
+    ports += "print(f'[erniekit] m is served at http://127.0.0.1:{n}/v1 (x)', flush=True); time.sleep(60)"
+    monkeypatch.setattr(module, "cli", lambda *words: (sys.executable, "-c", ports))
+    run = runs.create(runs.new_directory("s"), "a: 1\n", ("server", "x"), runs.root)
+    wait(lambda: run.address() == "http://127.0.0.1:1")
+    runs.stop(run, force=True)
+    wait(lambda: run.pid() is None and run.address() is None)
+    runs.start(run)
+    assert run.address() is None, "it is not served yet"
+    wait(lambda: run.address() is not None)
+    assert run.address() == "http://127.0.0.1:2"
+
+
 def test_a_process_that_got_the_number_of_a_run_is_not_that_run(runs: Runs):
     run = start(runs, "a", "quick0")
     wait(lambda: run.state()["state"] == "done")

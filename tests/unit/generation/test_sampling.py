@@ -5,6 +5,7 @@ import importlib.util
 import numpy as np
 import pytest
 
+from erniekit.generation.drawing import Way, draw_rows
 from erniekit.generation.sampling import (
     Sampling,
     choose,
@@ -87,6 +88,25 @@ def test_choose_is_greedy_without_temperature_and_obeys_penalties_and_bans():
     assert choose(SCORES, [3], [], Sampling(presence_penalty=2.0), rng()) == 3, "the prompt does not count"
     assert choose(SCORES, [], [3], Sampling(presence_penalty=2.0), rng()) == 0
     assert SCORES[3] == 3.0, "the caller's scores are not changed"
+
+
+@pytest.mark.parametrize("temperature", [1e-20, 1e-38, 1e-46, 1e-300])
+def test_next_to_no_temperature_is_the_likeliest_token(temperature: float):
+    """The divided scores would leave fp32, and one such request would end an engine."""
+    scores = np.array([3.0, 5.5, -2.0, 5.4], np.float32)
+    for more in ({}, {"top_p": 0.5, "top_k": 2}, {"min_p": 0.1, "repetition_penalty": 1e-300}):
+        sampling = Sampling(temperature=temperature, seed=1, **more)
+        assert choose(scores, [1], [], sampling, np.random.default_rng(0)) == 1
+    used = Sampling(temperature=temperature).temperature
+    tokens, logprobs = draw_rows(scores[None], Way(used, (), used), [np.random.default_rng(0)])
+    assert tokens.tolist() == [1] and logprobs is not None and logprobs.tolist() == [0.0]
+
+
+@pytest.mark.parametrize("penalty", [1e-300, 1e-30, 1e30, 1e300])
+def test_a_huge_penalty_leaves_scores_finite(penalty: float):
+    scores = penalise_repetition(np.array([3.0, 0.0, -2.0], np.float32), [0, 1, 2], penalty)
+    assert scores.dtype == np.float32 and np.isfinite(scores).all()
+    assert (scores[0] > 3) == (penalty < 1) and (scores[2] > -2) == (penalty < 1) and scores[1] == 0
 
 
 def test_choose_applies_temperature_before_top_p():

@@ -234,6 +234,10 @@ def test_unknown_probabilities_of_the_rollout_have_weight_one():
     plain, expected = run({})
     assert float(corrected.loss) == float(plain.loss)
     assert gradient.tolist() == expected.tolist()
+    masked, gradient = run({}, rollout_logps=unknown, off_policy_threshold=0.01)
+    by_old, expected = run({}, off_policy_threshold=0.01)
+    assert float(masked.loss) == float(by_old.loss) != float(plain.loss)
+    assert gradient.tolist() == expected.tolist()
 
 
 @pytest.mark.parametrize(
@@ -276,6 +280,14 @@ def test_a_completion_without_any_reward_has_no_advantage_and_is_in_no_mean():
     found = advantages_of([nothing, [1.0, 0.0], [0.0, 0.0], nothing], [1.0, 1.0], 4, "none")
     assert found.advantages.tolist() == [0.0, 0.5, -0.5, 0.0]
     assert np.isnan(combined(np.array([nothing]), np.ones(2)))[0]
+
+
+@pytest.mark.parametrize("scaling", ["group", "batch", "none", "rloo", "gdpo"])
+@pytest.mark.parametrize("reward", [0.1, 0.7, 1 / 3])
+def test_equal_rewards_teach_nothing_whatever_their_mean_is_rounded_to(scaling: Any, reward: float):
+    found = advantages_of(np.array([[reward]] * 6 + [[np.nan]] + [[reward]] * 2), [1.0], 3, scaling)
+    assert found.group_std.tolist() == [0, 0, 0] and found.is_dead.all()
+    assert found.advantages.tolist() == [0] * 9
 
 
 @pytest.mark.parametrize(("rewards", "size"), [([[1.0]] * 3, 2), ([[1.0]] * 2, 1), ([[np.inf]] * 2, 2)])

@@ -35,6 +35,19 @@ FAILS = (
 )
 
 
+# A function, and what it does as a script only: read its input.
+SCRIPT = """from __future__ import annotations
+from dataclasses import dataclass
+@dataclass
+class Pair:
+    a: int
+def f(x):
+    return Pair(x).a + 1
+if __name__ == "__main__":
+    print(f(int(input())))
+"""
+
+
 def test_a_program_runs_alone_in_an_empty_environment(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("A_SECRET", "key")
     program = "import os; print(input(), os.environ.get('A_SECRET'), os.getpid(), sorted(os.listdir('.')))"
@@ -73,6 +86,9 @@ def test_nothing_is_left_behind(tmp_path: Path):
         ("```python\ndef f(x): return x + 1\n```", ["assert f(1) == 2", "assert f(2) == 3"], {"all": 1, "fraction": 1}),
         ("```python\ndef f(x): return 2\n```", ["assert f(1) == 2", "assert f(2) == 3"], {"all": 0, "fraction": 0.5}),
         ("print(int(input()) * 2)", [{"input": "4", "output": "8\n"}], {"all": 1}),
+        (SCRIPT, ["assert f(1) == 2"], {"all": 1}),
+        (SCRIPT, [{"input": "1", "output": "2"}], {"all": 1}),
+        ("import atexit; atexit.register(print, 'end')", ["pass"], {"all": 1}),
         ("print('8  ')\nprint()", [{"output": "8"}], {"all": 1}),
         ("import os; os._exit(0)", ["assert False"], {"all": 0}),
         ("import sys; sys.exit(0)", ["assert False"], {"all": 0}),

@@ -105,6 +105,21 @@ def test_marks_become_rewards_and_are_kept(server: Server, tmp_path: Path):
         np.testing.assert_array_equal(later.score(samples).total, table.total)
     assert len(server.seen) == 2
     assert any("1 lines are no marks" in text for _, text in lines)
+    with Scorer(cfg) as later:
+        later.score([sample("жж")])
+    with Scorer(cfg) as later:
+        assert later.score([sample("жж")]).metrics["judge/cached"] == 1
+    assert len(server.seen) == 3, "the mark behind the unfinished line was kept"
+
+
+def test_marks_of_another_scale_are_not_taken_from_the_cache(server: Server, tmp_path: Path):
+    server.replies = [(200, "Score: 5")]
+    (tmp_path / "judge.txt").write_text("Mark {completion}.", encoding="utf-8")
+    keys = {"judge_prompt": str(tmp_path / "judge.txt"), "judge_cache": str(tmp_path / "marks.jsonl")}
+    for best, reward in ((10.0, 0.5), (5.0, 1.0), (10.0, 0.5)):
+        with Scorer(arguments(server, judge_max_score=best, **keys)) as one:
+            assert one.score([sample("x")]).total.tolist() == [reward]
+    assert len(server.seen) == 2
 
 
 def test_errors_that_may_pass_are_repeated(server: Server):
@@ -168,6 +183,8 @@ def test_marks_in_replies():
     assert judge.mark_of("Score: 3 or rather\nScore: 4.5") == 4.5
     assert judge.mark_of("**Score:** 8/10") == 8
     assert judge.mark_of("得分：6") == 6
+    assert judge.mark_of("Score: -3") == judge.mark_of("-3") == -3, "it is out of range, and no mark of 3"
+    assert judge.mark_of("Score - 7") == judge.mark_of("- 7") == 7
     assert judge.mark_of("good\n7") == 7
     assert judge.mark_of("") is None
     assert judge.mark_of("7 reasons to like it") is None

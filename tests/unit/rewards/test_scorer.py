@@ -133,6 +133,16 @@ def test_a_function_that_hangs_for_one_of_a_prompt_scores_the_others(scorer):
     assert "d:1: it took more than 0.7 seconds" in lines[0][1]
 
 
+def test_a_function_that_fails_for_a_prompt_alone_is_named_once(scorer):
+    """One that compares completions gets other rewards where each is scored alone, so that has to be said."""
+    with log.captured() as lines:
+        table = scorer("my.py:short").score([sample(text, line) for line in (1, 2) for text in ("a", "b")])
+    assert table.values["short"].tolist() == [1] * 4 and table.failures == {}
+    ((is_warning, line),) = lines
+    assert is_warning and "reward short: d:" in line and "it returned 1 values for 2 completions" in line
+    assert "called for each of them alone" in line
+
+
 STOPS = [
     ("odd", "raise", r"reward odd: d:1: KeyError: 'solution' \(my.py:\d+\) \(reward_on_failure: stop\)"),
     ("odd", "nan", "it gave nan"),
@@ -187,6 +197,36 @@ def test_records_are_checked_before_training(scorer):
         one.check({"answer": "5", "reward_funcs": ["needs"]}, "d:2")
     with pytest.raises(DataError, match="d:3: 'reward_funcs' has 'format', which is none of"):
         one.check({"solution": "5", "reward_funcs": "format"}, "d:3")
+
+
+@pytest.mark.parametrize(
+    ("name", "fields", "said"),
+    [
+        ("choice", {"answer": "b"}, "no letter from A to H: 'b'"),
+        ("exact", {"answer": {"text": "5"}}, "no text or number"),
+        ("accuracy", {"answer": ["5", None]}, "no text or number"),
+        ("box_iou", {"answer": "[30, 10, 20, 40]"}, "must be boxes"),
+        ("point_in_box", {"answer": [1, 2]}, "must be boxes"),
+        ("tool_calls", {"answer": [{"function": "f"}]}, "must be a list of"),
+        ("tool_calls", {"answer": [{"name": "f", "arguments": "{a}"}]}, "the reward tool_calls cannot read the record"),
+        ("code", {"tests": [{"input": "1", "output": 1}]}, "'tests' of the record must be a list"),
+    ],
+)
+def test_what_a_function_cannot_read_is_found_before_training(scorer, name: str, fields: dict, said: str):
+    one = scorer(name, code_sandbox="subprocess", code_network=True) if name == "code" else scorer(name)
+    with pytest.raises(DataError, match=f"d:4: the reward {name} cannot read the record: .*") as caught:
+        one.check(fields, "d:4")
+    assert said in str(caught.value)
+
+
+def test_a_schema_that_is_none_is_found_before_training(scorer):
+    pytest.importorskip("jsonschema")
+    one = scorer("json_schema")
+    one.check({"json_schema": {"type": "object"}}, "d:1")
+    one.check({"json_schema": '{"type": "object"}'}, "d:1")
+    for schema, said in (({"type": "objekt"}, "no JSON schema"), ("[1]", "no 'json_schema' that is an object")):
+        with pytest.raises(DataError, match=f"d:2: the reward json_schema cannot read the record: .*{said}"):
+            one.check({"json_schema": schema}, "d:2")
 
 
 def test_a_record_may_choose_its_functions(scorer):

@@ -2,14 +2,17 @@
 
 import json
 import re
+import shutil
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from support.tiny_directories import model_directory
 from support.tiny_server import COMPLETIONS, QUESTION, Asking, client, joined, opened
 
 from erniekit import LLM, SamplingParams
+from erniekit.data.chat.tokenizer import load_tokenizer
 from erniekit.generation.guided import Grammars, Guide
 from erniekit.generation.load import ChatModel
 from erniekit.utils.errors import UserError
@@ -84,6 +87,22 @@ def test_other_forms(server: Asking):
     assert cut["message"]["content"].startswith("{") and cut["finish_reason"] in ("length", "stop")
 
 
+@pytest.mark.parametrize("file", ["tokenizer.json", "tokenizer.model"])
+def test_text_that_looks_like_a_special_token_is_spelled(model_dir: Path, model: ChatModel, tmp_path: Path, file: str):
+    for name in ("tokenizer_config.json", file):
+        shutil.copy(model_dir / name, tmp_path)
+    tokenizer = load_tokenizer(tmp_path)
+    assert tokenizer.find_id("<think>") in tokenizer.special_tokens.values()
+    grammars = Grammars(tokenizer, model.model.config.vocab_size, (tokenizer.eos_id,))
+    for guide in (Guide("choice", ["a<think>b"]), Guide("regex", "a<think>b"), Guide("json", {"const": "<s>"})):
+        state, ids = grammars.compiled(guide, is_in_thought=False).state(), list[int]()
+        while not ids or ids[-1] != tokenizer.eos_id:
+            ids.append(int(np.flatnonzero(state(ids))[-1]))
+            assert not state.error
+        assert tokenizer.decode(ids[:-1]) in ("a<think>b", '"<s>"')
+        assert not set(ids[:-1]) & set(tokenizer.special_tokens.values())
+
+
 def test_a_demanded_call_is_a_call(server: Asking):
     for seed in range(2):
         answer = server.chat(tools=TOOLS, tool_choice="required", parallel_tool_calls=False, seed=seed, **LONG)
@@ -95,6 +114,36 @@ def test_a_demanded_call_is_a_call(server: Asking):
         named = {"type": "function", "function": {"name": "forecast"}}
         streamed = joined(server.stream(tools=TOOLS, tool_choice=named, seed=seed, **LONG))
         assert [call["function"]["name"] for call in streamed["tool_calls"]] == ["forecast"]
+
+
+REFERRING = {
+    "$defs": {"Day": {"type": "integer", "minimum": 0, "maximum": 9}},
+    "type": "object",
+    "properties": {"day": {"$ref": "#/$defs/Day"}, "then": {"anyOf": [{"$ref": "#"}, {"type": "null"}]}},
+    "required": ["day", "then"],
+    "additionalProperties": False,
+}
+
+
+def test_references_in_the_parameters_of_a_tool_are_its_own(server: Asking):
+    """As pydantic writes nested models; "#" is the function's parameters, not the call around them."""
+    tools = [{"type": "function", "function": {"name": '天气 "x"', "parameters": REFERRING}}]
+    named = {"type": "function", "function": {"name": tools[0]["function"]["name"]}}
+    for seed in range(3):
+        (call,) = server.chat(tools=tools, tool_choice=named, seed=seed, **LONG)["choices"][0]["message"]["tool_calls"]
+        arguments = json.loads(call["function"]["arguments"])
+        while arguments is not None:
+            assert set(arguments) == {"day", "then"} and 0 <= arguments["day"] <= 9
+            arguments = arguments["then"]
+
+
+def test_parameters_without_a_type_are_those_of_an_object(server: Asking):
+    parameters = {"properties": {"a": {"type": "boolean"}}, "required": ["a"], "additionalProperties": False}
+    tools = [{"type": "function", "function": {"name": "f", "parameters": parameters}}]
+    for seed in range(3):
+        message = server.chat(tools=tools, tool_choice="required", parallel_tool_calls=False, seed=seed, **LONG)
+        (call,) = message["choices"][0]["message"]["tool_calls"]
+        assert set(json.loads(call["function"]["arguments"])) == {"a"}
 
 
 def test_the_form_begins_behind_the_thought(model_dir: Path):

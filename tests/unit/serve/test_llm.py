@@ -212,6 +212,9 @@ def test_an_interrupted_call_leaves_the_engine_free(llm: LLM, monkeypatch: pytes
         ({"logprobs": 99}, "logprobs: expected at most 20"),
         ({"stop": [""]}, "stop: each text"),
         ({"use_beam_search": True}, "no such argument"),
+        ({"frequency_penalty": float("nan")}, "frequency_penalty: expected a number, got nan"),
+        ({"min_p": float("nan")}, "min_p: expected a number"),
+        ({"logit_bias": [5]}, "logit_bias: expected .*got list"),
     ],
 )
 def test_wrong_sampling_params_are_refused(values: dict, said: str):

@@ -58,6 +58,19 @@ def test_the_model_of_a_request_is_the_base_or_an_adapter(server: Asking, root: 
     assert scores["tiny"]["token_logprobs"][1] != scores["sql"]["token_logprobs"][1]
 
 
+def test_an_adapter_that_is_not_finite_is_refused(root: Path, tmp_path: Path):
+    model = attach_random(load_model(root / "m"))
+    trained = next(parameter for parameter in model.parameters() if not parameter.stop_gradient)
+    trained.set_value(trained * float("inf"))
+    save_adapter(model, tmp_path / "bad")
+    with pytest.raises(CheckpointError, match=r"lora_modules: bad: .*bad: model.layers.* is not finite"):
+        opened(root / "m", lora_modules=[f"bad={tmp_path / 'bad'}"])
+    with client(root / "m", lora_directory=str(tmp_path)) as asking:
+        error = asking.http.post("/v1/load_lora_adapter", json={"lora_name": "b", "lora_path": str(tmp_path / "bad")})
+        assert "is not finite" in error_of(error, 400)["message"]
+        assert asking.chat(max_tokens=1)["choices"]
+
+
 def test_an_unknown_adapter_is_not_found(server: Asking):
     error = server.bad(status=404, model="sq")
     assert error["code"] == "model_not_found" and "'tiny', 'sql', 'code' are" in error["message"]

@@ -135,6 +135,17 @@ def test_biases_and_ids_of_tokens(server: Asking, model: ChatModel):
     assert chunks[0]["choices"][0]["prompt_token_ids"] == prompt
 
 
+def test_likely_tokens_of_one_text_are_told_apart_by_their_ids(server: Asking):
+    """Bytes of characters all have the text U+FFFD, of which an object has one."""
+    ask = {"prompt": "25加16", "max_tokens": 6, "logprobs": 20}
+    texts = server.complete(**ask)["choices"][0]["logprobs"]
+    ids = server.complete(**ask, return_tokens_as_token_ids=True)["choices"][0]["logprobs"]
+    assert min(map(len, texts["top_logprobs"])) < 20
+    assert all(len(top) == 20 and all(name.startswith("token_id:") for name in top) for top in ids["top_logprobs"])
+    assert all(name in top for name, top in zip(ids["tokens"], ids["top_logprobs"], strict=True))
+    assert ids["text_offset"] == texts["text_offset"]
+
+
 def test_what_a_server_measures(model_dir: Path, model: ChatModel):
     with client(model_dir, model) as asking:
         asking.chat(n=2, max_tokens=3)
@@ -165,6 +176,20 @@ def test_limits_are_honoured(server: Asking, model: ChatModel):
     assert server.chat(stop_token_ids=list(range(300)), min_tokens=4)["usage"]["completion_tokens"] >= 4
 
 
+def test_odd_settings_of_one_request_do_not_end_the_engine(server: Asking):
+    greedy = server.complete(temperature=0)["choices"][0]["text"]
+    for temperature in (1e-38, 1e-50):
+        for more in ({}, {"top_p": 0.5}, {"logprobs": 2}):
+            assert server.complete(temperature=temperature, seed=1, **more)["choices"][0]["text"] == greedy
+    for penalty in (1e-300, 1e-45, 100):
+        assert server.complete(temperature=1e-38, repetition_penalty=penalty)["choices"][0]["finish_reason"]
+    every = list(range(server.served.chat_model.model.config.vocab_size))
+    for more in ({}, {"top_p": 0.5}, {"top_k": 3, "min_p": 0.1}):
+        ended = server.complete(temperature=1.0, stop_token_ids=every, min_tokens=2, **more)["choices"][0]
+        assert ended["finish_reason"] == "stop", "every token is an end token, and all of them are banned"
+    assert server.complete(temperature=0)["choices"][0]["text"] == greedy
+
+
 def test_max_tokens_beyond_the_context_are_lowered_and_the_response_says_so(server: Asking, model: ChatModel):
     with client(server.served.chat_model.path, model, max_model_len=32) as small:
         answer = small.http.post(CHAT, json={"model": "tiny", "messages": QUESTION, "max_tokens": 65535})
@@ -172,6 +197,16 @@ def test_max_tokens_beyond_the_context_are_lowered_and_the_response_says_so(serv
         assert answer.headers["x-erniekit-max-tokens"] == str(32 - used["prompt_tokens"])
         assert used["total_tokens"] == 32
         assert small.chat(max_tokens=None)["usage"]["total_tokens"] == 32
+
+
+def test_a_long_prompt_does_not_shorten_the_answers_to_others(server: Asking, model: ChatModel):
+    with client(server.served.chat_model.path, model, max_model_len=32) as small:
+        body = {"model": "tiny", "prompt": [[7] * 30, [7]], "max_tokens": 16, "ignore_eos": True}
+        answer = small.http.post(COMPLETIONS, json=body | {"return_token_ids": True})
+        assert [len(choice["token_ids"]) for choice in answer.json()["choices"]] == [2, 16]
+        assert answer.headers["x-erniekit-max-tokens"] == "2"
+        whole = small.complete(prompt=[[7] * 30, [7]], max_tokens=None, ignore_eos=True, return_token_ids=True)
+        assert [len(choice["token_ids"]) for choice in whole["choices"]] == [2, 31]
 
 
 CALL = '<tool_call>\n{"name": "add", "arguments": {"a":  1, "t": "</tool_call>"}}\n</tool_call>\n'
@@ -242,6 +277,14 @@ def test_history_comes_back_as_it_was_written(server: Asking):
         server.good("/tokenize", {"messages": [{"role": "developer", "content": "s"}, *QUESTION]})["tokens"]
         == (server.good("/tokenize", {"messages": [{"role": "system", "content": "s"}, *QUESTION]})["tokens"])
     )
+
+
+def test_an_answer_that_was_cut_off_in_its_thought_may_be_sent_back(server: Asking, monkeypatch: pytest.MonkeyPatch):
+    with rigged(monkeypatch, server.served, "<think>hm hm hm hm"):
+        (choice,) = server.chat(max_tokens=3)["choices"]
+    message = choice["message"]
+    assert message["content"] is None and message["reasoning"] and choice["finish_reason"] == "length"
+    assert server.chat(messages=[*QUESTION, message, *QUESTION], max_tokens=1)["choices"]
 
 
 def test_what_cannot_change_the_answer_is_ignored_and_neutral_values_pass(server: Asking):

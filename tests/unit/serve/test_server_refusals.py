@@ -71,6 +71,7 @@ def server(model_dir: Path, model: ChatModel):
         ({"tool_choice": "must", "tools": [{"function": {"name": "f"}}]}, "tool_choice", "expected auto"),
         ({"tool_choice": "auto"}, "tool_choice", "no tools"),
         ({"tools": [{}]}, "tools[0]", "function"),
+        ({"tools": [{"function": {"name": "f", "parameters": True}}]}, "tools[0].function.parameters", "got boolean"),
         ({"enable_thinking": True}, "enable_thinking", "never thinks"),
         ({"chat_template_kwargs": {"tokenize": False}}, "chat_template_kwargs.tokenize", "unknown field"),
         ({"chat_template": "{{ 1 }}"}, "chat_template", "unknown field"),
@@ -218,7 +219,12 @@ def test_kept_prompts_are_not_shared_between_keys(model_dir: Path, model: ChatMo
 
 def test_a_full_queue_is_said_with_the_time_to_come_back(model_dir: Path, model: ChatModel):
     with client(model_dir, model, max_num_seqs=1, max_waiting_requests=1) as small:
-        answer = small.http.post(CHAT, json={"model": "tiny", "messages": QUESTION, "n": 3})
+        too_many = small.http.post(CHAT, json={"model": "tiny", "messages": QUESTION, "n": 3})
+        assert error_of(too_many, 400)["param"] == "n" and too_many.headers["x-should-retry"] == "false"
+        assert "at most 2 at a time" in small.bad(COMPLETIONS, prompt=["a"] * 3)["message"]
+        small.served.thread.num_reserved = 1  # by another request
+        answer = small.http.post(CHAT, json={"model": "tiny", "messages": QUESTION, "n": 2})
+        small.served.thread.num_reserved = 0
         assert error_of(answer, 429)["code"] == "queue_full" and answer.headers["retry-after"] == "1"
         assert "x-should-retry" not in answer.headers
         assert len(small.chat(n=2, max_tokens=1)["choices"]) == 2, "places are given back"

@@ -13,6 +13,7 @@ from erniekit.generation.request import Limits
 from erniekit.generation.sampling import Sampling
 from erniekit.training.recipes.distilled import Teacher
 from erniekit.training.recipes.gkd import GkdRecipe
+from erniekit.utils import log
 
 
 def document(seed, prompt=4, answer=3):
@@ -90,6 +91,21 @@ def test_answers_are_those_of_decode_at_temperature_and_limits():
     [batch] = recipe.prepare([batch_of([0])])
     [answer] = decode(model, [DOCUMENTS[0].ids[:4].tolist()], Limits(3, 0, (2,)), Sampling(temperature=0))
     assert batch.input_ids[4:].tolist() == answer.all_ids
+
+
+def test_a_question_that_fills_the_context_keeps_the_answer_of_the_data():
+    """truncation: cut may leave one token of the answer, which the last token of the context predicts."""
+    model, teacher = (tiny_model("dense", seed=seed, max_position_embeddings=16) for seed in (3, 4))
+    recipe = recipe_of(model, teacher, lmbda=1.0, max_seq_len=16)
+    full = document(5, 16, 1)
+    full = Document(full.ids[:16], np.append(full.labels[:15], full.ids[16]).astype(np.int32))
+    recipe.before_step(0)
+    with log.captured() as lines:
+        batch = recipe.prepare([join_rows([make_row([full, DOCUMENTS[0]], ["a:1", "a:2"])])])[0]
+    (is_warning, line), *more = [each for each in lines if "a:" in each[1]]
+    assert is_warning and line.startswith("a:1: the question fills the model's context") and not more
+    assert batch.input_ids[:16].tolist() == full.ids.tolist() and batch.labels[:16].tolist() == full.labels.tolist()
+    assert batch.segment_lengths[1] == 4 + 4 and batch.sources[:2] == ["a:1", "a:2"]
 
 
 def test_the_share_of_on_policy_steps_is_lmbda():

@@ -95,5 +95,5 @@ def test_input_that_its_encoding_cannot_read_is_named(monkeypatch: pytest.Monkey
 
 
 def test_lines_of_input_come_without_their_ends(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(sys, "stdin", io.StringIO("你好\n\nend"))
-    assert [streams.read_line() for _ in range(4)] == ["你好", "", "end", None]
+    monkeypatch.setattr(sys, "stdin", io.StringIO("你好\r\n\n\r\nend", newline=""))
+    assert [streams.read_line() for _ in range(5)] == ["你好", "", "", "end", None]

@@ -1,19 +1,24 @@
 """Runs of stage RL by the real trainer: what a step is made of, resuming at any step, equality of all divisions."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 from support.rl_runs import rl_workspace
+from support.tiny_directories import write_lines
 
 from erniekit import config
 from erniekit.checkpoint.safetensors_read import Reader
 from erniekit.training.reporting.completions import CompletionLog
 from erniekit.training.reporting.plot import LossPlot
 from erniekit.training.rl import loader
+from erniekit.training.rl.completions import Completion, Group
 from erniekit.training.rl.loader import RolloutLoader
+from erniekit.training.rl.scoring import reward_table
 from erniekit.training.run import train
+from erniekit.utils import log
 from erniekit.utils.errors import CheckpointError, DataError, TrainError
 
 CLOCKS = ("seconds", "tokens_per_second", "data_seconds")
@@ -53,6 +58,54 @@ def weights(directory: str | Path) -> dict[str, np.ndarray]:
 
 def without_speed(steps: list[dict]) -> list[dict]:
     return [{k: v for k, v in step.items() if k != "rollout/tokens_per_second"} for step in steps]
+
+
+def test_groups_of_equal_rewards_are_counted_whatever_their_mean_is_rounded_to(keys, tmp_path: Path):
+    (tmp_path / "same.py").write_text("def same(completions):\n    return [0.1] * len(completions)\n")
+    step = run(keys, reward_funcs=f"{tmp_path / 'same.py'}:same", num_generations=3, max_steps=1)[0]
+    assert step["frac_reward_zero_std"] == 1 and step["reward_std"] == 0
+
+
+def test_a_rollout_without_any_reward_is_said(keys, tmp_path: Path):
+    (tmp_path / "none.py").write_text("def none(completions):\n    return [None] * len(completions)\n")
+    with log.captured() as lines:
+        (step,) = run(keys, reward_funcs=f"{tmp_path / 'none.py'}:none", max_steps=1)
+    assert step["reward"] is None and step["loss"] == 0
+    assert [line for is_warning, line in lines if is_warning] == [
+        "reward_funcs: no function has given any of 16 completions a reward"
+    ]
+
+
+def test_pass_rates_that_are_none_are_counted(keys):
+    path = Path(keys["train_dataset_path"])
+    records = [json.loads(line) for line in path.read_text().splitlines()]
+    for record, rate in zip(records, (0.25, "0.5", 50, True, None, 0), strict=False):
+        record["pass_rate"] = rate
+    write_lines(path, records)
+    with log.captured() as lines:
+        run(keys, max_steps=1)
+    (line,) = [line for is_warning, line in lines if is_warning]
+    assert line.startswith("3 of 12 prompts have a pass_rate that is no number from 0 to 1 and is not used")
+    assert f"{path}:2 has '0.5', ..." in line
+
+
+def test_gdpo_scales_penalties_as_rewards_of_their_own(keys):
+    cfg = config.load(None, keys | {"scale_rewards": "gdpo", "soft_max_length": 4, "soft_cache_length": 2}, "train")
+    lengths, rewards = (2, 3, 4, 6), np.array([1.0, 0.0, np.nan, 0.5])
+    group = Group(0, [_completion(length) for length in lengths], {"checksum": rewards})
+    table, weights = reward_table(cfg, [group])
+    assert weights.tolist() == [1, 1]
+    np.testing.assert_array_equal(table, np.array([rewards, [0, -0.5, np.nan, -1]]).T)
+    penalised = replace(cfg, kl_in_reward=True, kl_coef=0.25)
+    table, weights = reward_table(penalised, [group])
+    assert weights.tolist() == [1, 1, 0.25]
+    np.testing.assert_allclose(table[:, 2], [-0.2, -0.3, np.nan, -0.6], rtol=1e-6)
+    assert reward_table(replace(cfg, scale_rewards="group"), [group])[0].shape == (4, 1)
+
+
+def _completion(length: int) -> Completion:
+    ones = np.ones(length, np.float32)
+    return Completion(0, 0, ones.astype(np.int32), ones > 0, ones, False, 0.0, 0.0, ones * 0.3, ones * 0.2)
 
 
 def test_a_rollout_is_divided_into_steps_of_whole_groups(keys):

@@ -84,6 +84,19 @@ def after(loop, text, has_ended=True, turns=1):
     return dialogue, continuation
 
 
+def test_a_turn_is_shown_without_its_calls_whatever_is_in_them():
+    template = template_of("text")
+    loop = loop_of(template)
+    dialogue = loop.begin(prompt_of(template, loop))
+    text = "<think>so</think>It is " + call_text(expression="1 </tool_call> 2") + call_text(expression="2")
+    loop.after_turn(dialogue, template.tokenizer.encode(text), True)
+    assert dialogue.turns[0]["content"] == "<think>so</think>It is"
+    assert [call["function"]["arguments"]["expression"] for call in dialogue.turns[0]["tool_calls"]] == [
+        "1 </tool_call> 2",
+        "2",
+    ]
+
+
 def test_a_completion_without_calls_is_over():
     dialogue, continuation = after(loop_of(template_of("text")), "2146")
     assert continuation is None and dialogue.turns == ({"role": "assistant", "content": "2146"},)
