@@ -23,6 +23,8 @@ from erniekit.checkpoint.run_record import start_id
 from erniekit.cluster import net
 from erniekit.cluster.job import Job, Layout, Limits, Master
 from erniekit.config import Config
+from erniekit.config.per_host import compared
+from erniekit.config.schema import fields
 from erniekit.hub import resolve_tokenizer
 from erniekit.models.pipeline_layout import check_layout, chunks_to_use
 from erniekit.parallel.mesh import ParallelDims
@@ -169,7 +171,7 @@ def job_of(cfg: Config, args: list[str], command: str) -> Job | None:
         logs=Path(environ.get("ERNIEKIT_DIST_LOG") or _logs(cfg, command)).expanduser(),
         devices=devices,
         master=master,
-        config=_comparable(cfg, slots),
+        config=_comparable(cfg, slots, command),
         again=partial(_resume_arguments, output_dir, start_id(output_dir)) if trains else list,
         reads_terminal=command == "chat",
     )
@@ -231,9 +233,9 @@ def _layouts(cfg: Config, degrees: ParallelDims) -> tuple[Layout, ...]:
     return tuple(layouts)
 
 
-def _comparable(cfg: Config, slots: int) -> dict[str, str]:
-    """The settings that must be equal on all hosts."""
-    values = {name: repr(value) for name, value in vars(cfg).items() if name not in ("given", "notes", "source")}
+def _comparable(cfg: Config, slots: int, command: str) -> dict[str, str]:
+    """The settings that must be equal on all hosts. Later the ranks compare the files that other keys name."""
+    values = {name: repr(vars(cfg)[name]) for name in compared(command, list(fields()))}
     return values | {"erniekit's version": __version__, "processes a host": str(slots)}
 
 

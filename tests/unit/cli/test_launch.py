@@ -172,6 +172,16 @@ def test_several_hosts(job):
     assert job(environ={"PADDLE_NODE_RANK": "0", "MASTER_PORT": "9000"}, data_parallel_degree=4).master.node == 0
 
 
+def test_hosts_may_differ_in_where_files_lie_and_in_logging(job):
+    """As docs/resuming.md says; the ranks compare what the paths name."""
+    other = {"train_dataset_path": "/local/y.jsonl", "dataloader_num_workers": 2, "logging_steps": 5}
+    first, second, third = (
+        job(environ=TWO, data_parallel_degree=2, **keys).config for keys in ({}, other, other | {"seed": 7})
+    )
+    assert first == second
+    assert {key for key in first if first[key] != third[key]} == {"seed"}
+
+
 def test_an_elastic_job_keeps_its_global_batch(job):
     """D * accumulation stays 12: 4 x 3, 2 x 6 (3 data ranks do not make whole expert groups of 2), never 1."""
     keys = {"data_parallel_degree": 4, "gradient_accumulation_steps": 3, "expert_parallel_degree": 2}
