@@ -172,4 +172,7 @@ class CheckpointManager:
         checkpoints = list_checkpoints(self.output_dir)
         removable = [path for path in checkpoints[:-1] if path != keep]
         for path in removable[: max(0, len(checkpoints) - self.limit)]:
-            atomic.remove_tree(path)
+            try:
+                atomic.remove_tree(path)
+            except OSError as error:  # the new checkpoint is complete, and the run goes on
+                log.warning(f"save_total_limit: {path} cannot be removed ({error.strerror}); it stays")
