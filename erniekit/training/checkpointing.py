@@ -1,5 +1,6 @@
 """Resumes a run, and saves its checkpoints and its final model."""
 
+import functools
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -7,7 +8,7 @@ from pathlib import Path
 import paddle
 
 from erniekit.checkpoint.manager import CheckpointManager
-from erniekit.checkpoint.model_dir import checkpoint_dir
+from erniekit.checkpoint.model_dir import checkpoint_dir, resuming_command
 from erniekit.checkpoint.model_shape import processor_directory
 from erniekit.checkpoint.processor import settings_of
 from erniekit.checkpoint.rank_files import RankFiles
@@ -51,7 +52,8 @@ class Saver:
         self.processor = settings_of(directory)
         if run.cfg.method.vision:
             self.processor = vision_spec(run.cfg, self.processor).settings
-        self.manager = CheckpointManager(self.output_dir, self.cfg.save_total_limit, self.ranks)
+        command = functools.partial(resuming_command, run.cfg)
+        self.manager = CheckpointManager(self.output_dir, self.cfg.save_total_limit, self.ranks, command)
 
     def resume(self) -> TrainState:
         """Claim the output directory, and load the checkpoint that resume_from_checkpoint asks for, if any. What is in

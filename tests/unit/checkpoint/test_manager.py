@@ -111,6 +111,16 @@ def busy_rename(rename, name):
     return refusing
 
 
+def test_a_full_disk_names_the_command_that_keeps_what_is_saved(tmp_path):
+    def full(directory):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    manager = CheckpointManager(tmp_path, None, command=lambda: "the same command with overwrite_output_dir=false")
+    manager.save(1, writer("good"))
+    with pytest.raises(CheckpointError, match="run the same command with overwrite_output_dir=false again"):
+        manager.save(2, full)
+
+
 def test_an_error_while_writing_leaves_nothing_behind(tmp_path):
     def broken(directory):
         (directory / "weights").write_text("half")
