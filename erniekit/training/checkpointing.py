@@ -116,7 +116,7 @@ class Saver:
         self._say_layout(state.layout, source)
         load_trained(run.model, source)
         if run.average is not None:
-            self._load_average(run.average, state, source)
+            self._load_average(run.average, state.identity.get("ema_decay") is not None, source)
         for directory, tensors in run.recipe.extra_weights().items():
             if _holds(source, directory, state.identity.get("ref_model_update_steps", -1) != -1):
                 load_trained(run.model, source / directory, into=tensors)
@@ -145,8 +145,8 @@ class Saver:
                 log.warning(forgotten)
         return state
 
-    def _load_average(self, average: WeightAverage, state: TrainState, source: Path) -> None:
-        if _holds(source, EMA, state.identity.get("ema_decay") is not None):
+    def _load_average(self, average: WeightAverage, was_saved: bool, source: Path) -> None:
+        if _holds(source, EMA, was_saved):
             average.load(source)
         else:
             average.restart()
@@ -243,6 +243,8 @@ class Saver:
                 log.info(f"the final model is that of {best.name}: {metric} {state.best_metric:.6g}")
                 with all_or_none(self.ranks):
                     load_trained(self.run.model, best)
+                    if self.run.average is not None:
+                        self._load_average(self.run.average, (best / EMA).is_dir(), best)
             else:
                 log.warning(f"load_best_model_at_end: {best.name} was not saved; the final model is the last step's")
         for directory, tensors in self._weights().items():
