@@ -11,6 +11,7 @@ from erniekit.cli.check.report import Report, Section, count_of
 from erniekit.config import Config
 from erniekit.models.config import ModelConfig
 from erniekit.models.weights import num_parameters, our_shapes
+from erniekit.utils.directory_lock import require_usable
 
 FP32_BYTES = 4
 MOMENT_BYTES = 8  # AdamW's two moments, which files hold in fp32, whatever moment_dtype
@@ -21,6 +22,10 @@ def inspect(report: Report, cfg: Config, facts: ModelFacts, steps: Steps) -> Non
     section = report.section("output directory")
     assert cfg.output_dir, "config.load requires it to train"
     path = Path(cfg.output_dir)
+    with section.collecting():
+        require_usable(path, "output_dir")
+    if section.has_errors:
+        return
     _state(section, cfg, path)
     if facts.model_config is not None:
         _space(section, cfg, path, facts.model_config, steps)
@@ -28,10 +33,7 @@ def inspect(report: Report, cfg: Config, facts: ModelFacts, steps: Steps) -> Non
 
 def _state(section: Section, cfg: Config, path: Path) -> None:
     if cfg.resume_from_checkpoint in ("auto", "none") and not (path.is_dir() and any(path.iterdir())):
-        if path.exists() and not path.is_dir():
-            section.add("error", f"output_dir: {path} is not a directory. Choose another output_dir.")
-        else:
-            section.add("ok", f"{path}: nothing is there; a new run starts")
+        section.add("ok", f"{path}: nothing is there; a new run starts")
         return
     with section.collecting():
         try:  # imports Paddle, which takes seconds
