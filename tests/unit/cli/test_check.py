@@ -149,7 +149,7 @@ def test_defaults_that_are_not_erniekits_are_named_for_a_file_of_its(given):
         ({"max_seq_len": 4}, "none of 20 samples can be used"),
         ({"output_dir": DENSE}, "is also model_name_or_path"),
         ({"output_dir": f"{DENSE}/config.json/x"}, "output_dir: .*is not a directory"),
-        ({"output_dir": "n" * 300}, "output_dir: .*File name too long"),
+        ({"output_dir": "n" * 300}, "output_dir: .*a name of 300 bytes is too long"),
     ],
 )
 def test_what_would_stop_the_run(given, keys, expected):
