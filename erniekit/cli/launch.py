@@ -263,7 +263,7 @@ def _master(environ: Mapping[str, str], hosts: int) -> Master | None:
             "MASTER_PORT to a free port there, the same on every host."
         )
     text = environ.get("MASTER_PORT", "").strip() or "8080"
-    if not text.isdigit() or not 1 <= int(text) <= 65535:
+    if not text.isdecimal() or not 1 <= int(text) <= 65535:
         raise ConfigError(f"MASTER_PORT={text}: not a port. Give a whole number from 1024 to 65535.")
     return Master(net.resolve(name), int(text), _node_rank(environ, hosts))
 
@@ -282,7 +282,7 @@ def _node_rank(environ: Mapping[str, str], hosts: int) -> int | None:
     if name is None:
         return None
     text = environ[name].strip()
-    if not text.isdigit() or int(text) >= hosts:
+    if not text.isdecimal() or int(text) >= hosts:
         raise ConfigError(
             f"{name}={text}, but with NNODES={hosts} the hosts are numbered from 0 to {hosts - 1}. Start one "
             "`erniekit` a host; PADDLE_NODE_RANK takes precedence over the scheduler's number."
@@ -305,7 +305,7 @@ def _devices(environ: Mapping[str, str]) -> tuple[str, ...]:
 def _begin_worker(environ: Mapping[str, str]) -> None:
     """Put the rank into the log lines, and start the heartbeat if an agent supervises this process."""
     rank = environ.get("PADDLE_TRAINER_ID", "").strip()
-    if not rank.isdigit() or int(rank) >= _count(environ, "PADDLE_TRAINERS_NUM"):
+    if not rank.isdecimal() or int(rank) >= _count(environ, "PADDLE_TRAINERS_NUM"):
         raise ConfigError(
             f"PADDLE_TRAINERS_NUM={environ['PADDLE_TRAINERS_NUM']} says that a launcher started this process, but "
             f"PADDLE_TRAINER_ID={rank or '(not set)'} is not one of its ranks. Unset both, and set the degrees: "
@@ -331,7 +331,7 @@ def _count(environ: Mapping[str, str], name: str) -> int:
     text = environ.get(name, "").strip()
     if text in ("", "0"):
         return 1
-    if not text.isdigit():
+    if not text.isdecimal():
         raise ConfigError(f"{name}={text}: not a number. Give a whole number from 1, or unset it.")
     return int(text)
 

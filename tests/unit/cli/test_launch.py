@@ -141,6 +141,8 @@ def test_the_degrees_decide_the_processes(job, tmp_path: Path):
         ({"environ": {"NNODES": "2"}, "data_parallel_degree": 3}, r"3 / 2 = 1\.50"),
         ({"environ": {"NNODES": "2"}}, r"1 / 2 = 0\.50"),
         ({"environ": {"NNODES": "two"}}, "NNODES=two: not a number"),
+        ({"environ": {"NNODES": "²"}}, "NNODES=²: not a number"),
+        ({"environ": TWO | {"MASTER_PORT": "²"}, "data_parallel_degree": 2}, "MASTER_PORT=²: not a port"),
         ({"environ": {"NNODES": "2"}, "data_parallel_degree": 2}, "MASTER_ADDR is not set"),
         ({"environ": TWO | {"MASTER_PORT": "99999"}, "data_parallel_degree": 2}, "MASTER_PORT=99999: not a port"),
         ({"environ": TWO | {"MASTER_PORT": "http"}, "data_parallel_degree": 2}, "MASTER_PORT=http: not a port"),
