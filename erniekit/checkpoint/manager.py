@@ -37,7 +37,7 @@ def sync_tree(directory: Path) -> None:
 @contextlib.contextmanager
 def disk_errors(what: str, where: Path, unharmed: str, command: Callable[[], str]) -> Iterator[None]:
     """Turn an operating-system error during a write into a message that also says what is still intact. `command`: the
-    command that resumes, in words.
+    command that resumes, as text.
     """
     try:
         yield
@@ -186,5 +186,5 @@ class CheckpointManager:
         for path in removable[: max(0, len(checkpoints) - self.limit)]:
             try:
                 atomic.remove_tree(path)
-            except OSError as error:  # the new checkpoint is complete, and the run goes on
+            except OSError as error:  # the new checkpoint is complete, and the run continues
                 log.warning(f"save_total_limit: {path} cannot be removed ({error.strerror}); it stays")

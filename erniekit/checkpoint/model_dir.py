@@ -64,7 +64,7 @@ def list_checkpoints(output_dir: Path) -> list[Path]:
 
 
 def resuming_command(cfg: Config) -> str:
-    """The command that resumes from the newest checkpoint of a training's output_dir, in words: the same command, but
+    """The command that resumes from the newest checkpoint of a training's output_dir, as text: the same command, but
     for keys that would remove that checkpoint or pass it over.
     """
     words = ["overwrite_output_dir=false"] if cfg.overwrite_output_dir else []

@@ -37,7 +37,7 @@ class CompletionLog(Callback):
         self._writes, self._num_shown, self._every = writes, num_shown, every
         self._file: TextIO | None = None
         self._directory: Path | None = None
-        self._command: Callable[[], str] = str  # what resumes the run, in words
+        self._command: Callable[[], str] = str  # what resumes the run, as text
         self._shown_at: int | None = None
         self._start_step = 0
 

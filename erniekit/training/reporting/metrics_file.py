@@ -72,7 +72,7 @@ class MetricsFile(Callback):
         self._file: TextIO | None = None
         self._path = Path()
         self._kept_evaluations: list[dict[str, Any]] = []  # of the step that the run resumes after
-        self._command: Callable[[], str] = str  # what resumes the run, in words
+        self._command: Callable[[], str] = str  # what resumes the run, as text
 
     def on_start(self, run: RunInfo) -> None:
         """Open the file, shortened to `run.start_step`. Raises TrainError if it cannot be written."""
