@@ -6,7 +6,7 @@ configuration, code and data; if there is a difference, all ranks end with the s
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -14,9 +14,8 @@ from typing import Any
 import paddle
 
 from erniekit.checkpoint.safetensors_header import WEIGHT_FILE
-from erniekit.config.methods import option_names
+from erniekit.config.per_host import compared
 from erniekit.config.schema import Config, fields
-from erniekit.config.schema_use import EvalArgs, ExportArgs, GenerateArgs
 from erniekit.models.config import CONFIG_FILE
 from erniekit.parallel import backend, comm
 from erniekit.parallel.mesh import Mesh, ParallelDims, build_mesh
@@ -25,41 +24,27 @@ from erniekit.utils import heartbeat
 from erniekit.utils.errors import ConfigError
 from erniekit.utils.version import __version__
 
-# Keys whose values may differ between hosts. Files may have different paths; their content is compared instead.
-PER_HOST = {
-    *("model_name_or_path", "download_hub", "lora_path", "train_dataset_path", "eval_dataset_path", "input_dir"),
-    *("chat_template", "ref_logps_cache", "logging_dir"),
-    *("dataloader_num_workers", "prefetch_factor", "logging_steps", "report_to", "run_name", "project", "disable_tqdm"),
-    *("distributed_timeout", "rendezvous_timeout", "max_restarts"),
-    *(name for group in (GenerateArgs, EvalArgs, ExportArgs) for name in option_names(group)),
-}
 
-
-# Keys among these that decide how many steps the ranks of an evaluation or a conversation run together.
-GENERATION = frozenset(option_names(GenerateArgs)) | {"predict_with_generate"}
-BENCHMARK = frozenset({"eval_benchmark", "num_fewshot", "eval_benchmark_mode", "eval_chat_template"})
-
-
-def join(cfg: Config, degrees: ParallelDims | None = None, also_compared: Iterable[str] = ()) -> Mesh:
+def join(cfg: Config, degrees: ParallelDims | None = None, command: str = "train") -> Mesh:
     """The mesh of the ranks that a launcher started, with this process's place in it; without a launcher, one rank.
 
     Args:
         degrees: the parallel degrees, by default those of `cfg`.
-        also_compared: keys of PER_HOST that must be equal on all ranks for this task.
+        command: which the ranks run; it decides which keys they compare.
     """
     heartbeat.waiting("the gathering of all ranks")
     world = backend.init(cfg.rendezvous_timeout, on_wait=heartbeat.waiting)
     heartbeat.waiting(None)
-    require_same_configuration(cfg, backend.world_group(), also_compared)
+    require_same_configuration(cfg, backend.world_group(), command)
     return build_mesh(ParallelDims.from_config(cfg, world.size) if degrees is None else degrees)
 
 
-def require_same_configuration(cfg: Config, group: Group, also_compared: Iterable[str] = ()) -> None:
+def require_same_configuration(cfg: Config, group: Group, command: str = "train") -> None:
     """Raises ConfigError on every rank if the ranks of `group` have different keys, code or Paddle."""
     if group.size == 1:
         return
-    values, per_host = asdict(cfg), PER_HOST.difference(also_compared)
-    local_values = {key: values[key] for key in fields() if key not in per_host}
+    values = asdict(cfg)
+    local_values = {key: values[key] for key in compared(command, list(fields()))}
     local_values |= {"erniekit": f"{__version__} ({_code()})", "paddle": paddle.__version__}
     require_same(local_values, group, "Start all ranks with the same configuration and the same code.")
 

@@ -35,13 +35,15 @@ def sync_tree(directory: Path) -> None:
 
 
 @contextlib.contextmanager
-def disk_errors(what: str, where: Path, unharmed: str) -> Iterator[None]:
-    """Turn an operating-system error during a write into a message that also says what is still intact."""
+def disk_errors(what: str, where: Path, unharmed: str, command: Callable[[], str]) -> Iterator[None]:
+    """Turn an operating-system error during a write into a message that also says what is still intact. `command`: the
+    command that resumes, as text.
+    """
     try:
         yield
     except (OSError, CheckpointError) as error:
         if not where.is_dir():
-            raise removed(what, where) from error
+            raise removed(what, where, command()) from error
         cause = (
             error.__cause__ if isinstance(error, CheckpointError) else error
         )  # the writer of weights has its own message
@@ -52,24 +54,32 @@ def disk_errors(what: str, where: Path, unharmed: str) -> Iterator[None]:
         free = shutil.disk_usage(where).free
         hint = f"Free some space ({free / 1e6:,.1f} MB are left)" if full else "Fix this"
         raise CheckpointError(
-            f"{what} could not be written to {where}: {reason}. {unharmed} {hint} and run the same command again; "
+            f"{what} could not be written to {where}: {reason}. {unharmed} {hint} and run {command()} again; "
             "training resumes from the newest checkpoint."
         ) from error
 
 
-def removed(what: str, output_dir: Path) -> CheckpointError:
+def removed(what: str, output_dir: Path, command: str) -> CheckpointError:
     """The error of a run whose output directory no longer exists."""
     return CheckpointError(
         f"output_dir: {output_dir} was removed or renamed during the run: {what} cannot be written "
-        "there. Put the directory back and run the same command again."
+        f"there. Put the directory back and run {command} again."
     )
 
 
 class CheckpointManager:
-    """The checkpoints of one output directory, which all ranks of `group` share."""
+    """The checkpoints of one output directory, which all ranks of `group` share. `command`: the command that resumes
+    from them, in the words of messages.
+    """
 
-    def __init__(self, output_dir: Path, limit: int | None, group: Group | None = None) -> None:
-        self.output_dir = output_dir
+    def __init__(
+        self,
+        output_dir: Path,
+        limit: int | None,
+        group: Group | None = None,
+        command: Callable[[], str] = lambda: "the same command",
+    ) -> None:
+        self.output_dir, self.command = output_dir, command
         self.limit = limit
         self.group = group or Group((0,), 0)
         self._running: Save | None = None
@@ -129,7 +139,7 @@ class CheckpointManager:
             atomic.replace_tree(temporary, target)
             self.prune(keep)
 
-        guard = functools.partial(disk_errors, target.name, self.output_dir, unharmed)
+        guard = functools.partial(disk_errors, target.name, self.output_dir, unharmed, self.command)
         save = Save(target.name, temporary, files, add, commit, self.group, guard)
         if background:
             self._running = save
@@ -144,11 +154,13 @@ class CheckpointManager:
         """
         self.wait()
         staging = Path(on_first(self.group, lambda: str(staging_of(target))))
-        guard = functools.partial(disk_errors, target.name, self.output_dir, "The checkpoints are unharmed.")
+        guard = functools.partial(
+            disk_errors, target.name, self.output_dir, "The checkpoints are unharmed.", self.command
+        )
 
         def commit() -> None:
             if not self.output_dir.is_dir():  # otherwise a directory with the model alone would be created in its place
-                raise removed("the final model", self.output_dir)
+                raise removed("the final model", self.output_dir, self.command())
             move_staged(staging, target)
             shutil.rmtree(staging, ignore_errors=True)
 
@@ -172,4 +184,7 @@ class CheckpointManager:
         checkpoints = list_checkpoints(self.output_dir)
         removable = [path for path in checkpoints[:-1] if path != keep]
         for path in removable[: max(0, len(checkpoints) - self.limit)]:
-            atomic.remove_tree(path)
+            try:
+                atomic.remove_tree(path)
+            except OSError as error:  # the new checkpoint is complete, and the run continues
+                log.warning(f"save_total_limit: {path} cannot be removed ({error.strerror}); it stays")

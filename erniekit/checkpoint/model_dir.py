@@ -12,6 +12,7 @@ from typing import Any
 from erniekit.checkpoint.run_record import read_record
 from erniekit.checkpoint.safetensors_header import INDEX_FILE, SINGLE_FILE, WEIGHT_FILE
 from erniekit.checkpoint.safetensors_write import replace_weights, write_error
+from erniekit.config.schema import Config
 from erniekit.models.config import CONFIG_FILE, Format, ModelConfig
 from erniekit.utils import atomic, log
 from erniekit.utils.errors import CheckpointError, ConfigError
@@ -62,15 +63,23 @@ def list_checkpoints(output_dir: Path) -> list[Path]:
     return [path for _, path in sorted((step, path) for step, path in steps if step is not None)]
 
 
-def what_is_saved(output_dir: Path, overwrite: bool) -> str:
-    """Which checkpoint a run leaves behind, and how to resume from it, in a few words. overwrite: the command would
-    remove it.
+def resuming_command(cfg: Config) -> str:
+    """The command that resumes from the newest checkpoint of a training's output_dir, as text: the same command, but
+    for keys that would remove that checkpoint or pass it over.
     """
-    checkpoints = list_checkpoints(output_dir)
+    words = ["overwrite_output_dir=false"] if cfg.overwrite_output_dir else []
+    words += ["resume_from_checkpoint=auto"] if cfg.resume_from_checkpoint != "auto" else []
+    output_dir = Path(cfg.output_dir or "")
+    may_hold_some = not output_dir.is_dir() or list_checkpoints(output_dir)  # a removed directory may come back
+    return f"the same command with {' '.join(words)}" if words and may_hold_some else "the same command"
+
+
+def what_is_saved(cfg: Config) -> str:
+    """Which checkpoint a training leaves behind, and how to resume from it, in a few words."""
+    checkpoints = list_checkpoints(Path(cfg.output_dir or ""))
     if not checkpoints:
         return "no checkpoint has been saved"
-    how = "the same command with overwrite_output_dir=false" if overwrite else "the same command"
-    return f"the newest checkpoint is {checkpoints[-1]}; {how} resumes from there"
+    return f"the newest checkpoint is {checkpoints[-1]}; {resuming_command(cfg)} resumes from there"
 
 
 def holds_model(directory: Path) -> bool:

@@ -31,6 +31,8 @@ erniekit {name} CONFIG.yaml [key=value ...]
 
 def help(args: list[str]) -> int:
     """Print the general usage, or the usage of the command named in `args`."""
+    if len(args) > 1:
+        raise ConfigError(f"`erniekit help` takes the name of one command, but got: {' '.join(args)}")
     print(usage(args[0]) if args else usage())
     return 0
 

@@ -23,6 +23,8 @@ from erniekit.checkpoint.run_record import start_id
 from erniekit.cluster import net
 from erniekit.cluster.job import Job, Layout, Limits, Master
 from erniekit.config import Config
+from erniekit.config.per_host import compared
+from erniekit.config.schema import fields
 from erniekit.hub import resolve_tokenizer
 from erniekit.models.pipeline_layout import check_layout, chunks_to_use
 from erniekit.parallel.mesh import ParallelDims
@@ -169,7 +171,7 @@ def job_of(cfg: Config, args: list[str], command: str) -> Job | None:
         logs=Path(environ.get("ERNIEKIT_DIST_LOG") or _logs(cfg, command)).expanduser(),
         devices=devices,
         master=master,
-        config=_comparable(cfg, slots),
+        config=_comparable(cfg, slots, command),
         again=partial(_resume_arguments, output_dir, start_id(output_dir)) if trains else list,
         reads_terminal=command == "chat",
     )
@@ -231,9 +233,9 @@ def _layouts(cfg: Config, degrees: ParallelDims) -> tuple[Layout, ...]:
     return tuple(layouts)
 
 
-def _comparable(cfg: Config, slots: int) -> dict[str, str]:
-    """The settings that must be equal on all hosts."""
-    values = {name: repr(value) for name, value in vars(cfg).items() if name not in ("given", "notes", "source")}
+def _comparable(cfg: Config, slots: int, command: str) -> dict[str, str]:
+    """The settings that must be equal on all hosts. Later the ranks compare the files that other keys name."""
+    values = {name: repr(vars(cfg)[name]) for name in compared(command, list(fields()))}
     return values | {"erniekit's version": __version__, "processes a host": str(slots)}
 
 
@@ -261,7 +263,7 @@ def _master(environ: Mapping[str, str], hosts: int) -> Master | None:
             "MASTER_PORT to a free port there, the same on every host."
         )
     text = environ.get("MASTER_PORT", "").strip() or "8080"
-    if not text.isdigit() or not 1 <= int(text) <= 65535:
+    if not text.isdecimal() or not 1 <= int(text) <= 65535:
         raise ConfigError(f"MASTER_PORT={text}: not a port. Give a whole number from 1024 to 65535.")
     return Master(net.resolve(name), int(text), _node_rank(environ, hosts))
 
@@ -280,7 +282,7 @@ def _node_rank(environ: Mapping[str, str], hosts: int) -> int | None:
     if name is None:
         return None
     text = environ[name].strip()
-    if not text.isdigit() or int(text) >= hosts:
+    if not text.isdecimal() or int(text) >= hosts:
         raise ConfigError(
             f"{name}={text}, but with NNODES={hosts} the hosts are numbered from 0 to {hosts - 1}. Start one "
             "`erniekit` a host; PADDLE_NODE_RANK takes precedence over the scheduler's number."
@@ -303,7 +305,7 @@ def _devices(environ: Mapping[str, str]) -> tuple[str, ...]:
 def _begin_worker(environ: Mapping[str, str]) -> None:
     """Put the rank into the log lines, and start the heartbeat if an agent supervises this process."""
     rank = environ.get("PADDLE_TRAINER_ID", "").strip()
-    if not rank.isdigit() or int(rank) >= _count(environ, "PADDLE_TRAINERS_NUM"):
+    if not rank.isdecimal() or int(rank) >= _count(environ, "PADDLE_TRAINERS_NUM"):
         raise ConfigError(
             f"PADDLE_TRAINERS_NUM={environ['PADDLE_TRAINERS_NUM']} says that a launcher started this process, but "
             f"PADDLE_TRAINER_ID={rank or '(not set)'} is not one of its ranks. Unset both, and set the degrees: "
@@ -329,7 +331,7 @@ def _count(environ: Mapping[str, str], name: str) -> int:
     text = environ.get(name, "").strip()
     if text in ("", "0"):
         return 1
-    if not text.isdigit():
+    if not text.isdecimal():
         raise ConfigError(f"{name}={text}: not a number. Give a whole number from 1, or unset it.")
     return int(text)
 

@@ -1,7 +1,6 @@
 """`erniekit train`: train the model that a YAML describes."""
 
 import signal
-from pathlib import Path
 
 from erniekit.checkpoint.model_dir import what_is_saved
 from erniekit.cli import launch
@@ -11,7 +10,7 @@ from erniekit.utils import log, runtime, stop_signals
 def run(args: list[str]) -> int:
     """Train, in this process or in those that the configuration asks for, and return the exit code."""
     cfg = launch.configure(args, "train")
-    stop_signals.listen(lambda: what_is_saved(Path(cfg.output_dir or ""), cfg.overwrite_output_dir))
+    stop_signals.listen(lambda: what_is_saved(cfg))
     ignored = [] if launch.is_worker() else runtime.ignored_variables()
     if ignored:
         log.info(

@@ -19,7 +19,7 @@ from erniekit.evaluate.answers import Prediction, Question, answer_questions, re
 from erniekit.evaluate.benchmark import Choice, measure_benchmark, print_benchmark
 from erniekit.evaluate.reference import find_reference, open_reference
 from erniekit.generation.load import ChatModel, find_model
-from erniekit.join import BENCHMARK, GENERATION, join, require_same_files
+from erniekit.join import join, require_same_files
 from erniekit.models.decoder import CausalLM
 from erniekit.models.pipeline_layout import chunks_to_use
 from erniekit.parallel.agree import all_or_none
@@ -97,7 +97,7 @@ def evaluate(cfg: Config) -> dict[str, Any]:
     """
     started = time.monotonic()
     cfg = replace(cfg, context_parallel_degree=-1)  # every data rank has whole rows
-    mesh = join(cfg, also_compared=GENERATION | BENCHMARK)
+    mesh = join(cfg, command="eval")
     reports = mesh.rank == 0
     with all_or_none(mesh.world_group):
         target = _target(cfg) if reports else None

@@ -109,22 +109,28 @@ def least_cluster(job: Job, capacity: float, outline: Outline, gpus: int | None 
     1, sequence parallelism and full recomputation, and one row a microbatch. None: there is none.
     """
     candidates = (each for each in _layouts(job, capacity) if gpus in (None, each.cluster.gpus))
-    for tried, candidate in enumerate(candidates):
+    hopeless: set[tuple[int, int]] = set()  # pipeline stages and tensor ranks, with any number of data ranks
+    tried = 0
+    for candidate in candidates:
+        divided = candidate.degrees.pipeline, candidate.degrees.tensor
+        if divided in hopeless:
+            continue
         if tried == _MOST_TRIED:
             return None
-        if _may_fit(candidate, capacity, outline):
+        tried += 1
+        plan = _first_stages(candidate, capacity, outline)
+        if plan.fits and candidate.degrees.pipeline > 1:
             plan = plan_memory(candidate, capacity, outline)
-            if plan.fits:
-                return plan
+        if plan.fits:
+            return plan
+        if plan.worst.activations.peak > plan.worst.usable:  # data ranks do not divide them
+            hopeless.add(divided)
     return None
 
 
-def _may_fit(job: Job, capacity: float, outline: Outline) -> bool:
-    """Whether the first stages fit; most layouts that do not fit are found by these."""
-    if job.degrees.pipeline == 1:
-        return True
-    first = plan_memory(job, capacity, outline, stages=(0, 1))
-    return first.fits
+def _first_stages(job: Job, capacity: float, outline: Outline) -> MemoryPlan:
+    """The plan of the first stages, by which most layouts that do not fit are found; without a pipeline that of all."""
+    return plan_memory(job, capacity, outline, stages=None if job.degrees.pipeline == 1 else (0, 1))
 
 
 def _layouts(job: Job, capacity: float) -> Iterator[Job]:

@@ -16,7 +16,7 @@ from erniekit.config import Config
 from erniekit.generation.load import ChatModel, find_model
 from erniekit.generation.session import follow
 from erniekit.generation.tool_calls import format_call, read_calls
-from erniekit.join import GENERATION, join, require_same_files
+from erniekit.join import join, require_same_files
 from erniekit.models.pipeline_layout import chunks_to_use
 from erniekit.parallel.agree import all_or_none
 from erniekit.parallel.mesh import Mesh, ParallelDims
@@ -35,7 +35,7 @@ def chat(cfg: Config) -> None:
     the penalties and seed choose the tokens, `stream` prints them as they come. Raises UserError for a model that
     cannot be loaded and, where questions come through a pipe, for one that cannot be asked.
     """
-    mesh = join(cfg, ParallelDims.of_one_copy(cfg), also_compared=GENERATION)
+    mesh = join(cfg, ParallelDims.of_one_copy(cfg), "chat")
     chat_model = _open(cfg, mesh)
     if mesh.rank:
         return follow(chat_model.model)

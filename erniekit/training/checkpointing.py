@@ -1,13 +1,15 @@
 """Resumes a run, and saves its checkpoints and its final model."""
 
-from collections.abc import Callable
+import contextlib
+import functools
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 
 import paddle
 
 from erniekit.checkpoint.manager import CheckpointManager
-from erniekit.checkpoint.model_dir import checkpoint_dir
+from erniekit.checkpoint.model_dir import checkpoint_dir, checkpoint_step, list_checkpoints, resuming_command
 from erniekit.checkpoint.model_shape import processor_directory
 from erniekit.checkpoint.processor import settings_of
 from erniekit.checkpoint.rank_files import RankFiles
@@ -51,7 +53,8 @@ class Saver:
         self.processor = settings_of(directory)
         if run.cfg.method.vision:
             self.processor = vision_spec(run.cfg, self.processor).settings
-        self.manager = CheckpointManager(self.output_dir, self.cfg.save_total_limit, self.ranks)
+        command = functools.partial(resuming_command, run.cfg)
+        self.manager = CheckpointManager(self.output_dir, self.cfg.save_total_limit, self.ranks, command)
 
     def resume(self) -> TrainState:
         """Claim the output directory, and load the checkpoint that resume_from_checkpoint asks for, if any. What is in
@@ -112,14 +115,15 @@ class Saver:
         state, run = read_state(source), self.run
         resume_checks.check(state, self.present, source)
         self._say_layout(state.layout, source)
-        load_trained(run.model, source)
-        if run.average is not None:
-            self._load_average(run.average, state, source)
-        for directory, tensors in run.recipe.extra_weights().items():
-            if _holds(source, directory, state.identity.get("ref_model_update_steps", -1) != -1):
-                load_trained(run.model, source / directory, into=tensors)
-            else:
-                log.info(f"ref_model_update_steps: {source.name} was trained with the reference of the beginning")
+        with _cure_of(source):
+            load_trained(run.model, source)
+            if run.average is not None:
+                self._load_average(run.average, state.identity.get("ema_decay") is not None, source)
+            for directory, tensors in run.recipe.extra_weights().items():
+                if _holds(source, directory, state.identity.get("ref_model_update_steps", -1) != -1):
+                    load_trained(run.model, source / directory, into=tensors)
+                else:
+                    log.info(f"ref_model_update_steps: {source.name} was trained with the reference of the beginning")
         log.info(f"resuming after step {state.step} from {source}")
         self._set_position(state, source)
         run.plan_steps(state.step)
@@ -131,7 +135,8 @@ class Saver:
                 "train more, or set overwrite_output_dir: true to train from scratch"
             )
         else:
-            self._load_optimizer(state, source)
+            with _cure_of(source, "ignore_load_lr_and_optim: true continues with the weights of this one. "):
+                self._load_optimizer(state, source)
         for line in resume_checks.changed_lines(state, self.present, source, complete):
             log.info(line)
         rate = resume_checks.rate_line(state, self.cfg, run.max_steps)
@@ -143,8 +148,8 @@ class Saver:
                 log.warning(forgotten)
         return state
 
-    def _load_average(self, average: WeightAverage, state: TrainState, source: Path) -> None:
-        if _holds(source, EMA, state.identity.get("ema_decay") is not None):
+    def _load_average(self, average: WeightAverage, was_saved: bool, source: Path) -> None:
+        if _holds(source, EMA, was_saved):
             average.load(source)
         else:
             average.restart()
@@ -241,6 +246,8 @@ class Saver:
                 log.info(f"the final model is that of {best.name}: {metric} {state.best_metric:.6g}")
                 with all_or_none(self.ranks):
                     load_trained(self.run.model, best)
+                    if self.run.average is not None:
+                        self._load_average(self.run.average, (best / EMA).is_dir(), best)
             else:
                 log.warning(f"load_best_model_at_end: {best.name} was not saved; the final model is the last step's")
         for directory, tensors in self._weights().items():
@@ -283,8 +290,17 @@ def _holds(checkpoint: Path, directory: str, was_saved: bool) -> bool:
     """Whether a checkpoint has a directory that it need not have. CheckpointError if it was saved and is gone."""
     there = (checkpoint / directory).is_dir()
     if was_saved and not there:
-        cure = " or set ignore_load_lr_and_optim: true" if directory == OPTIMIZER_DIR else ""
-        raise CheckpointError(
-            f"{checkpoint}: {directory}/ was saved with it and is gone. Resume from another checkpoint{cure}."
-        )
+        raise CheckpointError(f"{checkpoint}: {directory}/ was saved with it and is gone.")
     return there
+
+
+@contextlib.contextmanager
+def _cure_of(checkpoint: Path, cure: str = "") -> Iterator[None]:
+    """Add to an error in a checkpoint's files what can be resumed from instead."""
+    try:
+        yield
+    except CheckpointError as error:
+        step = checkpoint_step(checkpoint)
+        others = [path for path in list_checkpoints(checkpoint.parent) if (checkpoint_step(path) or 0) < (step or 0)]
+        instead = f"resume_from_checkpoint={others[-1]}" if others else "no earlier checkpoint is there"
+        raise CheckpointError(f"{error} {cure}To resume from another checkpoint: {instead}.") from error

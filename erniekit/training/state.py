@@ -151,6 +151,8 @@ def read_state(directory: Path) -> TrainState:
             f"{directory} is not a training checkpoint: it has no {STATE_FILE}. To start from its weights, set "
             "model_name_or_path to it."
         ) from None
+    except CheckpointError as error:
+        raise CheckpointError(f"{error} Resume from an older checkpoint (resume_from_checkpoint).") from error
     hints = get_type_hints(TrainState)
     unknown = sorted(content.values.keys() - hints.keys())
     if unknown or "step" not in content:

@@ -104,8 +104,7 @@ class Trainer:
             self.run.close()
         if self._stopped_by is not None:
             by = "interrupted by Ctrl-C" if self._stopped_by == signal.SIGINT else f"stopped by {self._stopped_by.name}"
-            saved = what_is_saved(self.run.output_dir, self.cfg.overwrite_output_dir)
-            log.info(f"{by} after step {self.state.step}; {saved}")
+            log.info(f"{by} after step {self.state.step}; {what_is_saved(self.cfg)}")
         return summary
 
     def _leave_as_it_is(self) -> dict[str, Any]:

@@ -14,6 +14,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from erniekit.utils import log
+
 # Temporary names begin with a dot and end in .tmp, so that no reader of the directory uses them.
 _TEMPORARY = re.compile(r"\.(?P<name>.+)\.(new|removed)(-\d+-\d+)?\.tmp$")
 
@@ -76,17 +78,18 @@ def replace_tree(temporary: Path, target: Path) -> None:
     os.rename(temporary, target)
     sync_directory(target.parent)
     if doomed is not None:
-        _delete(doomed)
+        _discard(doomed)
 
 
 def remove_tree(directory: Path) -> None:
     """Delete a directory. It is renamed first, so that an interruption never leaves an incomplete directory under its
-    name. Of a symbolic link only the link is removed.
+    name. Of a symbolic link only the link is removed. OSErrors of the rename are raised; what cannot be deleted after
+    it is left under its temporary name, with a warning.
     """
     doomed = _doomed(directory)
     os.rename(directory, doomed)
     sync_directory(directory.parent)
-    _delete(doomed)
+    _discard(doomed)
 
 
 def _doomed(path: Path) -> Path:
@@ -100,17 +103,26 @@ def _delete(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
+def _discard(path: Path) -> bool:
+    """Delete what has a temporary name; False, with a warning, where the system refuses: on a network file system a
+    directory cannot be deleted while a process on another host has one of its files open.
+    """
+    try:
+        _delete(path)
+    except OSError as error:
+        log.warning(f"{path} cannot be deleted ({error.strerror}: {error.filename}). It is not used; delete it by hand")
+        return False
+    return True
+
+
 def leftovers(directory: Path) -> list[Path]:
     """The temporary files and directories that killed processes left in `directory`."""
     return sorted(path for path in directory.iterdir() if _TEMPORARY.match(path.name))
 
 
 def remove_leftovers(directory: Path) -> list[str]:
-    """Delete what killed processes left in `directory` and return the names, for a log line. Only the process that owns
-    the directory may call this, since another process might still be writing.
+    """Delete what killed processes left in `directory` and return the names, for a log line; what cannot be deleted
+    stays, with a warning. Only the process that owns the directory may call this, since another process might still be
+    writing.
     """
-    removed = []
-    for path in leftovers(directory):
-        _delete(path)
-        removed.append(path.name)
-    return removed
+    return [path.name for path in leftovers(directory) if _discard(path)]

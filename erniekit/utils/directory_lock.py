@@ -42,6 +42,26 @@ def make_directory(directory: Path, key: str) -> None:
         raise ConfigError(f"{key}: {str(directory)!r} holds a NUL character. Choose another name.") from None
 
 
+def require_usable(directory: Path, key: str) -> None:
+    """Raise what `make_directory` would, as far as that is known without creating anything."""
+    try:
+        for path in (directory.absolute(), *directory.absolute().parents):
+            try:
+                mode = path.stat().st_mode
+            except (FileNotFoundError, NotADirectoryError):
+                if path.is_symlink():
+                    raise FileExistsError(errno.EEXIST, "a link to nothing") from None
+                continue
+            if not stat.S_ISDIR(mode):
+                raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
+            if not os.access(path, os.W_OK | os.X_OK):
+                number = errno.EROFS if os.statvfs(path).f_flag & os.ST_RDONLY else errno.EACCES
+                raise OSError(number, os.strerror(number))
+            return
+    except OSError as error:
+        raise _unusable(directory, key, error) from None
+
+
 def _unusable(directory: Path, key: str, error: OSError) -> ConfigError:
     if disk_is_full(error):
         cure = "Free some space, or choose a directory on another disk."

@@ -74,8 +74,8 @@ def test_what_hosts_may_have_for_themselves_is_no_difference(world2: World, dire
 
 
 def test_every_key_but_those_of_one_host_is_compared():
+    from erniekit.config.per_host import PER_HOST
     from erniekit.config.schema import fields
-    from erniekit.join import PER_HOST
 
     assert set(fields()) >= PER_HOST
     training = {"learning_rate", "seed", "max_steps", "num_train_epochs", "beta", "lora_rank", "moe_aux_loss_lambda"}

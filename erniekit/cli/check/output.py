@@ -1,7 +1,9 @@
 """Checks the output directory: its present content, and whether the checkpoints fit on its disk."""
 
 import math
+import re
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 
 from erniekit.cli import launch
@@ -10,10 +12,13 @@ from erniekit.cli.check.model import ModelFacts
 from erniekit.cli.check.report import Report, Section, count_of
 from erniekit.config import Config
 from erniekit.models.config import ModelConfig
-from erniekit.models.weights import num_parameters, our_shapes
+from erniekit.models.weights import Shape, num_parameters, our_shapes
+from erniekit.utils.directory_lock import require_usable
 
 FP32_BYTES = 4
 MOMENT_BYTES = 8  # AdamW's two moments, which files hold in fp32, whatever moment_dtype
+_PROJECTION = re.compile(r"layers\..*_proj\.weight$")  # what Muon updates
+_CODED_INPUTS = 32  # of a matrix that ckpt_quant_stage codes, at least; in 4 bits as many share a scale
 
 
 def inspect(report: Report, cfg: Config, facts: ModelFacts, steps: Steps) -> None:
@@ -21,6 +26,10 @@ def inspect(report: Report, cfg: Config, facts: ModelFacts, steps: Steps) -> Non
     section = report.section("output directory")
     assert cfg.output_dir, "config.load requires it to train"
     path = Path(cfg.output_dir)
+    with section.collecting():
+        require_usable(path, "output_dir")
+    if section.has_errors:
+        return
     _state(section, cfg, path)
     if facts.model_config is not None:
         _space(section, cfg, path, facts.model_config, steps)
@@ -28,10 +37,7 @@ def inspect(report: Report, cfg: Config, facts: ModelFacts, steps: Steps) -> Non
 
 def _state(section: Section, cfg: Config, path: Path) -> None:
     if cfg.resume_from_checkpoint in ("auto", "none") and not (path.is_dir() and any(path.iterdir())):
-        if path.exists() and not path.is_dir():
-            section.add("error", f"output_dir: {path} is not a directory. Choose another output_dir.")
-        else:
-            section.add("ok", f"{path}: nothing is there; a new run starts")
+        section.add("ok", f"{path}: nothing is there; a new run starts")
         return
     with section.collecting():
         try:  # imports Paddle, which takes seconds
@@ -79,15 +85,28 @@ def _space(section: Section, cfg: Config, path: Path, model: ModelConfig, steps:
 
 def _sizes(cfg: Config, model: ModelConfig) -> tuple[int, int]:
     """The bytes of a checkpoint and of the final model; for adapters, an upper bound."""
-    trained = _adapter_parameters(model, cfg.lora_rank) if cfg.fine_tuning == "LoRA" else num_parameters(model)
+    trained, twice, moments = _trained(cfg, model)
     # A CPU stores 16 bits only where it emulates a GPU (precision/policy.py). Routers, which stay in fp32, are few.
     in_16_bits = cfg.compute_type != "fp32" and (launch.has_gpus() or cfg.emulate_precision)
     each = 2 if in_16_bits else FP32_BYTES
-    final = trained * (each + (0 if cfg.ema_decay is None else FP32_BYTES))
-    state = 0 if cfg.ignore_save_lr_and_optim else trained * (MOMENT_BYTES + (FP32_BYTES if in_16_bits else 0))
+    final = (trained + twice) * (each + (0 if cfg.ema_decay is None else FP32_BYTES))
+    state = 0 if cfg.ignore_save_lr_and_optim else moments + trained * (FP32_BYTES if in_16_bits else 0)
     follows = cfg.method.reads("ref_model_update_steps") and cfg.ref_model_update_steps > 0
     reference = trained * each if follows and cfg.fine_tuning != "LoRA" and not cfg.reference_free else 0
     return final + state + reference, final
+
+
+def _trained(cfg: Config, model: ModelConfig) -> tuple[int, int, int]:
+    """How many parameters are trained, how many of them a file has twice, and the bytes of their moments."""
+    shapes = our_shapes(model)
+    if cfg.fine_tuning == "LoRA":
+        saved = sum(math.prod(shape) for name, shape in shapes.items() if _is_saved_whole(cfg, name))
+        trained = _adapter_parameters(shapes, cfg.lora_rank) + saved
+        # PEFT's files have a tied matrix under both names.
+        return trained, saved if model.tie_word_embeddings else 0, trained * MOMENT_BYTES
+    trained = num_parameters(model)
+    fewer = sum(math.prod(shape) * MOMENT_BYTES - _moment_bytes(cfg, name, shape) for name, shape in shapes.items())
+    return trained, 0, trained * MOMENT_BYTES - fewer
 
 
 def _max_checkpoints(cfg: Config, steps: Steps) -> int | None:
@@ -106,10 +125,26 @@ def _max_checkpoints(cfg: Config, steps: Steps) -> int | None:
     return limit if written is None else min(limit, written)
 
 
-def _adapter_parameters(model: ModelConfig, rank: int) -> int:
+def _moment_bytes(cfg: Config, name: str, shape: Shape) -> int:
+    """What a checkpoint has of one parameter's moments: Muon's one, codes in 8 or 4 bits (docs/resuming.md), or two."""
+    size = math.prod(shape)
+    if cfg.optim == "muon" and _PROJECTION.search(name):
+        return size * FP32_BYTES
+    if cfg.ckpt_quant_stage == "O0" or len(shape) < 2 or shape[-2] < _CODED_INPUTS:
+        return size * MOMENT_BYTES
+    groups = 1 if cfg.ckpt_quant_stage == "O1" else -(-shape[-2] // _CODED_INPUTS)
+    return size * (2 if cfg.ckpt_quant_stage == "O1" else 1) + 3 * FP32_BYTES * groups * size // shape[-2]
+
+
+def _is_saved_whole(cfg: Config, name: str) -> bool:
+    """Whether modules_to_save may mean a parameter."""
+    return any(f".{module.rpartition('.')[2]}." in f".{name}" for module in cfg.modules_to_save)
+
+
+def _adapter_parameters(shapes: Mapping[str, Shape], rank: int) -> int:
     """The parameters of adapters on every matrix between embedding and head, an upper bound."""
     total = 0
-    for name, shape in our_shapes(model).items():
+    for name, shape in shapes.items():
         if len(shape) >= 2 and name.startswith("model.layers."):
             total += math.prod(shape[:-2]) * rank * (shape[-2] + shape[-1])
     return total

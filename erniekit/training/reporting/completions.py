@@ -3,12 +3,14 @@ rollout.png.
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, TextIO
 
 import numpy as np
 
+from erniekit.checkpoint.model_dir import resuming_command
 from erniekit.training.reporting.base import Callback, RunInfo, StepMetrics
 from erniekit.training.reporting.metrics_file import FILE_NAME as METRICS_FILE
 from erniekit.training.reporting.metrics_file import read_metrics, read_records
@@ -35,12 +37,14 @@ class CompletionLog(Callback):
         self._writes, self._num_shown, self._every = writes, num_shown, every
         self._file: TextIO | None = None
         self._directory: Path | None = None
+        self._command: Callable[[], str] = str  # what resumes the run, as text
         self._shown_at: int | None = None
         self._start_step = 0
 
     def on_start(self, run: RunInfo) -> None:
         """Remember the run's directory, and shorten a file that a killed run left."""
         self._directory, self._start_step = run.output_dir, run.start_step
+        self._command = partial(resuming_command, run.config)
         path = run.output_dir / FILE_NAME
         if not path.exists():
             return
@@ -81,8 +85,8 @@ class CompletionLog(Callback):
             self._file.flush()
         except OSError as error:
             raise TrainError(
-                f"{path}: cannot be written ({error.strerror}). Make room, or set log_completions: false, then run the "
-                "same command again: it resumes from the newest checkpoint."
+                f"{path}: cannot be written ({error.strerror}). Make room, or set log_completions: false, then run "
+                f"{self._command()} again: it resumes from the newest checkpoint."
             ) from error
 
     def _draw(self) -> None:

@@ -3,10 +3,12 @@
 import json
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, TextIO
 
+from erniekit.checkpoint.model_dir import resuming_command
 from erniekit.training.reporting.base import Callback, RunInfo, StepMetrics
 from erniekit.utils import atomic, log
 from erniekit.utils.errors import TrainError
@@ -70,10 +72,11 @@ class MetricsFile(Callback):
         self._file: TextIO | None = None
         self._path = Path()
         self._kept_evaluations: list[dict[str, Any]] = []  # of the step that the run resumes after
+        self._command: Callable[[], str] = str  # what resumes the run, as text
 
     def on_start(self, run: RunInfo) -> None:
         """Open the file, shortened to `run.start_step`. Raises TrainError if it cannot be written."""
-        self._path = run.output_dir / FILE_NAME
+        self._path, self._command = run.output_dir / FILE_NAME, partial(resuming_command, run.config)
         try:
             run.output_dir.mkdir(parents=True, exist_ok=True)
             if run.start_step and self._path.exists():
@@ -143,7 +146,7 @@ class MetricsFile(Callback):
         if not self._path.parent.is_dir():
             raise TrainError(
                 f"output_dir: {self._path.parent} was removed or renamed during the run, so nothing can be "
-                "saved. Put it back and run the same command again: it resumes from the newest checkpoint there."
+                f"saved. Put it back and run {self._command()} again: it resumes from the newest checkpoint there."
             )
         log.warning(f"{self._path} was removed or replaced during the run; the record continues in a new file")
         file.close()
@@ -151,6 +154,6 @@ class MetricsFile(Callback):
 
     def _failure(self, error: OSError) -> TrainError:
         return TrainError(
-            f"{self._path}: cannot be written ({error.strerror}). Make room or give another output_dir, then run the "
-            "same command again: it resumes from the newest checkpoint."
+            f"{self._path}: cannot be written ({error.strerror}). Make room or give another output_dir, then run "
+            f"{self._command()} again: it resumes from the newest checkpoint."
         )

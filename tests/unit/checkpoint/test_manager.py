@@ -10,6 +10,7 @@ import pytest
 
 from erniekit.checkpoint.manager import CheckpointManager, list_checkpoints
 from erniekit.checkpoint.safetensors_write import write_error
+from erniekit.utils import atomic
 from erniekit.utils.errors import CheckpointError
 
 
@@ -75,6 +76,49 @@ def test_a_full_disk_leaves_the_earlier_checkpoint_and_one_clear_message(tmp_pat
         manager.save(2, full)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint-1"]
     assert (tmp_path / "checkpoint-1" / "weights").read_text() == "good"
+
+
+def test_an_old_checkpoint_that_cannot_be_deleted_does_not_end_the_run(tmp_path, monkeypatch, capfd):
+    """As on a network file system while another process has one of its files open."""
+
+    def busy(path, **options):
+        if ".removed-" in path.name:
+            raise OSError(errno.ENOTEMPTY, "Directory not empty", "weights")
+
+    manager = CheckpointManager(tmp_path, 1)
+    manager.save(1, writer("old"))
+    monkeypatch.setattr(atomic.shutil, "rmtree", busy)
+    manager.save(2, writer("new"))
+    monkeypatch.setattr(atomic.os, "rename", busy_rename(atomic.os.rename, "checkpoint-2"))
+    manager.save(3, writer("newest"))
+    said = capfd.readouterr().err
+    assert "cannot be deleted (Directory not empty: weights)" in said
+    assert "save_total_limit: " in said and "checkpoint-2 cannot be removed (Device or resource busy); it stays" in said
+    kept = sorted(p.name for p in tmp_path.iterdir() if not p.name.startswith("."))
+    assert kept == ["checkpoint-2", "checkpoint-3"]
+    manager.remove_leftovers()
+    assert len([p for p in tmp_path.iterdir() if p.name.startswith(".checkpoint-1.removed")]) == 1
+
+
+def busy_rename(rename, name):
+    """A rename that the system refuses for one name."""
+
+    def refusing(source, target):
+        if source.name == name:
+            raise OSError(errno.EBUSY, "Device or resource busy", str(source))
+        rename(source, target)
+
+    return refusing
+
+
+def test_a_full_disk_names_the_command_that_keeps_what_is_saved(tmp_path):
+    def full(directory):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    manager = CheckpointManager(tmp_path, None, command=lambda: "the same command with overwrite_output_dir=false")
+    manager.save(1, writer("good"))
+    with pytest.raises(CheckpointError, match="run the same command with overwrite_output_dir=false again"):
+        manager.save(2, full)
 
 
 def test_an_error_while_writing_leaves_nothing_behind(tmp_path):

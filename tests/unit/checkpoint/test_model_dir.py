@@ -2,6 +2,7 @@
 
 import errno
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ import pytest
 from erniekit.checkpoint import model_dir
 from erniekit.checkpoint.model_dir import copy_companions, find_checkpoint, has_weights, not_copied, say_links, staged
 from erniekit.checkpoint.run_record import FinalModel, RunRecord
+from erniekit.config.schema import Config
 from erniekit.utils.errors import CheckpointError
 
 
@@ -205,9 +207,15 @@ def test_replacing_a_single_file_never_pairs_old_weights_with_a_new_configuratio
 
 
 def test_what_is_saved(tmp_path: Path):
-    assert model_dir.what_is_saved(tmp_path, False) == "no checkpoint has been saved"
+    def said_with(**keys: object) -> str:
+        return model_dir.what_is_saved(replace(Config(), output_dir=str(tmp_path), **keys))
+
+    assert said_with(overwrite_output_dir=True) == "no checkpoint has been saved"
     for name in ("checkpoint-9", "checkpoint-10", "checkpoint-best", ".checkpoint-11.tmp"):
         (tmp_path / name).mkdir()
-    said = model_dir.what_is_saved(tmp_path, False)
-    assert said == f"the newest checkpoint is {tmp_path}/checkpoint-10; the same command resumes from there"
-    assert "overwrite_output_dir=false" in model_dir.what_is_saved(tmp_path, True)
+    newest = f"the newest checkpoint is {tmp_path}/checkpoint-10; the same command"
+    assert said_with() == f"{newest} resumes from there"
+    assert said_with(overwrite_output_dir=True) == f"{newest} with overwrite_output_dir=false resumes from there"
+    for other in (str(tmp_path / "checkpoint-9"), "elsewhere/checkpoint-3", "none"):
+        words = "resume_from_checkpoint=auto"
+        assert said_with(resume_from_checkpoint=other) == f"{newest} with {words} resumes from there"

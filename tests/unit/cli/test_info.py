@@ -28,6 +28,11 @@ def test_version_takes_no_arguments():
         info.version(["x.yaml"])
 
 
+def test_help_takes_the_name_of_one_command():
+    with pytest.raises(ConfigError, match="takes the name of one command, but got: train learning_rate"):
+        info.help(["train", "learning_rate"])
+
+
 def test_the_commit_of_an_installed_package_is_unknown(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     monkeypatch.setattr(info, "__file__", str(tmp_path / "erniekit" / "cli" / "info.py"))
     assert info.commit() == "unknown"

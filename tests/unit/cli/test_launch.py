@@ -141,6 +141,8 @@ def test_the_degrees_decide_the_processes(job, tmp_path: Path):
         ({"environ": {"NNODES": "2"}, "data_parallel_degree": 3}, r"3 / 2 = 1\.50"),
         ({"environ": {"NNODES": "2"}}, r"1 / 2 = 0\.50"),
         ({"environ": {"NNODES": "two"}}, "NNODES=two: not a number"),
+        ({"environ": {"NNODES": "²"}}, "NNODES=²: not a number"),
+        ({"environ": TWO | {"MASTER_PORT": "²"}, "data_parallel_degree": 2}, "MASTER_PORT=²: not a port"),
         ({"environ": {"NNODES": "2"}, "data_parallel_degree": 2}, "MASTER_ADDR is not set"),
         ({"environ": TWO | {"MASTER_PORT": "99999"}, "data_parallel_degree": 2}, "MASTER_PORT=99999: not a port"),
         ({"environ": TWO | {"MASTER_PORT": "http"}, "data_parallel_degree": 2}, "MASTER_PORT=http: not a port"),
@@ -170,6 +172,16 @@ def test_several_hosts(job):
     assert (made.hosts, made.slots) == (2, 2)
     assert made.master == Master("127.0.0.1", 8080, 1)
     assert job(environ={"PADDLE_NODE_RANK": "0", "MASTER_PORT": "9000"}, data_parallel_degree=4).master.node == 0
+
+
+def test_hosts_may_differ_in_where_files_lie_and_in_logging(job):
+    """As docs/resuming.md says; the ranks compare what the paths name."""
+    other = {"train_dataset_path": "/local/y.jsonl", "dataloader_num_workers": 2, "logging_steps": 5}
+    first, second, third = (
+        job(environ=TWO, data_parallel_degree=2, **keys).config for keys in ({}, other, other | {"seed": 7})
+    )
+    assert first == second
+    assert {key for key in first if first[key] != third[key]} == {"seed"}
 
 
 def test_an_elastic_job_keeps_its_global_batch(job):

@@ -83,6 +83,8 @@ def test_paths_among_weights():
         ("s3://bucket/x", "is a URL"),
         ("a\0b", "NUL"),
         ("\x1b", "control characters"),
+        ("x/" + "中" * 86 + "/y", "a name of 258 bytes is too long: at most 255"),
+        ("x/" * 2048 + "y", "a path of 4097 bytes is too long: at most 4095"),
     ],
 )
 def test_what_cannot_be_meant_as_a_path_is_refused(name: str, value: str, expected: str):

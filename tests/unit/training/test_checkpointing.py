@@ -86,6 +86,7 @@ def test_the_best_model_is_kept_although_saves_end_late(directory):
         "eval_steps": 1,
         "max_evaluate_steps": 2,
         "load_best_model_at_end": True,
+        "ema_decay": 0.5,
         "save_total_limit": 1,
         "use_async_save": True,
         "greater_is_better": True,  # of a loss that falls: the first evaluation is the best
@@ -93,7 +94,8 @@ def test_the_best_model_is_kept_although_saves_end_late(directory):
     }
     out = fit(directory, "best", **keys)
     assert [path.name for path in list_checkpoints(out)] == ["checkpoint-1", "checkpoint-3"]
-    assert same(weights(out), weights(out / "checkpoint-1"))
+    for place in ("", "ema"):  # the average, too, is that of the best step
+        assert same(weights(out / place), weights(out / "checkpoint-1" / place))
 
 
 @pytest.mark.parametrize(("stage", "distance"), [("O1", 1e-4), ("O2", 0.005)])

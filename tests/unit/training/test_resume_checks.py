@@ -290,6 +290,24 @@ def test_state_that_was_saved_and_is_gone_is_an_error_with_the_cure(fit):
         fit(max_steps=3, ema_decay=0.9)
 
 
+@pytest.mark.parametrize(
+    ("file", "content", "words"),
+    [
+        ("trainer_state.json", b'{"step": 2', "not JSON.*Resume from an older checkpoint"),
+        ("model.safetensors", b"half", r"resume_from_checkpoint=.*checkpoint-1\.$"),
+        ("optimizer/model.safetensors", b"half", "ignore_load_lr_and_optim: true .*resume_from_checkpoint=.*-1"),
+        ("optimizer/model.safetensors", None, "ignore_load_lr_and_optim: true .*resume_from_checkpoint=.*-1"),
+    ],
+)
+def test_a_damaged_file_of_the_newest_checkpoint_is_an_error_with_the_cure(fit, file, content, words):
+    for step in (1, 2):
+        fit(max_steps=step)
+    path = fit.out / "checkpoint-2" / file
+    path.unlink() if content is None else path.write_bytes(content)
+    with pytest.raises(CheckpointError, match=words):
+        fit(max_steps=3)
+
+
 def test_an_average_that_begins_later_begins_with_the_weights_of_its_first_step(fit, said):
     fit(max_steps=1)
     fit(max_steps=2, ema_decay=0.5)

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from erniekit.utils import directory_lock
-from erniekit.utils.directory_lock import LOCK_FILE, DirectoryLock
+from erniekit.utils.directory_lock import LOCK_FILE, DirectoryLock, make_directory, require_usable
 from erniekit.utils.errors import ConfigError
 
 HOLD = """
@@ -110,3 +110,29 @@ def test_a_directory_that_cannot_be_used_is_one_message(make, reason: str, tmp_p
         DirectoryLock(make(tmp_path)).acquire(wait=0.0)
     assert reason in str(raised.value) and len(str(raised.value)) < 600
     assert not (tmp_path / "private").exists()
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda root: a_file(root / "file"),
+        lambda root: a_file(root / "file") / "below",
+        lambda root: (root / "link").symlink_to(root / "nothing") or root / "link",
+        lambda root: root / ("n" * 256),
+    ],
+)
+def test_what_cannot_be_made_is_known_without_making_it(make, tmp_path: Path):
+    directory = make(tmp_path)
+    with pytest.raises(ConfigError) as foreseen:
+        require_usable(directory, "output_dir")
+    with pytest.raises(ConfigError) as met:
+        make_directory(directory, "output_dir")
+    assert str(foreseen.value) == str(met.value)
+
+
+def test_a_directory_that_may_be_made_is_not_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    require_usable(tmp_path / "a" / "b", "output_dir")
+    assert list(tmp_path.iterdir()) == []
+    monkeypatch.setattr(directory_lock.os, "access", lambda path, mode: False)
+    with pytest.raises(ConfigError, match=r"output_dir: .*Permission denied. Change its permissions"):
+        require_usable(tmp_path / "a" / "b", "output_dir")

@@ -1,0 +1,40 @@
+"""The smallest cluster: what it proposes fits, and layouts that cannot fit are not planned one by one."""
+
+import pytest
+from support.tiny_sizes import DENSE, MOE
+
+from erniekit import config
+from erniekit.models.config import ModelConfig
+from erniekit.plan.advice import least_cluster
+from erniekit.plan.job import Cluster, Job, make_job
+from erniekit.plan.memory import plan_memory
+from erniekit.training.outline import outline_stage
+
+GIVEN = ("model_name_or_path=.", "output_dir=.", "train_dataset_path=x.jsonl", "compute_type=fp32")
+
+
+def job(shape: dict, max_seq_len: int) -> Job:
+    cfg = config.load(None, [*GIVEN, f"max_seq_len={max_seq_len}"], "train")
+    return make_job(cfg, ModelConfig.from_dict(shape), Cluster(1, "cpu", 8))
+
+
+@pytest.mark.parametrize("shape", [DENSE, MOE])
+def test_what_is_proposed_fits(shape: dict):
+    given = job(shape, 64)
+    whole = plan_memory(given, 1e9, outline_stage).worst.peak
+    least = least_cluster(given, whole / 0.9 * 0.75, outline_stage)
+    assert least is not None and least.fits and least.job.cluster.gpus > 1
+
+
+def test_rows_that_no_number_of_data_ranks_makes_fit_are_found_at_once():
+    """The activations of one row are too large, and only pipeline and tensor ranks divide them."""
+    planned: list[tuple[int, int]] = []
+
+    def outline(candidate: Job, stage: int):
+        if stage == 0:
+            planned.append((candidate.degrees.pipeline, candidate.degrees.tensor))
+        return outline_stage(candidate, stage)
+
+    given = job(MOE, 65536)
+    assert least_cluster(given, 30e6, outline) is None
+    assert 0 < len(planned) == len(set(planned))
