@@ -23,7 +23,7 @@ from erniekit.data.records.sample import (
     system_messages,
     turns_of,
 )
-from erniekit.data.records.values import kind_of, text_of, texts_of
+from erniekit.data.records.values import kind_of, one_of, text_of, texts_of
 
 ALIASES = {"chatml": "messages"}
 VISION_TYPE = " (VL)"  # suffix of the types whose records may contain pictures (data/vision/formats.py)
@@ -149,9 +149,9 @@ def _sharegpt(record: dict[str, Any], notes: Notes) -> Sample:
 
 def _pretraining(record: dict[str, Any], notes: Notes) -> Sample:
     """`text` or `tgt` is one document; several strings are its paragraphs and are joined by a newline."""
-    if ("text" in record) == ("tgt" in record):
+    name = one_of(record, "text", "tgt")
+    if name is None:
         raise BadRecord("exactly one of 'text' and 'tgt' must be there", 'write {"text": "the document"}')
-    name = "text" if "text" in record else "tgt"
     return Sample(
         kind="text", text="\n".join(text_of(part, f"{name}[{i}]") for i, part in enumerate(texts_of(record, name)))
     )
