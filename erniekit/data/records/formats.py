@@ -10,7 +10,7 @@ treatment of unknown fields.
 from typing import Any
 
 from erniekit.data.records.errors import BadRecord, reading
-from erniekit.data.records.fields import DECISIVE, Notes, check_fields
+from erniekit.data.records.fields import DECISIVE, Notes, check_fields, has_content
 from erniekit.data.records.judged_formats import JUDGED_TYPES, KTO_SUFFIX, judged_fields, read_judged
 from erniekit.data.records.preference_formats import PREFERENCE_FORMATS
 from erniekit.data.records.prompt_formats import CLOSERS, PROMPT_NAMES, RL_SUFFIX, read_prompt
@@ -79,16 +79,24 @@ def _check_type(record: dict[str, Any], format: Format, type_name: str) -> None:
     _check_stage(record, type_name, likely[0] if likely else "")
     for name, likely_type in _SIGNATURES.items():
         if name in record and name not in format.fields:
-            stage_hint = " and stage: PT" if likely_type == "text" else ""
-            raise BadRecord(
-                f"field {name!r} does not belong to type {type_name}",
-                f"this looks like {likely_type}; set the dataset type to {likely_type}{stage_hint}",
-            )
+            hint = _how_to_write(name, type_name, likely_type)
+            raise BadRecord(f"field {name!r} does not belong to type {type_name}", hint)
+
+
+def _how_to_write(name: str, type_name: str, likely_type: str) -> str:
+    """What to do about a record with the field `name`, which `likely_type` has, at this stage or at another one."""
+    if ALIASES.get(type_name, type_name) in FORMATS and name in ("prompt", "problem"):
+        return (
+            "one question and its answer are 'instruction' and 'output' (type alpaca) or the list 'messages' (type "
+            "messages); a prompt alone is read with stage: RL"
+        )
+    stage_hint = " and stage: PT" if likely_type == "text" else ""
+    return f"this looks like {likely_type}; set the dataset type to {likely_type}{stage_hint}"
 
 
 def _check_stage(record: dict[str, Any], type_name: str, likely: str) -> None:
     """Raise BadRecord for a single answer at stage DPO, and for a pair of answers at another stage."""
-    is_pair = any(name in record for name in _PAIR_FIELDS)
+    is_pair = any(name in record for name in _PAIR_FIELDS if name != "response" or not _is_one_answer(record))
     wants_pair = type_name in PREFERENCE_FORMATS
     if wants_pair and not is_pair and likely:
         stage = "PT to train on plain text" if likely == "text" else "SFT to train on single answers"
@@ -102,6 +110,11 @@ def _check_stage(record: dict[str, Any], type_name: str, likely: str) -> None:
             "two answers, a chosen and a rejected one: this looks like preference data (stage DPO)",
             "set stage: DPO" + (f" and the dataset type to {likely}" if likely not in ("", type_name) else ""),
         )
+
+
+def _is_one_answer(record: dict[str, Any]) -> bool:
+    """Whether the field `response` is the answer to a prompt, as many data sets call it."""
+    return isinstance(record.get("response"), str) and "sort" not in record
 
 
 def _erniekit(record: dict[str, Any], notes: Notes) -> Sample:
@@ -121,6 +134,8 @@ def _erniekit(record: dict[str, Any], notes: Notes) -> Sample:
                 "'is_system' is 1 but there is no turn after the system text", "add the turns, or set it to 0"
             )
         messages = [{"role": "system", "content": text_of(src[0], "src[0]")}]
+        if has_content(tgt[0]) and (not isinstance(tgt[0], str) or tgt[0].strip()):
+            notes.doubts.add("is_system: tgt[0], which would be the answer to the system text, is left out")
         src, tgt, label = src[1:], tgt[1:], label and label[1:]
     first = 1 if is_system else 0
     for i, (question, answer) in enumerate(zip(src, tgt, strict=True), first):
