@@ -6,6 +6,7 @@ Each check yields its problems in the form "key: what is wrong, and what to do".
 import dataclasses
 import re
 from collections.abc import Iterator
+from fnmatch import fnmatchcase
 
 from erniekit.config import context_keys, rl_keys
 from erniekit.config.compat import DATA, RUN
@@ -85,6 +86,8 @@ def _schedule(cfg: Config) -> Iterator[str]:
         yield f"profile_step_end: {cfg.profile_step_end} is before profile_step_start: {cfg.profile_step_start}"
     if cfg.min_lr > cfg.learning_rate:
         yield f"min_lr: {cfg.min_lr:g} is more than learning_rate: {cfg.learning_rate:g}"
+    if name == "polynomial" and cfg.lr_end > cfg.learning_rate:
+        yield f"lr_end: {cfg.lr_end:g} is more than learning_rate: {cfg.learning_rate:g}, which is the highest rate"
 
 
 def _datasets(cfg: Config) -> Iterator[str]:
@@ -469,3 +472,10 @@ def _best(cfg: Config) -> Iterator[str]:
             yield f"{name}: needs evaluations to compare: set evaluation_strategy to steps or epoch"
     if cfg.load_best_model_at_end and cfg.save_strategy == "no":
         yield "load_best_model_at_end: needs checkpoints to choose from: set save_strategy to steps or epoch"
+    metric = (cfg.metric_for_best_model or cfg.method.metric).removeprefix("eval_")
+    known = cfg.method.metrics
+    if cfg.evaluation_strategy != "no" and not any(fnmatchcase(metric, name) for name in known):
+        yield (
+            f"metric_for_best_model: {metric}: an evaluation of stage: {cfg.method.name} gives no such number, but "
+            f"{', '.join(known)}"
+        )
