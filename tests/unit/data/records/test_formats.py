@@ -356,11 +356,3 @@ def test_a_null_beside_a_field_is_no_second_field():
 def test_a_prompt_with_one_answer_is_told_where_they_belong(kind, answer):
     with pytest.raises(DataError, match=r"field 'prompt' does not belong.* are 'instruction' and 'output'.*'messages'"):
         parse_record({"prompt": "q", answer: "a"}, kind)
-
-
-def test_an_answer_to_the_system_text_is_not_left_out_in_silence():
-    notes = Notes()
-    for answers in (["", "x"], [" ", "x"], ["kept?", "x"]):
-        assert not notes.doubts
-        parse_record({"src": ["rules", "a"], "tgt": answers, "is_system": 1}, "erniekit", notes=notes)
-    assert notes.doubts == {"is_system: tgt[0], which would be the answer to the system text, is left out"}
