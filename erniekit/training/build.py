@@ -27,7 +27,7 @@ from erniekit.config.schema import Config
 from erniekit.config.schema_parallel import ZERO_STAGES
 from erniekit.data.chat.template import Template
 from erniekit.data.chat.tokenizer import Tokenizer, check_fits, load_tokenizer
-from erniekit.data.loader import StepSource
+from erniekit.data.loader import Loader, StepSource
 from erniekit.data.record_feed import training_template
 from erniekit.data.vision.options import vision_spec
 from erniekit.data.vision.processor_files import read_settings
@@ -287,6 +287,8 @@ def _open_data(
         context = DataContext(cfg, tokenizer, template, mesh, spec)
         loader = method.open_data(context)
         eval_loader = method.open_evaluation_data(context) if wants_eval else None
+        if isinstance(eval_loader, Loader):
+            eval_loader.require_samples()  # the first evaluation may come after hours
     data = {f"training data: {name}": value for name, value in loader.identity.items()}
     if eval_loader is not None:
         data |= {f"evaluation data: {name}": value for name, value in eval_loader.identity.items()}
