@@ -53,7 +53,7 @@ from erniekit.parallel.zero import ShardedParameters
 from erniekit.training import muon
 from erniekit.training.adamw import AdamW, parameter_rules
 from erniekit.training.batch_warmup import last_step, warmup_steps
-from erniekit.training.best import BestModel
+from erniekit.training.best import BestModel, warn_if_nothing_compares
 from erniekit.training.data import DataContext
 from erniekit.training.ema import WeightAverage
 from erniekit.training.evaluators import EvaluationData
@@ -185,6 +185,7 @@ def build_run(cfg: Config, mesh: Mesh, method: Method | None = None) -> Run:
     _require_own_prompts(cfg, prepared.config)
     template, loader, eval_loader = _open_data(cfg, method, model_dir, tokenizer, mesh, prepared.config.vision)
     max_steps = last_step(cfg, loader, mesh.degrees.batch)
+    warn_if_nothing_compares(cfg, max_steps)
     loader.announce()
     schedule = build_schedule(cfg, max_steps)
     for line in layout_lines(cfg, prepared.config, mesh.degrees):
