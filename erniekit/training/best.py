@@ -29,7 +29,7 @@ def warn_if_nothing_compares(cfg: Config, max_steps: int) -> None:
     keys = [key for key, is_given in given.items() if is_given]
     if keys and cfg.evaluation_strategy == "steps" and (cfg.eval_steps or 0) > max_steps:
         log.warning(
-            f"{', '.join(keys)}: no effect: the run has {max_steps} steps, and the first evaluation that compares would "
+            f"{', '.join(keys)}: no effect: the run has {max_steps} steps, and the first evaluation would "
             f"come after step {cfg.eval_steps}. Lower eval_steps"
         )
 
