@@ -58,6 +58,7 @@ def problems(cfg: Config, command: str) -> list[str]:
             _qat_training(cfg),
             _expressions(cfg),
             _lora(cfg),
+            _scores_of_pairs(cfg),
             _preference(cfg),
             rl_keys.problems(cfg),
             _distillation(cfg),
@@ -436,14 +437,17 @@ def _lora(cfg: Config) -> Iterator[str]:
         )
 
 
+def _scores_of_pairs(cfg: Config) -> Iterator[str]:
+    types = {*cfg.train_dataset_type, *(cfg.eval_dataset_type if cfg.do_eval else ())}
+    for key in ("offset_alpha", "reward_margin"):
+        if cfg.method.reads(key) and vars(cfg)[key] and types - {"erniekit"}:
+            yield f"{key}: needs the scores (`sort`) that only data of type erniekit has"
+
+
 def _preference(cfg: Config) -> Iterator[str]:
     if not cfg.method.reads("loss_type"):
         return
     yield from option_problems(cfg.loss_type, cfg.label_smoothing, cfg.offset_alpha)
-    if cfg.offset_alpha:
-        types = {*cfg.train_dataset_type, *(cfg.eval_dataset_type if cfg.do_eval else ())}
-        if types - {"erniekit"}:
-            yield "offset_alpha: needs the scores (`sort`) that only data of type erniekit has"
     if not cfg.pref_loss_ratio and not cfg.sft_loss_ratio and cfg.loss_type != "orpo":
         yield "pref_loss_ratio: 0, and sft_loss_ratio: 0: nothing is left to train on"
     if cfg.ref_logps_cache and cfg.ref_model_update_steps > 0:

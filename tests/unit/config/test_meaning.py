@@ -99,6 +99,10 @@ def test_evaluation_follows_from_its_strategy():
             {"eval_dataset_path": "e", "eval_dataset_type": "text", "do_eval": True, "stage": "DPO"},
             "eval_dataset_type: stage: DPO reads pairs of answers",
         ),
+        *(
+            ({"train_dataset_type": "messages", "stage": stage, key: 0.5}, f"{key}: needs the scores")
+            for stage, key in (("DPO", "offset_alpha"), ("RM", "reward_margin"))
+        ),
         ({"virtual_pp_degree": 2}, "virtual_pp_degree: 2 with pipeline_parallel_degree: 1"),
         (
             {"pipeline_parallel_degree": 2, "pipeline_schedule": "memory_efficient"},
