@@ -288,8 +288,10 @@ def _open_data(
         context = DataContext(cfg, tokenizer, template, mesh, spec)
         loader = method.open_data(context)
         eval_loader = method.open_evaluation_data(context) if wants_eval else None
-        if isinstance(eval_loader, Loader):
-            eval_loader.require_samples()  # the first evaluation may come after hours
+        # Where epochs decide the steps, the training data is measured anyway; an evaluation may come after hours.
+        for data in (loader if cfg.max_steps > 0 else None, eval_loader):
+            if isinstance(data, Loader):
+                data.require_samples()
     data = {f"training data: {name}": value for name, value in loader.identity.items()}
     if eval_loader is not None:
         data |= {f"evaluation data: {name}": value for name, value in eval_loader.identity.items()}

@@ -176,3 +176,12 @@ def test_evaluation_data_of_which_nothing_is_left_ends_a_run_before_its_weights_
     bad = {"eval_dataset_path": tmp_path / "bad_eval.jsonl", "eval_dataset_type": "messages"}
     with pytest.raises(DataError, match=reason):
         erniekit.train(None, **keys_of(workspace, tmp_path, "questions", **bad, do_eval=True))
+
+
+@pytest.mark.parametrize("keys", [{"max_seq_len": 4}, {"max_seq_len": 4, "max_steps": -1, "num_train_epochs": 1}])
+def test_training_data_of_which_nothing_is_left_ends_a_run_before_its_weights_are_read(
+    workspace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, keys: dict[str, int]
+):
+    monkeypatch.setattr(PreparedModel, "build", lambda *given: pytest.fail("the model was built"))
+    with pytest.raises(DataError, match=r"questions.jsonl: none of 16 samples can be used \(16 dropped"):
+        erniekit.train(None, **keys_of(workspace, tmp_path, "questions", **keys))
