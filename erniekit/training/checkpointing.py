@@ -241,6 +241,8 @@ class Saver:
                 log.info(f"the final model is that of {best.name}: {metric} {state.best_metric:.6g}")
                 with all_or_none(self.ranks):
                     load_trained(self.run.model, best)
+                    if self.run.average is not None:
+                        self.run.average.load(best)
             else:
                 log.warning(f"load_best_model_at_end: {best.name} was not saved; the final model is the last step's")
         for directory, tensors in self._weights().items():

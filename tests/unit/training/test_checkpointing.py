@@ -90,10 +90,12 @@ def test_the_best_model_is_kept_although_saves_end_late(directory):
         "use_async_save": True,
         "greater_is_better": True,  # of a loss that falls: the first evaluation is the best
         "metric_for_best_model": "loss",
+        "ema_decay": 0.5,
     }
     out = fit(directory, "best", **keys)
     assert [path.name for path in list_checkpoints(out)] == ["checkpoint-1", "checkpoint-3"]
-    assert same(weights(out), weights(out / "checkpoint-1"))
+    for place in ("", "ema"):
+        assert same(weights(out / place), weights(out / "checkpoint-1" / place))
 
 
 @pytest.mark.parametrize(("stage", "distance"), [("O1", 1e-4), ("O2", 0.005)])
