@@ -289,9 +289,9 @@ def _open_data(
         loader = method.open_data(context)
         eval_loader = method.open_evaluation_data(context) if wants_eval else None
         # Where epochs decide the steps, the training data is measured anyway; an evaluation may come after hours.
-        for data in (loader if cfg.max_steps > 0 else None, eval_loader):
-            if isinstance(data, Loader):
-                data.require_samples()
+        for rows in (loader if cfg.max_steps > 0 else None, eval_loader):
+            if isinstance(rows, Loader):
+                rows.require_samples()
     data = {f"training data: {name}": value for name, value in loader.identity.items()}
     if eval_loader is not None:
         data |= {f"evaluation data: {name}": value for name, value in eval_loader.identity.items()}
