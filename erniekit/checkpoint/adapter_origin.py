@@ -2,6 +2,7 @@
 changed in that of the base (overrides of build.py) is known from the config.yaml beside it alone.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,6 @@ from erniekit.utils.errors import ConfigError, UserError
 from erniekit.utils.user_files import read_text
 
 _KEYS = ("rope_theta", "rope_scaling", "moe_group_experts")
-_LENGTH = "max_seq_len"  # it decides by how much rope_scaling scales
 
 
 def say_if_base_differs(adapter_dir: Path, cfg: Config) -> None:
@@ -22,20 +22,21 @@ def say_if_base_differs(adapter_dir: Path, cfg: Config) -> None:
     settings = _settings_in(file)
     if settings is None:
         return
-    trained = {key: settings.get(key) or None for key in _KEYS}
-    used = {key: vars(cfg)[key] or None for key in _KEYS}
-    if trained["rope_scaling"]:
-        trained[_LENGTH], used[_LENGTH] = settings.get(_LENGTH), cfg.max_seq_len if used["rope_scaling"] else None
+    trained, used = _changes_of(settings), _changes_of(vars(cfg))
     changed = [key for key in trained if trained[key] != used[key]]
-    if not changed:
-        return
-    if "rope_scaling" in changed and trained["rope_scaling"] and _LENGTH not in changed:
-        changed.append(_LENGTH)
-    then = ", ".join(f"{key}: {'not given' if trained[key] is None else trained[key]}" for key in changed)
-    log.warning(
-        f"{file}: this adapter was trained with {then}: its base is another model now. Set the same to use it as in "
-        "training"
-    )
+    if changed:
+        log.warning(
+            f"{file}: this adapter was trained with {', '.join(f'{key}: {trained[key]}' for key in changed)}: its base "
+            "is another model now. Set the same to use it as in training"
+        )
+
+
+def _changes_of(values: Mapping[str, Any]) -> dict[str, str]:
+    """What these values of keys change in the config.json of a base; max_seq_len decides by how much is scaled."""
+    changes = {key: str(values.get(key) or "not given") for key in _KEYS}
+    if values.get("rope_scaling"):
+        changes["rope_scaling"] += f", max_seq_len: {values.get('max_seq_len')}"
+    return changes
 
 
 def _settings_in(file: Path) -> dict[str, Any] | None:

@@ -15,7 +15,7 @@ TRAINED = "rope_theta: null\nrope_scaling: linear\nmax_seq_len: 512\nmoe_group_e
     [
         (TRAINED, {"rope_scaling": "linear", "max_seq_len": 512}, None),
         (TRAINED, {}, "rope_scaling: linear, max_seq_len: 512"),
-        (TRAINED, {"rope_scaling": "linear", "max_seq_len": 256}, "max_seq_len: 512"),
+        (TRAINED, {"rope_scaling": "linear", "max_seq_len": 256}, "rope_scaling: linear, max_seq_len: 512"),
         (TRAINED, {"rope_scaling": "yarn", "max_seq_len": 512}, "rope_scaling: linear, max_seq_len: 512"),
         ("rope_scaling: ''\nmax_seq_len: 512\n", {"max_seq_len": 64}, None),
         ("{}", {"rope_theta": 7.0}, "rope_theta: not given"),
