@@ -4,6 +4,7 @@ import ast
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import paddle
 import pytest
 from support import equality
@@ -13,14 +14,17 @@ from erniekit import config
 from erniekit.config.methods import METHODS as FACTS
 from erniekit.config.methods import MethodFacts, Records
 from erniekit.data.loader import Loader
-from erniekit.data.packed_batch import PackedBatch
+from erniekit.data.packed_batch import Modality, PackedBatch
+from erniekit.losses import preference, reward_model
 from erniekit.models.decoder import CausalLM
 from erniekit.models.inputs import ModelInputs
+from erniekit.models.scoring import Score
 from erniekit.parallel.mesh import Mesh
 from erniekit.training.build import build_run
 from erniekit.training.callbacks import Callback, StepMetrics
 from erniekit.training.evaluators import EvaluatedModel, Scores, batch_groups
 from erniekit.training.forward_pass import forward_pass
+from erniekit.training.judged_evaluator import _metrics
 from erniekit.training.methods import METHODS, Method
 from erniekit.training.recipes.base import Recipe, RecipeContext, Term
 from erniekit.training.trainer import Trainer
@@ -160,3 +164,19 @@ def test_a_new_row_trains_evaluates_saves_and_resumes(tmp_path: Path):
     more = train(6)
     assert len(more.losses) == 2 and more.losses[0] < heard.losses[-1]
     assert built[0].model is not built[1].model and built[0].cfg.output_dir == keys["output_dir"]
+
+
+def test_the_metrics_of_the_table_are_those_of_the_evaluations():
+    judged = _metrics(config.Config(stage="KTO"), np.array([1.0, -1.0]), np.array([True, False]), 0.0)
+    of_labels = set(Score(1.0, 1, 1).metrics())
+    of_pictures = of_labels | {f"loss_{modality.name.lower()}" for modality in Modality}
+    wanted = [
+        (("SFT", "PT", "GKD"), of_labels),
+        (("VL-SFT", "VL-PT"), of_pictures),
+        (("DPO", "VL-DPO"), {"loss", *preference.METRICS}),
+        (("RM",), {"loss", *reward_model.METRICS}),
+        (("KTO",), set(judged)),
+    ]
+    for names, metrics in wanted:
+        assert all(set(FACTS[name].metrics) == metrics for name in names)
+    assert all(facts.metric in facts.metrics for facts in FACTS.values())

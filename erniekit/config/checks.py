@@ -6,6 +6,7 @@ Each check yields its problems in the form "key: what is wrong, and what to do".
 import dataclasses
 import re
 from collections.abc import Iterator
+from fnmatch import fnmatchcase
 
 from erniekit.config import context_keys, rl_keys
 from erniekit.config.compat import DATA, RUN
@@ -57,6 +58,7 @@ def problems(cfg: Config, command: str) -> list[str]:
             _qat_training(cfg),
             _expressions(cfg),
             _lora(cfg),
+            _scores_of_pairs(cfg),
             _preference(cfg),
             rl_keys.problems(cfg),
             _distillation(cfg),
@@ -85,6 +87,8 @@ def _schedule(cfg: Config) -> Iterator[str]:
         yield f"profile_step_end: {cfg.profile_step_end} is before profile_step_start: {cfg.profile_step_start}"
     if cfg.min_lr > cfg.learning_rate:
         yield f"min_lr: {cfg.min_lr:g} is more than learning_rate: {cfg.learning_rate:g}"
+    if name == "polynomial" and cfg.lr_end > cfg.learning_rate:
+        yield f"lr_end: {cfg.lr_end:g} is more than learning_rate: {cfg.learning_rate:g}, which is the highest rate"
 
 
 def _datasets(cfg: Config) -> Iterator[str]:
@@ -433,14 +437,17 @@ def _lora(cfg: Config) -> Iterator[str]:
         )
 
 
+def _scores_of_pairs(cfg: Config) -> Iterator[str]:
+    types = {*cfg.train_dataset_type, *(cfg.eval_dataset_type if cfg.do_eval else ())}
+    for key in ("offset_alpha", "reward_margin"):
+        if cfg.method.reads(key) and vars(cfg)[key] and types - {"erniekit"}:
+            yield f"{key}: needs the scores (`sort`) that only data of type erniekit has"
+
+
 def _preference(cfg: Config) -> Iterator[str]:
     if not cfg.method.reads("loss_type"):
         return
     yield from option_problems(cfg.loss_type, cfg.label_smoothing, cfg.offset_alpha)
-    if cfg.offset_alpha:
-        types = {*cfg.train_dataset_type, *(cfg.eval_dataset_type if cfg.do_eval else ())}
-        if types - {"erniekit"}:
-            yield "offset_alpha: needs the scores (`sort`) that only data of type erniekit has"
     if not cfg.pref_loss_ratio and not cfg.sft_loss_ratio and cfg.loss_type != "orpo":
         yield "pref_loss_ratio: 0, and sft_loss_ratio: 0: nothing is left to train on"
     if cfg.ref_logps_cache and cfg.ref_model_update_steps > 0:
@@ -469,3 +476,10 @@ def _best(cfg: Config) -> Iterator[str]:
             yield f"{name}: needs evaluations to compare: set evaluation_strategy to steps or epoch"
     if cfg.load_best_model_at_end and cfg.save_strategy == "no":
         yield "load_best_model_at_end: needs checkpoints to choose from: set save_strategy to steps or epoch"
+    metric = (cfg.metric_for_best_model or cfg.method.metric).removeprefix("eval_")
+    known = cfg.method.metrics
+    if cfg.evaluation_strategy != "no" and not any(fnmatchcase(metric, name) for name in known):
+        yield (
+            f"metric_for_best_model: {metric}: an evaluation of stage: {cfg.method.name} gives no such number, but "
+            f"{', '.join(known)}"
+        )

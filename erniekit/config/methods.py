@@ -48,6 +48,7 @@ class MethodFacts:
     defaults: the values of keys that are not given when it trains, where they are not those of the schema.
     scores: whether its model gives a text one number instead of logits.
     metric: the metric of evaluations that metric_for_best_model stands for where it is not given.
+    metrics: the names of all metrics that an evaluation during training can give; `*` stands for the rest of a name.
     later: the missing feature that it needs; empty if the method is built.
     """
 
@@ -63,6 +64,7 @@ class MethodFacts:
     defaults: Mapping[str, Any] = field(default_factory=dict)
     scores: bool = False
     metric: str = "loss"
+    metrics: tuple[str, ...] = ("loss", "perplexity", "token_accuracy")
     later: str = ""
 
     def reads(self, key: str) -> bool:
@@ -108,6 +110,9 @@ _UNREAD_BY_POLICIES = {
     )
     for key in keys.split()
 }
+_OF_SCORES = ("loss", "reward_chosen", "reward_rejected", "reward_margin", "reward_accuracy")
+_OF_PAIRS = (*_OF_SCORES, "logp_chosen", "logp_rejected", "kl")
+_OF_PICTURES = ("loss", "perplexity", "token_accuracy", "loss_text", "loss_image", "loss_video")
 _SAMPLING = ("temperature", "top_p", "top_k", "repetition_penalty", "enable_thinking")
 _RL = MethodFacts(
     "RL",
@@ -117,6 +122,7 @@ _RL = MethodFacts(
     also_reads=("max_prompt_len", *_SAMPLING),
     unread=_UNREAD_BY_POLICIES,
     metric="reward",
+    metrics=("reward", "reward_*", "accuracy", "completion_length", "truncated"),
     defaults={
         "learning_rate": 1e-6,
         "batch_size": 8,
@@ -144,6 +150,7 @@ METHODS: dict[str, MethodFacts] = {
             divides_rows=True,
             options=(PreferenceArgs,),
             unread=_UNREAD_BY_PREFERENCES,
+            metrics=_OF_PAIRS,
         ),
         MethodFacts(
             "RM",
@@ -153,12 +160,15 @@ METHODS: dict[str, MethodFacts] = {
             options=(RewardModelArgs,),
             also_reads=("max_prompt_len",),
             scores=True,
+            metrics=_OF_SCORES,
             unread=_UNREAD_BY_PREFERENCES
             | {"loss_subbatch_seqlen": "a score is one number, and no logits are computed"},
         ),
-        MethodFacts("VL-SFT", "with pictures", Records.CONVERSATIONS, vision=True, divides_rows=True),
+        MethodFacts(
+            "VL-SFT", "with pictures", Records.CONVERSATIONS, vision=True, divides_rows=True, metrics=_OF_PICTURES
+        ),
         MethodFacts("OCR-VL-SFT", "", Records.CONVERSATIONS, vision=True, later="PaddleOCR-VL"),
-        MethodFacts("VL-PT", "with pictures", Records.TEXT, vision=True, divides_rows=True),
+        MethodFacts("VL-PT", "with pictures", Records.TEXT, vision=True, divides_rows=True, metrics=_OF_PICTURES),
         MethodFacts(
             "VL-DPO",
             "with pictures",
@@ -166,6 +176,7 @@ METHODS: dict[str, MethodFacts] = {
             vision=True,
             divides_rows=True,
             options=(PreferenceArgs,),
+            metrics=_OF_PAIRS,
             unread=_UNREAD_BY_PREFERENCES
             | {"max_prompt_len": "a prompt with pictures is not shortened"}
             | dict.fromkeys(option_names(MixtureArgs), "pairs without pictures may stand in train_dataset_path"),
@@ -176,6 +187,7 @@ METHODS: dict[str, MethodFacts] = {
             Records.JUDGED,
             divides_rows=True,
             options=(KtoArgs,),
+            metrics=("loss", "accuracy", "kl", "reward_good", "reward_bad", "margin"),
             also_reads=("beta",),
             unread=_UNREAD_BY_PREFERENCES | {"token_balance_loss": "every answer weighs the same"},
         ),

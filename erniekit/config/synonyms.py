@@ -58,6 +58,8 @@ _SAME: dict[str, str] = {
     "sft_loss_ratio": "pref_ftx rpo_alpha sft_weight",
     "label_smoothing": "dpo_label_smoothing",
     "dpop_lambda": "dpop_alpha",
+    "desirable_weight": "kto_chosen_weight",
+    "undesirable_weight": "kto_rejected_weight",
     "batch_size": "train_batch_size micro_batch_size micro_train_batch_size mbs eval_batch_size",
     "gradient_accumulation_steps": "gradient_accumulation grad_accum grad_accum_steps accumulation_steps "
     "accumulate_grad_batches",
@@ -145,6 +147,7 @@ _OTHERWISE: dict[str, str] = {
         "the reference is the model as it was before training, or with LoRA the model without its adapter"
     ),
     "precompute_ref_log_probs": "ref_logps_cache names the file for the reference's log-probabilities",
+    "use_muon": "optim: muon",
     "do_sample": "temperature: 0 always takes the likeliest token",
     "num_beams": "there is no beam search; temperature: 0 always takes the likeliest token",
     "system default_system system_prompt": "give each record its system text",

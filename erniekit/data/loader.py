@@ -276,6 +276,13 @@ class Loader:
         if isinstance(self._feed, RecordFeed | MixedFeed):
             self._feed.announce()
 
+    def require_samples(self) -> None:
+        """Raise DataError for records of which nothing can be read, or which the chat template refuses; of many
+        records some are looked at. Token files need no look.
+        """
+        if isinstance(self._feed, RecordFeed | MixedFeed):
+            self._feed.require_samples()
+
     @property
     def epochs_done(self) -> int:
         """The number of epochs of which next_step() has returned every row."""

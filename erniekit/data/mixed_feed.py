@@ -107,6 +107,11 @@ class MixedFeed:
         """See RecordFeed.announce."""
         self.pictures.announce()
 
+    def require_samples(self) -> None:
+        """See RecordFeed.require_samples."""
+        self.pictures.require_samples()
+        self.text.require_samples()
+
     def epochs_done(self, position: MixedPosition) -> int:
         """Epochs of the data with pictures."""
         return self.pictures.epochs_done(position.pictures)

@@ -132,6 +132,25 @@ class RecordFeed:
             self._lengths = measure_lengths(self.dataset, self._service, most)
         return self._lengths
 
+    def require_samples(self) -> None:
+        """Encode the samples, of many records some of them: DataError if the chat template refuses one of them, or if
+        nothing is left of any record.
+        """
+        most = min(self._extent.max_estimate_samples, _GLANCED)
+        self._require_some(self._lengths or measure_lengths(self.dataset, self._service, most))
+
+    def _require_some(self, lengths: Lengths) -> None:
+        if lengths.num_dropped < lengths.num_measured:
+            return
+        hint = "raise the limit that they name, or set truncation: cut"
+        if self._decoder is not None:
+            hint = "the lines above say which max_seq_len or max_pixels would do"
+        paths = ", ".join(source.spec.path for source in self.dataset.sources)
+        raise DataError(
+            f"{paths}: none of {lengths.num_measured} samples can be used ({lengths.num_dropped} dropped). Hint: the "
+            f"lines above say why; {hint}."
+        )
+
     def encode(self, numbers: Iterable[int], num_workers: int | None = None) -> Generator[Encoded, None, None]:
         """The documents that records become; `num_workers`: the least number of processes that encode."""
         return self._service.stream(numbers, num_workers)
@@ -169,13 +188,7 @@ class RecordFeed:
             return self._measured
         stream, extent = self._stream, self._extent
         lengths = self.lengths()
-        if lengths.num_dropped == lengths.num_measured:
-            hint = "raise max_seq_len, or set truncation: cut"
-            if self._decoder is not None:
-                hint = "the lines above say which max_seq_len or max_pixels would do"
-            raise DataError(
-                f"none of {lengths.num_measured} samples can be used ({lengths.num_dropped} dropped). Hint: {hint}."
-            )
+        self._require_some(lengths)
         ids = len(stream.ids(0))
         limit = ids if lengths.exact else min(ids, _COUNTED)
         epoch_samples = extent.samples_per_epoch or stream.round_length(0)

@@ -4,6 +4,7 @@ from pathlib import Path
 
 from erniekit.build import Overrides, overrides_of
 from erniekit.checkpoint.adapter_config import base_of
+from erniekit.checkpoint.adapter_origin import say_if_base_differs
 from erniekit.checkpoint.chat_template import write_chat_template
 from erniekit.checkpoint.model_dir import (
     TOKENIZER_FILES,
@@ -46,6 +47,8 @@ OVERWRITE = "overwrite_output_dir: true"
 def export(cfg: Config) -> Report:
     """Export the checkpoint that `cfg` names to `output_dir`/export, in `format`, in files of `max_shard_size` GB."""
     checkpoint, adapter = _with_base(checkpoint_of(cfg), cfg)
+    if adapter is not None:
+        say_if_base_differs(adapter, cfg)
     if not needs_calibration(cfg):
         say_if_interrupted(output_of(cfg))
     return export_checkpoint(

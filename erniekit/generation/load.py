@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from erniekit.build import PreparedModel, inference_options, prepare_model
+from erniekit.checkpoint.adapter_origin import say_if_base_differs
 from erniekit.checkpoint.generation_config import GenerationConfig, not_used
 from erniekit.checkpoint.model_dir import has_weights
 from erniekit.checkpoint.model_files import model_files
@@ -123,6 +124,8 @@ def find_model(cfg: Config) -> PreparedChatModel:
         start = " (or set continue_training: false for a random start)" if files.is_start else ""
         raise CheckpointError(f"{base} holds a config.json but no weights: train first, or name another model{start}.")
     shape = model_config(cfg, base) if files.random_start else None
+    if base != path:
+        say_if_base_differs(path, cfg)
     options = inference_options(cfg, None if base == path else path, files.random_start)
     added = files.vision_start(cfg)
     if added is not None:

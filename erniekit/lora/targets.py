@@ -164,6 +164,8 @@ def _unknown(target: str, modules: Sequence[str]) -> str:
         whole = "" if leaf == "gate" else f" To train it whole, put it into modules_to_save: {leaf}."
         kind = "the router is" if leaf == "gate" else f"{leaf} is"
         return f"lora_target_modules: {target}: {kind} not adapted.{whole}"
+    if target in ("all", "all-linear"):
+        return f"lora_target_modules: {target}: leave the key out: attention, feed-forward and experts are the default."
     if not _PLAIN.fullmatch(target):
         example = f" (names look like {modules[0]})" if modules else ""
         return f"lora_target_modules: the pattern {target!r} matches no projection of this model{example}."

@@ -27,7 +27,7 @@ from erniekit.config.schema import Config
 from erniekit.config.schema_parallel import ZERO_STAGES
 from erniekit.data.chat.template import Template
 from erniekit.data.chat.tokenizer import Tokenizer, check_fits, load_tokenizer
-from erniekit.data.loader import StepSource
+from erniekit.data.loader import Loader, StepSource
 from erniekit.data.record_feed import training_template
 from erniekit.data.vision.options import vision_spec
 from erniekit.data.vision.processor_files import read_settings
@@ -53,7 +53,7 @@ from erniekit.parallel.zero import ShardedParameters
 from erniekit.training import muon
 from erniekit.training.adamw import AdamW, parameter_rules
 from erniekit.training.batch_warmup import last_step, warmup_steps
-from erniekit.training.best import BestModel
+from erniekit.training.best import BestModel, warn_if_nothing_compares
 from erniekit.training.data import DataContext
 from erniekit.training.ema import WeightAverage
 from erniekit.training.evaluators import EvaluationData
@@ -185,6 +185,7 @@ def build_run(cfg: Config, mesh: Mesh, method: Method | None = None) -> Run:
     _require_own_prompts(cfg, prepared.config)
     template, loader, eval_loader = _open_data(cfg, method, model_dir, tokenizer, mesh, prepared.config.vision)
     max_steps = last_step(cfg, loader, mesh.degrees.batch)
+    warn_if_nothing_compares(cfg, max_steps)
     loader.announce()
     schedule = build_schedule(cfg, max_steps)
     for line in layout_lines(cfg, prepared.config, mesh.degrees):
@@ -287,6 +288,10 @@ def _open_data(
         context = DataContext(cfg, tokenizer, template, mesh, spec)
         loader = method.open_data(context)
         eval_loader = method.open_evaluation_data(context) if wants_eval else None
+        # Where epochs decide the steps, the training data is measured anyway; an evaluation may come after hours.
+        for rows in (loader if cfg.max_steps > 0 else None, eval_loader):
+            if isinstance(rows, Loader):
+                rows.require_samples()
     data = {f"training data: {name}": value for name, value in loader.identity.items()}
     if eval_loader is not None:
         data |= {f"evaluation data: {name}": value for name, value in eval_loader.identity.items()}

@@ -12,6 +12,7 @@ import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import paddle
@@ -24,6 +25,7 @@ from erniekit.data.loader import build_loader
 from erniekit.data.packed_batch import NO_SEGMENT, PackedBatch
 from erniekit.models.config import CONFIG_FILE, ModelConfig
 from erniekit.models.decoder import CausalLM
+from erniekit.nn.frequencies import RopeScaling
 from erniekit.parallel import comm
 from erniekit.parallel.agree import on_first
 from erniekit.parallel.mesh import Mesh
@@ -75,17 +77,36 @@ def pair_keys(batch: PackedBatch) -> list[str]:
     return keys
 
 
+# What a configuration may change in a model's config.json without changing a log-probability.
+_WITHOUT_EFFECT = frozenset(
+    "rope_theta max_position_embeddings moe_capacity_factor num_nextn_predict_layers dtype extra".split()
+)
+
+
 def describe_reference(cfg: Config, model_dir: Path, config: ModelConfig, dtype: paddle.dtype) -> dict[str, str]:
-    """The identity of the reference: its weights and config.json, or its random start, and its precision. `dtype`: of
-    its activations, which compute_type alone does not tell.
+    """The identity of the reference: its weights and config.json, or its random start, what the configuration changes
+    in them, and its precision. `dtype`: of its activations, which compute_type alone does not tell.
     """
     computes = "" if cfg.compute_type == "fp32" or dtype != paddle.float32 else ", computed in float32"
+    file, used = model_dir / CONFIG_FILE, vars(config)
+    stored = vars(ModelConfig.from_dir(model_dir)) if file.exists() else {}  # the YAML may give the whole shape
+    changed = [
+        name for name in used if name not in _WITHOUT_EFFECT and (name not in stored or used[name] != stored[name])
+    ]
     return {
         "weights": weights_digest(model_dir) if cfg.continue_training else f"random start, seed {cfg.seed}",
-        CONFIG_FILE: files_digest([model_dir / CONFIG_FILE]),
+        CONFIG_FILE: files_digest([file]) if stored else "none",
         "rope_theta": f"{config.rope_theta:g}",
         "compute_type": cfg.compute_type + " emulated" * cfg.emulate_precision + computes,
-    } | ({} if cfg.fp8 == "none" else {"fp8": _fp8_of_forward(cfg)})
+        **{name: _in_words(used[name]) for name in changed},
+        **({} if cfg.fp8 == "none" else {"fp8": _fp8_of_forward(cfg)}),
+        **({} if cfg.qat == "none" else {"qat": f"{cfg.qat}, Hadamard {cfg.apply_hadamard} {cfg.hadamard_block_size}"}),
+    }
+
+
+def _in_words(value: Any) -> str:
+    """A value of a model's configuration for the file and for messages; of scaled positions as config.json has them."""
+    return f"{dict(value.given)} from {value.length}" if isinstance(value, RopeScaling) else str(value)
 
 
 def _fp8_of_forward(cfg: Config) -> str:

@@ -76,7 +76,7 @@ _KEYS = {
         reward_funcs reward_weights answer_key reward_timeout reward_on_failure domain_normalize
         reward_min_length reward_max_length cosine_max_length reward_language reward_coordinates
         code_time_limit code_memory_mb code_score judge_model judge_prompt judge_max_score reward_model_path
-        temperature top_p top_k repetition_penalty enable_thinking
+        max_new_tokens temperature top_p top_k repetition_penalty enable_thinking
         tools max_turns max_tool_calls max_tool_tokens tool_timeout document_search_path
         kto_loss_type desirable_weight undesirable_weight teacher_model_name_or_path gkd_beta lmbda
         dynamic_sample max_resample_times difficulty_low difficulty_high difficulty_metric difficulty_pause
@@ -116,7 +116,7 @@ _KEYS = {
         rollout_base_url rollout_model rollout_update_command rollout_timeout rollout_max_retries rollout_tolerance
         judge_base_url judge_concurrency judge_timeout judge_max_retries judge_cache
         rollout_max_running log_completions num_completions_to_print print_completions_steps
-        max_new_tokens min_tokens frequency_penalty presence_penalty stream chat_tools image_search_dir max_tool_rounds
+        min_tokens frequency_penalty presence_penalty stream chat_tools image_search_dir max_tool_rounds
         predict_with_generate eval_output checkpoint
         eval_benchmark eval_benchmark_path num_fewshot eval_benchmark_mode eval_chat_template
         format max_shard_size copy_tokenizer

@@ -8,6 +8,7 @@ import numpy as np
 import paddle
 
 from erniekit import lora
+from erniekit.checkpoint.adapter_origin import say_if_base_differs
 from erniekit.checkpoint.chat_template import write_chat_template
 from erniekit.checkpoint.fingerprint import fingerprint
 from erniekit.checkpoint.model_dir import TOKENIZER_FILES, copy_companions
@@ -37,6 +38,7 @@ def describe_lora(model: CausalLM, cfg: Config, model_dir: Path) -> None:
     if cfg.lora_path:
         log.info(f"lora_path: {cfg.lora_path}: rank, scaling and targets are those of this adapter")
         start = "continues lora_path"
+        say_if_base_differs(Path(cfg.lora_path), cfg)
     state.base, state.base_fingerprint = cfg.model_name_or_path, fingerprint(model_dir)
     total = num_elements(model)
     trained = sum(int(np.prod(p.shape)) for p in model.parameters() if not p.stop_gradient)

@@ -149,7 +149,9 @@ def _records(section: Section, cfg: Config, feed: RecordFeed, has_pictures: bool
     _faults(section, cfg, feed.dataset)
     if has_pictures:
         return survey.inspect(section, cfg, feed, wishes.decode)
-    _lengths(section, feed.lengths(), cfg)
+    lengths = feed.lengths()
+    feed.require_samples()
+    _lengths(section, lengths, cfg)
     return True
 
 
@@ -236,8 +238,6 @@ def _faults(section: Section, cfg: Config, dataset: Dataset) -> None:
 
 def _lengths(section: Section, lengths: Lengths, cfg: Config) -> None:
     tokens = lengths.tokens
-    if not len(tokens):
-        return
     middle, high = (int(np.quantile(tokens, q)) for q in (0.5, 0.95))
     measured = "all samples" if lengths.exact else f"a sample of {lengths.num_measured} of {len(lengths.starts)}"
     section.add(

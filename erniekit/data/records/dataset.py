@@ -156,7 +156,19 @@ class Source:
         if path != Path(self.spec.path).expanduser():
             data = _of_split(data, path, split)
             log.info(f"{self.spec.path}: reading {', '.join(str(file.relative_to(path)) for file in data)} for {split}")
+        elif len(data) > 1:
+            self._warn_of_other_splits(data, path, split)
         return data
+
+    def _warn_of_other_splits(self, data: list[Path], path: Path, split: str) -> None:
+        """Warn if a directory of this machine, of which every file is read, looks like a data set with its splits."""
+        others = [file for file in data if _names_split(file, path, split) is False]
+        if others and any(_names_split(file, path, split) for file in data):
+            names = ", ".join(str(file.relative_to(path)) for file in others[:3]) + ", ..." * (len(others) > 3)
+            log.warning(
+                f"{self.spec.path}: all files of the directory are read for {split}, also those that are named after "
+                f"another split ({names}). Name the files to leave these out"
+            )
 
     def _check(self, raw: Raw, where: str) -> None:
         self._checked += 1
@@ -221,20 +233,24 @@ def _of_split(files: list[Path], root: Path, split: str) -> list[Path]:
     place; all files if no path names any split.
     """
 
-    def words(path: Path) -> set[str]:
-        return set(re.split(r"[^a-z]+", str(path.relative_to(root)).lower()))
-
-    chosen = [file for file in files if words(file) & set(_SPLIT_WORDS[split])]
+    chosen = [file for file in files if _names_split(file, root, split)]
     if chosen:
         return chosen
-    every = {word for group in _SPLIT_WORDS.values() for word in group}
-    rest = [file for file in files if not words(file) & every]
+    rest = [file for file in files if _names_split(file, root, split) is None]
     if not rest:
         raise DataError(
             f"{root}: no file there is for {split}: {', '.join(file.name for file in files)}. "
             "Hint: give the path of the file itself."
         )
     return rest
+
+
+def _names_split(file: Path, root: Path, split: str) -> bool | None:
+    """Whether the path of a file below `root` names `split`; None if it names no split at all."""
+    words = set(re.split(r"[^a-z]+", str(file.relative_to(root)).lower()))
+    if words & set(_SPLIT_WORDS[split]):
+        return True
+    return False if words & {word for group in _SPLIT_WORDS.values() for word in group} else None
 
 
 class Dataset:

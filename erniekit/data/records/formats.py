@@ -23,7 +23,7 @@ from erniekit.data.records.sample import (
     system_messages,
     turns_of,
 )
-from erniekit.data.records.values import kind_of, text_of, texts_of
+from erniekit.data.records.values import kind_of, one_of, text_of, texts_of
 
 ALIASES = {"chatml": "messages"}
 VISION_TYPE = " (VL)"  # suffix of the types whose records may contain pictures (data/vision/formats.py)
@@ -79,16 +79,24 @@ def _check_type(record: dict[str, Any], format: Format, type_name: str) -> None:
     _check_stage(record, type_name, likely[0] if likely else "")
     for name, likely_type in _SIGNATURES.items():
         if name in record and name not in format.fields:
-            stage_hint = " and stage: PT" if likely_type == "text" else ""
-            raise BadRecord(
-                f"field {name!r} does not belong to type {type_name}",
-                f"this looks like {likely_type}; set the dataset type to {likely_type}{stage_hint}",
-            )
+            hint = _how_to_write(name, type_name, likely_type)
+            raise BadRecord(f"field {name!r} does not belong to type {type_name}", hint)
+
+
+def _how_to_write(name: str, type_name: str, likely_type: str) -> str:
+    """What to do about a record with the field `name`, which `likely_type` has, at this stage or at another one."""
+    if ALIASES.get(type_name, type_name) in FORMATS and name in ("prompt", "problem"):
+        return (
+            "one question and its answer are 'instruction' and 'output' (type alpaca) or the list 'messages' (type "
+            "messages); a prompt alone is read with stage: RL"
+        )
+    stage_hint = " and stage: PT" if likely_type == "text" else ""
+    return f"this looks like {likely_type}; set the dataset type to {likely_type}{stage_hint}"
 
 
 def _check_stage(record: dict[str, Any], type_name: str, likely: str) -> None:
     """Raise BadRecord for a single answer at stage DPO, and for a pair of answers at another stage."""
-    is_pair = any(name in record for name in _PAIR_FIELDS)
+    is_pair = any(name in record for name in _PAIR_FIELDS if name != "response" or not _is_one_answer(record))
     wants_pair = type_name in PREFERENCE_FORMATS
     if wants_pair and not is_pair and likely:
         stage = "PT to train on plain text" if likely == "text" else "SFT to train on single answers"
@@ -102,6 +110,11 @@ def _check_stage(record: dict[str, Any], type_name: str, likely: str) -> None:
             "two answers, a chosen and a rejected one: this looks like preference data (stage DPO)",
             "set stage: DPO" + (f" and the dataset type to {likely}" if likely not in ("", type_name) else ""),
         )
+
+
+def _is_one_answer(record: dict[str, Any]) -> bool:
+    """Whether the field `response` is the answer to a prompt, as many data sets call it."""
+    return isinstance(record.get("response"), str) and "sort" not in record
 
 
 def _erniekit(record: dict[str, Any], notes: Notes) -> Sample:
@@ -149,9 +162,9 @@ def _sharegpt(record: dict[str, Any], notes: Notes) -> Sample:
 
 def _pretraining(record: dict[str, Any], notes: Notes) -> Sample:
     """`text` or `tgt` is one document; several strings are its paragraphs and are joined by a newline."""
-    if ("text" in record) == ("tgt" in record):
+    name = one_of(record, "text", "tgt")
+    if name is None:
         raise BadRecord("exactly one of 'text' and 'tgt' must be there", 'write {"text": "the document"}')
-    name = "text" if "text" in record else "tgt"
     return Sample(
         kind="text", text="\n".join(text_of(part, f"{name}[{i}]") for i, part in enumerate(texts_of(record, name)))
     )

@@ -39,7 +39,8 @@ def read_judged(record: dict[str, Any], read: Callable[[dict[str, Any]], Sample]
             f"{given[0]!r} must be true or false, not {kind_of(judgement)}", "true is a good answer, false a bad one"
         )
     conversation = {name: value for name, value in record.items() if name not in _JUDGEMENTS}
-    sample = read(_joined(conversation) if any(name in record for name in _SPLIT) else conversation)
+    is_split = any(has_content(record.get(name)) for name in _SPLIT)
+    sample = read(_joined(conversation) if is_split else conversation)
     roles = [message["role"] for message in sample.messages]
     last_question = len(roles) - 1 - roles[::-1].index("user")
     label = [int(i > last_question) for i, role in enumerate(roles) if role == "assistant"]

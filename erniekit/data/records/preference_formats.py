@@ -23,7 +23,7 @@ from erniekit.data.records.sample import (
     turns_of,
 )
 from erniekit.data.records.tool_calls import match_calls, tools_of
-from erniekit.data.records.values import kind_of, list_of, text_of, texts_of
+from erniekit.data.records.values import kind_of, list_of, one_of, text_of, texts_of
 
 Turns = list[dict[str, Any]]
 _SAME = ("both answers are the same", "a pair needs a better and a worse answer; remove the record")
@@ -82,11 +82,11 @@ def _alternating(response: Any, name: str) -> Turns:
 
 
 def _alpaca(record: dict[str, Any], notes: Notes) -> Sample:
-    name = "question" if "question" in record else "instruction"
-    if name not in record:
-        raise BadRecord("field 'question' is missing", "every alpaca pair needs 'question', 'chosen' and 'rejected'")
-    if "question" in record and "instruction" in record:
+    name = one_of(record, "question", "instruction")
+    if name is None and ("question" in record and "instruction" in record):
         raise BadRecord("both 'question' and 'instruction' are given", "keep one of them")
+    if name is None:
+        raise BadRecord("field 'question' is missing", "every alpaca pair needs 'question', 'chosen' and 'rejected'")
     chosen, rejected = (_answer(record, side, ("role", "content"), notes, turn_of) for side in ("chosen", "rejected"))
     return _pair(alpaca_prompt(record, name), chosen, rejected, notes)
 

@@ -29,7 +29,11 @@ from erniekit.utils.errors import DataError
 from erniekit.utils.user_files import parse_json
 
 # csv columns whose cells contain JSON
-_JSON_CELLS = ("messages", "conversations", "history", "tools", "label", "is_system", "response", "sort")
+_JSON_CELLS = ("messages", "conversations", "history", "tools", "label", "is_system", "response", "sort", "kto_tag")
+# those of them that hold a truth value, which tables also write as True and False
+_TRUTHS = ("label", "kto_tag")
+# csv columns whose cells contain text, or messages as JSON
+_TEXT_OR_MESSAGES = ("prompt", "completion", "chosen", "rejected", "chosen_response", "rejected_response")
 _MAX_OPEN = 32
 _BOM = b"\xef\xbb\xbf"
 
@@ -255,12 +259,40 @@ class _CsvFile(_TextFile):
         record: dict[str, Any] = {name: cell for name, cell in zip(self._header, row, strict=True) if cell != ""}
         for name in _JSON_CELLS:
             if name in record:
+                text = record[name].lower() if name in _TRUTHS and record[name] in ("True", "False") else record[name]
                 description = f"{where}: the cell of column {name!r} must hold JSON"
                 try:
-                    record[name] = parse_json(record[name], description, BadLine)
+                    record[name] = parse_json(text, description, BadLine)
                 except BadLine as error:
-                    raise BadLine(f"{error} Hint: write the list as JSON text.") from None
-        return record
+                    raise BadLine(f"{error} Hint: write the value as JSON text.") from None
+        return record | _lists_of(record)
+
+
+def _lists_of(record: dict[str, Any]) -> dict[str, Any]:
+    """The cells of a csv record that are lists in JSON, in columns that may hold text as well: messages, and the turns
+    of `src` and `tgt` where both are lists of texts.
+    """
+    lists = {name: _list_in(record.get(name)) for name in (*_TEXT_OR_MESSAGES, "src", "tgt")}
+    turns = [lists.pop(name) for name in ("src", "tgt")]
+    messages = {
+        name: value
+        for name, value in lists.items()
+        if value and all(isinstance(turn, dict) and ("role" in turn or "from" in turn) for turn in value)
+    }
+    if all(value is not None and all(isinstance(text, str) for text in value) for value in turns) and turns[0]:
+        return messages | dict(zip(("src", "tgt"), turns, strict=True))
+    return messages
+
+
+def _list_in(cell: Any) -> list[Any] | None:
+    """The list that a cell holds as JSON; None for any other text."""
+    if not isinstance(cell, str) or cell[:1] != "[":
+        return None
+    try:
+        value = parse_json(cell, "cell", BadLine)
+    except BadLine:
+        return None
+    return value if isinstance(value, list) else None
 
 
 def open_file(path: Path, check: Callable[[Raw, str], None], on_bad: Callable[[DataError], None]) -> DataFile:

@@ -5,7 +5,7 @@ import re
 from typing import Any
 
 from erniekit.data.records.errors import BadRecord
-from erniekit.data.records.fields import Notes
+from erniekit.data.records.fields import Notes, has_content
 from erniekit.utils.errors import DataError
 from erniekit.utils.user_files import parse_json
 
@@ -39,6 +39,16 @@ def text_of(value: Any, name: str, empty_ok: bool = False) -> str:
                 f"{name} holds half of a surrogate pair, which is not valid text", "repair the \\ud... escape in it"
             ) from None
     return value
+
+
+def one_of(record: dict[str, Any], first: str, second: str) -> str | None:
+    """Which of two fields a record has; None if it has neither, or both. A field without content counts as absent
+    where the other one is there: tables have every column in every record.
+    """
+    given = [name for name in (first, second) if name in record]
+    if len(given) == 2:
+        given = [name for name in given if has_content(record[name])]
+    return given[0] if len(given) == 1 else None
 
 
 def texts_of(record: dict[str, Any], name: str) -> list[Any]:

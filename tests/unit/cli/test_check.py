@@ -159,6 +159,12 @@ def test_what_would_stop_the_run(given, keys, expected):
     assert re.search(expected, findings(given(**keys), "error"))
 
 
+def test_evaluation_data_of_which_nothing_is_left_would_stop_the_run(given, tmp_path):
+    (tmp_path / "eval.jsonl").write_text(json.dumps({"src": ["q"], "tgt": ["a"], "label": [0]}))
+    args = given(eval_dataset_path=tmp_path / "eval.jsonl", do_eval=True)
+    assert "eval.jsonl: none of 1 samples can be used" in findings(args, "error")
+
+
 def test_all_bad_lines_are_found_and_are_warnings_where_they_are_skipped(given, tmp_path):
     lines = [record("q", "a"), '{"src": ["q"]}', '{"src": ', record("q2", "a2")]
     (tmp_path / "bad.jsonl").write_text("\n".join(lines))
@@ -197,7 +203,7 @@ def test_warnings_count_only_when_strict(given, tmp_path, capsys):
 def test_json(given, tmp_path, capsys):
     assert check.run([*given(max_seq_len=4), f"json={tmp_path}/o.json"]) == 1
     read = json.loads((tmp_path / "o.json").read_text())
-    assert (read["command"], read["exit_code"], read["errors"]) == ("train", 1, 1)
+    assert (read["command"], read["exit_code"], read["errors"]) == ("train", 1, 2)  # both splits
     titles = [section["title"] for section in read["sections"]]
     assert titles[:4] == ["keys", "model", "layout", "tokenizer and template"]
     assert {"level", "text"} == {key for s in read["sections"] for f in s["findings"] for key in f}

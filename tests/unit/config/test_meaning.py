@@ -62,6 +62,9 @@ def test_evaluation_follows_from_its_strategy():
     assert cfg(**given, logging_steps=20).eval_steps == 20
     assert any(note.startswith("eval_steps: not given") for note in cfg(**given, logging_steps=20).notes)
     assert cfg(**given, eval_steps=7).eval_steps == 7
+    for stage, name in (("SFT", "eval_token_accuracy"), ("DPO", "kl"), ("KTO", "margin"), ("RL", "reward_my_function")):
+        more = {"reward_funcs": "accuracy"} if stage == "RL" else {}
+        assert cfg(**given, **more, stage=stage, metric_for_best_model=name).metric_for_best_model == name
 
 
 @pytest.mark.parametrize(
@@ -73,6 +76,10 @@ def test_evaluation_follows_from_its_strategy():
         ({"lr_scheduler_type": "cosine:5"}, "lr_scheduler_type: expected one of linear, cosine"),
         ({"lr_scheduler": "cosin"}, "lr_scheduler_type: expected one of"),
         ({"min_lr": 0.1}, "min_lr: 0.1 is more than learning_rate: 5e-05"),
+        (
+            {"lr_scheduler_type": "polynomial", "learning_rate": 1e-8},
+            "lr_end: 1e-07 is more than learning_rate: 1e-08, which is the highest rate",
+        ),
         ({"mix_strategy": "random"}, "max_steps: mix_strategy: random has no end"),
         (
             {"train_dataset_path": "a,b", "train_dataset_prob": "1.0"},
@@ -92,6 +99,10 @@ def test_evaluation_follows_from_its_strategy():
             {"eval_dataset_path": "e", "eval_dataset_type": "text", "do_eval": True, "stage": "DPO"},
             "eval_dataset_type: stage: DPO reads pairs of answers",
         ),
+        *(
+            ({"train_dataset_type": "messages", "stage": stage, key: 0.5}, f"{key}: needs the scores")
+            for stage, key in (("DPO", "offset_alpha"), ("RM", "reward_margin"))
+        ),
         ({"virtual_pp_degree": 2}, "virtual_pp_degree: 2 with pipeline_parallel_degree: 1"),
         (
             {"pipeline_parallel_degree": 2, "pipeline_schedule": "memory_efficient"},
@@ -106,6 +117,10 @@ def test_evaluation_follows_from_its_strategy():
         ({"do_eval": True}, "eval_dataset_path: needed with do_eval: True"),
         ({"do_train": False}, "do_train: False leaves `erniekit train` nothing to do"),
         ({"load_best_model_at_end": True}, "load_best_model_at_end: needs evaluations to compare"),
+        (
+            {"evaluation_strategy": "epoch", "eval_dataset_path": "e", "metric_for_best_model": "eval_accuracy"},
+            "metric_for_best_model: accuracy: an evaluation of stage: SFT gives no such number, but loss, perplexity",
+        ),
         ({"early_stopping_patience": 2}, "early_stopping_patience: needs evaluations to compare"),
         ({"min_tokens": 5, "max_new_tokens": 4}, "min_tokens: 5 is more than max_new_tokens: 4"),
         ({"output_dir": None}, "output_dir: needed"),

@@ -40,7 +40,7 @@ def test_hints(name: str, expected: str):
     assert expected in str(caught.value)
 
 
-@pytest.mark.parametrize("name", ["vision_tower", "my_own_key", "kto_chosen_weight", "galore_rank", "x", "badam_mode"])
+@pytest.mark.parametrize("name", ["vision_tower", "my_own_key", "pref_bco_weight", "galore_rank", "x", "badam_mode"])
 def test_no_hint_is_better_than_a_wrong_one(name: str):
     assert synonyms.hint(name, KNOWN) == ""
 

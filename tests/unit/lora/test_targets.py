@@ -63,6 +63,7 @@ def test_both_halves_of_the_experts_are_one_adapter():
     ("target", "message"),
     [
         ("gatte_proj", "did you mean gate_proj?"),
+        ("all-linear", "leave the key out"),
         ("qproj", "did you mean q_proj?"),
         ("gate", "the router is not adapted"),
         ("lm_head", "put it into modules_to_save: lm_head"),

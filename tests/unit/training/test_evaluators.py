@@ -12,7 +12,7 @@ from support.tiny_models import tiny_model
 from support.vision_directories import picture_records, vision_workspace
 
 import erniekit
-from erniekit.build import load_model
+from erniekit.build import PreparedModel, load_model
 from erniekit.checkpoint.model_io import save_model
 from erniekit.config import Config, load
 from erniekit.evaluate import evaluate
@@ -155,3 +155,33 @@ def test_data_without_anything_to_score_are_named_in_the_words_of_the_method(eva
     model = tiny_model()
     with pytest.raises(DataError, match=message):
         evaluator(EvaluatedModel("m", Config(), model), SimpleNamespace(batches=lambda most: (batch for batch in ())))
+
+
+@pytest.mark.parametrize(
+    ("answer", "reason"),
+    [
+        ({"content": "95 " * 200}, r"bad_eval.jsonl: none of 2 samples can be used \(2 dropped"),
+        ({"content": "95", "reasoning_content": "37+58"}, "bad_eval.jsonl:1: chat template text refuses"),
+    ],
+)
+def test_evaluation_data_of_which_nothing_is_left_ends_a_run_before_its_weights_are_read(
+    workspace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, answer: dict[str, str], reason: str
+):
+    def read(*given: object) -> None:
+        pytest.fail("the model was built")
+
+    turns = [{"role": "user", "content": "37加58等于几？"}, {"role": "assistant"} | answer]
+    write_lines(tmp_path / "bad_eval.jsonl", [{"messages": turns}] * 2)
+    monkeypatch.setattr(PreparedModel, "build", read)
+    bad = {"eval_dataset_path": tmp_path / "bad_eval.jsonl", "eval_dataset_type": "messages"}
+    with pytest.raises(DataError, match=reason):
+        erniekit.train(None, **keys_of(workspace, tmp_path, "questions", **bad, do_eval=True))
+
+
+@pytest.mark.parametrize("keys", [{"max_seq_len": 4}, {"max_seq_len": 4, "max_steps": -1, "num_train_epochs": 1}])
+def test_training_data_of_which_nothing_is_left_ends_a_run_before_its_weights_are_read(
+    workspace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, keys: dict[str, int]
+):
+    monkeypatch.setattr(PreparedModel, "build", lambda *given: pytest.fail("the model was built"))
+    with pytest.raises(DataError, match=r"questions.jsonl: none of 16 samples can be used \(16 dropped"):
+        erniekit.train(None, **keys_of(workspace, tmp_path, "questions", **keys))

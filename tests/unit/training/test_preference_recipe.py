@@ -1,6 +1,7 @@
 """The preference recipe against the loss written out over separate rows; its references; its cache."""
 
 import logging
+from dataclasses import replace
 
 import numpy as np
 import paddle
@@ -8,9 +9,11 @@ import pytest
 from support.tiny_models import tiny_model
 from support.whole_model import run_step
 
+from erniekit.checkpoint.model_dir import write_configs
 from erniekit.config import Config
 from erniekit.data.packed_batch import IGNORE, Document, PairLayout, join_rows, make_row
 from erniekit.models.decoder import CausalLM
+from erniekit.nn.frequencies import RopeScaling
 from erniekit.training.recipes.preference import PreferenceRecipe
 from erniekit.training.reference import PairScorer, SecondModel
 from erniekit.training.reference_cache import CachedReference, describe_reference, pair_keys, read_cache, write_cache
@@ -180,8 +183,8 @@ def test_a_pairs_key_depends_on_its_tokens_and_labels_alone():
 
 
 def test_the_reference_of_a_cache_is_known_by_its_precision(tmp_path):
-    (tmp_path / "config.json").write_text("{}")
     shape = tiny_model("dense").config
+    write_configs(tmp_path, shape, "pt")
 
     def described(dtype=paddle.bfloat16, **keys):
         given = Config(continue_training=False, **keys)
@@ -195,9 +198,32 @@ def test_the_reference_of_a_cache_is_known_by_its_precision(tmp_path):
         described(paddle.float32, compute_type="fp32"),
         *(described(**eight | more) for more in ({}, {"fp8_scale": "real"}, {"fp8_modules": ("experts", "mlp")})),
         *(described(**eight | more) for more in ({"fp8": "rowwise"}, {"fp8_routing_weight": "after"})),
+        *(described(compute_type="bf16", qat=scheme, apply_hadamard=False) for scheme in ("fp8_static", "w8a8")),
+        described(compute_type="bf16", qat="fp8_static"),
     ]
     assert len(set(different)) == len(different)
     assert described(**eight, fp8_gradients="e5m2", fp8_store=False) == described(**eight)  # of the backward pass
+
+
+def test_the_reference_of_a_cache_is_known_by_what_the_configuration_changes(tmp_path):
+    stored = tiny_model("dense").config
+    yarn, linear = (RopeScaling(kind, 4.0, 128, given=(("rope_type", kind),)) for kind in ("yarn", "linear"))
+    changes = [{}, {"rope_scaling": yarn}, {"rope_scaling": linear}, {"num_hidden_layers": 1}, {"rope_theta": 7.0}]
+
+    def described():
+        return [
+            tuple(describe_reference(Config(), tmp_path, replace(stored, **change), paddle.float32).items())
+            for change in changes
+        ]
+
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    shapes = described()  # without a config.json: the YAML gives the shape
+    write_configs(tmp_path, stored, "pt")
+    beside_file = described()
+    assert len({*shapes, *beside_file}) == 2 * len(changes)
+    assert {"rope_scaling", "num_hidden_layers"}.isdisjoint(dict(beside_file[0]))
+    longer = replace(stored, max_position_embeddings=9999)
+    assert tuple(describe_reference(Config(), tmp_path, longer, paddle.float32).items()) == beside_file[0]
 
 
 def test_what_is_written_is_read_and_belongs_to_one_model(tmp_path):

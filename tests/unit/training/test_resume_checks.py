@@ -12,6 +12,7 @@ from support import equality
 from erniekit import config
 from erniekit.checkpoint.manager import list_checkpoints
 from erniekit.checkpoint.safetensors_read import Reader
+from erniekit.config.methods import METHODS
 from erniekit.config.schema import fields
 from erniekit.parallel.mesh import Mesh
 from erniekit.training import resume_checks
@@ -70,6 +71,12 @@ def fit(directory, tmp_path):
 
 def state_of(out, step):
     return json.loads((out / f"checkpoint-{step}" / "trainer_state.json").read_text())
+
+
+def test_no_key_of_generation_that_a_method_trains_with_is_ignored():
+    read = {key for facts in METHODS.values() for key in facts.also_reads}
+    assert "max_new_tokens" in read
+    assert not [key for key in read if DECISIONS[key] is Decision.IGNORE]
 
 
 def test_every_key_has_a_decision():

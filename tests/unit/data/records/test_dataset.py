@@ -1,6 +1,7 @@
 import csv
 import gzip
 import json
+import logging
 import os
 from collections import Counter
 from itertools import zip_longest
@@ -416,3 +417,13 @@ def test_of_a_hub_data_set_only_the_files_of_the_split_are_read(tmp_path, monkey
     (tmp_path / "train-0.jsonl").unlink()
     with pytest.raises(DataError, match="no file there is for train"):
         Source(SourceSpec("owner/set", "erniekit", 1.0), "train")
+
+
+def test_a_directory_with_the_files_of_other_splits_is_warned_of(tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("erniekit"), "propagate", True)
+    for name in ("train-0", "train-1", "notes"):
+        write_jsonl(tmp_path / f"{name}.jsonl", RECORDS)
+    assert len(open_source(tmp_path)) == 3 * len(RECORDS) and "another split" not in caplog.text
+    write_jsonl(tmp_path / "test-0.jsonl", RECORDS)
+    assert len(open_source(tmp_path)) == 4 * len(RECORDS)
+    assert "read for train, also those that are named after another split (test-0.jsonl)" in caplog.text

@@ -333,3 +333,26 @@ def test_what_no_check_foresaw_is_still_an_error_with_its_place(monkeypatch):
     monkeypatch.setitem(formats._ALL, "erniekit", FORMATS["erniekit"]._replace(read=broken))
     with pytest.raises(DataError, match=r"^a.jsonl:3: this record cannot be read \(IndexError: .*test_formats.py:\d+"):
         parse_record({"src": [], "tgt": []}, "erniekit", "a.jsonl:3")
+
+
+def test_a_null_beside_a_field_is_no_second_field():
+    for record, kind in (
+        ({"text": "a", "tgt": None}, "text"),
+        ({"tgt": ["a"], "text": ""}, "text"),
+        ({"question": None, "instruction": "q", "chosen": "a", "rejected": "b"}, "alpaca (DPO)"),
+        ({"question": "q", "instruction": "", "chosen": "a", "rejected": "b"}, "alpaca (DPO)"),
+        ({"messages": [user("q"), assistant("a")], "prompt": None, "completion": "", "label": True}, "messages (KTO)"),
+    ):
+        sample = parse_record(record, kind)
+        assert sample.text == "a" or sample.messages[0] == user("q")
+    with pytest.raises(DataError, match="exactly one of 'text' and 'tgt'"):
+        parse_record({"text": "a", "tgt": ["b"]}, "text")
+    with pytest.raises(DataError, match="both 'question' and 'instruction'"):
+        parse_record({"question": "q", "instruction": "p", "chosen": "a", "rejected": "b"}, "alpaca (DPO)")
+
+
+@pytest.mark.parametrize("kind", ["erniekit", "alpaca", "messages", "sharegpt"])
+@pytest.mark.parametrize("answer", ["completion", "response", "answer"])
+def test_a_prompt_with_one_answer_is_told_where_they_belong(kind, answer):
+    with pytest.raises(DataError, match=r"field 'prompt' does not belong.* are 'instruction' and 'output'.*'messages'"):
+        parse_record({"prompt": "q", answer: "a"}, kind)
