@@ -1,10 +1,8 @@
 """Streaming reader of safetensors files: one tensor at a time, by seek and read, never a whole shard.
 
-The kernel learns what comes next in a file, so that the disk is not idle while a tensor is used.
+The kernel reads ahead by itself: asking it to (posix_fadvise) made resuming slower (docs/speed.md).
 """
 
-import os
-import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -26,8 +24,6 @@ from erniekit.checkpoint.safetensors_header import (
 from erniekit.utils import log
 from erniekit.utils.errors import CheckpointError
 
-_AHEAD = 64 << 20  # bytes that the disk may be ahead of what is read
-
 
 class Reader:
     """The tensors of one file, or of a directory with `model.safetensors` or an index and its shards.
@@ -40,7 +36,6 @@ class Reader:
     def __init__(self, path: str | Path, u16_is_bf16: bool = False) -> None:
         self.path = Path(path)
         self._entries: dict[str, Entry] = {}
-        self._asked: dict[Path, int] = {}  # file -> the place up to which the kernel was asked to read
         self._alias = {"U16": "BF16"} if u16_is_bf16 else {}
         self.metadata: dict[str, str] = {}  # the metadata of the header; for several files, of the first one
         if self.path.is_dir():
@@ -117,7 +112,6 @@ class Reader:
             begin, shape = rows[0] * num_bytes(entry.info.dtype, shape[1:]), (rows[1] - rows[0], *shape[1:])
         out = np.empty(shape, STORAGE[entry.info.dtype])
         with open(entry.file, "rb", buffering=0) as file:
-            self._ask_ahead(file.fileno(), entry, entry.start + begin, out.nbytes)
             file.seek(entry.start + begin)
             _read_exactly(file, bytes_of(out), entry.file)
         if not as_fp32:
@@ -126,17 +120,6 @@ class Reader:
             return to_fp32(out, self.info(name).dtype)
         except CheckpointError as error:
             raise CheckpointError(f"{entry.file}: {name}: {error}") from None
-
-    def _ask_ahead(self, file: int, entry: Entry, start: int, size: int) -> None:
-        """Ask the kernel to read what follows these bytes of an open file, unless it was asked before."""
-        if sys.platform != "linux":
-            return
-        end, asked = start + size, self._asked.get(entry.file, 0)
-        if not start <= asked <= end + _AHEAD:
-            asked = start  # the first one, or not in the order of the file
-        if end + _AHEAD // 2 > asked:
-            os.posix_fadvise(file, asked, end + _AHEAD - asked, os.POSIX_FADV_WILLNEED)
-            self._asked[entry.file] = end + _AHEAD
 
     @contextmanager
     def rows_from(self, name: str, begin: int = 0) -> Iterator[Callable[[np.ndarray], None]]:
