@@ -337,12 +337,14 @@ def prompts() -> list[Row]:
             "images": ["pictures/cups.png"],
             "answer": "3",
             "domain": "counting",
+            "reward_funcs": ["accuracy"],
         },
         {
             "prompt": asks("杯子有几个？把数字写在 \\boxed{} 里。"),
             "images": ["pictures/two_cups.png"],
             "answer": "2",
             "domain": "counting",
+            "reward_funcs": ["accuracy"],
         },
         {
             "prompt": asks("Where is the sign? Give its box as [x1, y1, x2, y2], from 0 to 1000."),

@@ -1,7 +1,6 @@
 """Opens model directories for reading and checks their tensors against the table of weights. It uses numpy only."""
 
 import dataclasses
-import re
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +21,7 @@ from erniekit.models.weights import (
     is_mtp,
     logical_tensors,
     match_names,
+    may_be_turned,
     mtp_depth,
 )
 from erniekit.utils import log
@@ -29,9 +29,6 @@ from erniekit.utils.errors import CheckpointError
 
 # What readers of each layout expect in the header: transformers wants "pt", Paddle's loaders "np".
 METADATA: dict[Format, dict[str, str]] = {"pt": {"format": "pt"}, "paddle": {"format": "np"}}
-# The published ERNIE-4.5-300B-A47B-PT has this one matrix as [in, out], as a -Paddle file does. It is twice as wide as
-# high, so that its shape tells.
-_MAY_BE_TURNED = re.compile(r"model\.mtp_linear_proj\.\d+\.weight")
 
 
 class ModelReader:
@@ -159,7 +156,7 @@ class ModelReader:
         turned = set()
         for logical in self.logicals if any(is_mtp(name) for name in self._stored) else ():
             [piece, *others] = logical.pieces(self.format)
-            if others or piece.name not in self._stored or not _MAY_BE_TURNED.fullmatch(logical.param):
+            if others or piece.name not in self._stored or not may_be_turned(logical.param):
                 continue
             if self.reader.info(self._stored[piece.name]).shape == piece.shape[::-1]:
                 log.once(f"{self.path}: {piece.name} is transposed in the file, and read so")

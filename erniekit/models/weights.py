@@ -319,6 +319,13 @@ def is_mtp(name: str) -> bool:
     return mtp_depth(name) is not None
 
 
+def may_be_turned(param: str) -> bool:
+    """Whether a matrix of ours may lie in a file as the transpose of what its layout has: in the published
+    ERNIE-4.5-300B-A47B-PT this one does, as in a -Paddle file. It is twice as wide as high, so that its shape tells.
+    """
+    return param.startswith("model.mtp_linear_proj.")
+
+
 def mtp_depth(name: str) -> int | None:
     """The depth of multi-token prediction that a file's tensor belongs to, whether or not a table has it; 0 where the
     name has no number that can be a depth, None for any other tensor.

@@ -2,8 +2,6 @@
 
 from pathlib import Path
 
-import numpy as np
-
 from erniekit.checkpoint.model_dir import ADAPTER_CONFIG_FILE, find_checkpoint, is_adapter
 from erniekit.checkpoint.peft_attach import attach_several
 from erniekit.checkpoint.peft_read import StoredAdapter, read_adapter
@@ -77,17 +75,9 @@ def read_named(name: str, given: Path, config: ModelConfig, base: Path | None, t
         stored = read_adapter(path, config, base)
     except CheckpointError as error:
         raise CheckpointError(f"{name}: {error}") from None
-    _require_finite(name, stored)
     _require_plain(name, stored)
     say_if_trained_otherwise(path, template)
     return stored
-
-
-def _require_finite(name: str, stored: StoredAdapter) -> None:
-    """Raises CheckpointError for an adapter of a run that diverged: one answer with it would end the engine for all."""
-    for tensor, values in stored.tensors.items():
-        if not np.isfinite(values).all():
-            raise CheckpointError(f"{name}: {stored.path}: {tensor} is not finite. Use an earlier checkpoint.")
 
 
 def _require_plain(name: str, stored: StoredAdapter) -> None:

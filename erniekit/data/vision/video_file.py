@@ -42,7 +42,8 @@ def probe(file: BinaryIO, name: str, max_frames: int, max_seconds: float) -> Vid
     """
     end = time.monotonic() + max_seconds
     with _container(file, name) as (container, stream):
-        width, height = stream.codec_context.width, stream.codec_context.height
+        codec = stream.codec_context  # None: of a kind that FFmpeg does not know
+        width, height = (codec.width, codec.height) if codec else (0, 0)
         if not width or not height:
             raise BadRecord(f"{name} does not say the size of its frames", "is the file complete?")
         rate, count = stream.average_rate or stream.guessed_rate, stream.frames

@@ -113,6 +113,6 @@ def test_the_check_command_finds_nothing_wrong(stage, kind, names, tmp_path):
         "chat_template": "ernie_vl_thinking",
     }
     if stage == "VL-RL":
-        given["reward_funcs"] = "accuracy,format,box_iou"
+        given["reward_funcs"] = "accuracy,box_iou"
     report = check.inspect([f"{key}={value}" for key, value in given.items()], "train")
     assert report.count("error") == 0, report
