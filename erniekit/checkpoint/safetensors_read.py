@@ -3,6 +3,7 @@
 The kernel reads ahead by itself: asking it to (posix_fadvise) made resuming slower (docs/speed.md).
 """
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -87,6 +88,13 @@ class Reader:
         if unlisted:
             log.warning(
                 f"{len(unlisted)} tensors are in the shards but not in {index}, and left out: {listed(unlisted)}"
+            )
+        count = Counter(name for header in headers.values() for name in header)
+        repeated = [f"{name} (read from {file})" for name, file in weight_map.items() if count[name] > 1]
+        if repeated:
+            log.once(
+                f"{len(repeated)} tensors are in several shards of {index}, which need not hold the same values; "
+                f"those of the shard that the index names are read: {listed(repeated)}"
             )
 
     def keys(self) -> list[str]:
