@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from erniekit.checkpoint.dtypes import to_fp32
-from erniekit.checkpoint.mismatch import mismatch_lines
+from erniekit.checkpoint.mismatch import listed, mismatch_lines
 from erniekit.checkpoint.quantised_codecs import Codec
 from erniekit.checkpoint.quantised_read import QuantisedReader, open_weights
 from erniekit.checkpoint.safetensors_header import Plan, TensorInfo
@@ -32,6 +32,9 @@ METADATA: dict[Format, dict[str, str]] = {"pt": {"format": "pt"}, "paddle": {"fo
 # The published ERNIE-4.5-300B-A47B-PT has this one matrix as [in, out], as a -Paddle file does. It is twice as wide as
 # high, so that its shape tells.
 _MAY_BE_TURNED = re.compile(r"model\.mtp_linear_proj\.\d+\.weight")
+# Frequencies that older tools store and every reader computes from config.json.
+_FREQUENCIES = re.compile(r"(.+\.)?rotary_(pos_)?emb\.inv_freq")
+_FUSED_EXPERTS = re.compile(r".+\.experts\.(gate_up_proj|up_gate_proj|down_proj)(\.weight)?")
 
 
 class ModelReader:
@@ -53,6 +56,7 @@ class ModelReader:
         read = ModelConfig.from_dir(self.path) if config is None else config
         self.left_out: set[str] = set()
         self._said_mixed = False
+        self._leave_out_frequencies(names)
         self.config = self._with_stored_head(read, adapt=config is None)
         depths = self._mtp_depths(adapt=config is None, keep=keep_mtp)
         self.logicals = logical_tensors(dataclasses.replace(self.config, num_nextn_predict_layers=depths))
@@ -124,6 +128,15 @@ class ModelReader:
         self._said_mixed = True
         return "F32"
 
+    def _leave_out_frequencies(self, names: list[str]) -> None:
+        found = [name for name in names if _FREQUENCIES.fullmatch(name)]
+        if found:
+            log.info(
+                f"{self.path}: {len(found)} tensors of rotary frequencies left out, which follow from config.json: "
+                f"{listed(found)}"
+            )
+            self.left_out.update(found)
+
     def _with_stored_head(self, config: ModelConfig, adapt: bool) -> ModelConfig:
         if not config.tie_word_embeddings or HEAD not in self.reader:
             return config
@@ -179,14 +192,29 @@ class ModelReader:
         lines = mismatch_lines({"missing": missing, "unexpected": unexpected, "of another shape": misshapen})
         if not lines:
             return
-        advice = "The weights and the configuration are of different models: compare config.json with its source."
-        if missing and all(is_mtp(name) for name in missing):
-            advice = "These weights have no multi-token prediction: set num_nextn_predict_layers to 0."
-        elif missing == [HEAD]:
-            advice = "If the head of this model is tied to its embeddings, config.json needs tie_word_embeddings true."
-        elif unexpected == [HEAD]:
-            advice = "The head of these weights is not tied to the embeddings: set tie_word_embeddings to false."
+        advice = _advice(missing, unexpected)
         raise CheckpointError("\n".join([f"{self.path}: the tensors do not fit the model.", *lines, advice]))
+
+
+def _advice(missing: list[str], unexpected: list[str]) -> str:
+    """What to do about tensors that do not fit the model."""
+    if missing and all(is_mtp(name) for name in missing):
+        return "These weights have no multi-token prediction: set num_nextn_predict_layers to 0."
+    if missing == [HEAD]:
+        return "If the head of this model is tied to its embeddings, config.json needs tie_word_embeddings true."
+    if unexpected == [HEAD]:
+        return "The head of these weights is not tied to the embeddings: set tie_word_embeddings to false."
+    if missing and not unexpected and all(name.endswith(".e_score_correction_bias") for name in missing):
+        return (
+            "These weights lack the correction biases of the routers, which every mixture of experts has: copy them "
+            "again from their source, or save the model with its buffers."
+        )
+    if any(_FUSED_EXPERTS.fullmatch(name) for name in unexpected):
+        return (
+            "The experts of a layer are fused into one tensor, as transformers has them in memory: save the model "
+            "again with one tensor for each expert (save_pretrained with save_original_format=True, the default)."
+        )
+    return "The weights and the configuration are of different models: compare config.json with its source."
 
 
 def read_config(path: str | Path) -> ModelConfig:
