@@ -249,9 +249,17 @@ def overrides_of(cfg: Config) -> Overrides:
 
 
 def check_lora(cfg: Config, model_config: ModelConfig) -> None:
-    """Raise ConfigError if lora_target_modules or modules_to_save name modules that the model does not have."""
+    """Raise ConfigError if lora_target_modules or modules_to_save name modules that the model does not have, or if
+    lora_rank can only be a mistake.
+    """
     if cfg.fine_tuning == "LoRA" and not cfg.lora_path:
-        lora.choose_slots(our_shapes(model_config), lora_options(cfg), model_config.tie_word_embeddings)
+        _check_adapter(lora_options(cfg), model_config)
+
+
+def _check_adapter(options: lora.LoraOptions, config: ModelConfig) -> None:
+    shapes = our_shapes(config)
+    slots, _ = lora.choose_slots(shapes, options, config.tie_word_embeddings)
+    lora.check_rank(options.rank, slots, shapes)
 
 
 def _recompute_options(cfg: Config) -> RecomputeOptions:
@@ -440,7 +448,7 @@ def prepare_model(model_dir: str | Path, options: ModelOptions, shape: ModelConf
                 f"{options.adapter.path} has. Set sharding: stage2"
             )
     elif options.adapter is not None:
-        lora.choose_slots(our_shapes(model_config), options.adapter, model_config.tie_word_embeddings)
+        _check_adapter(options.adapter, model_config)
     return PreparedModel(path, options, model_config, reader, adapter, read_generation_config(path, model_config))
 
 

@@ -12,7 +12,7 @@ import shutil
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from erniekit.checkpoint.model_dir import checkpoint_dir, list_checkpoints, move_staged, staging_of
+from erniekit.checkpoint.model_dir import checkpoint_dir, how_it_goes_on, list_checkpoints, move_staged, staging_of
 from erniekit.checkpoint.rank_files import RankFiles
 from erniekit.checkpoint.save_job import Save
 from erniekit.parallel.agree import on_first
@@ -36,8 +36,8 @@ def sync_tree(directory: Path) -> None:
 
 @contextlib.contextmanager
 def disk_errors(what: str, where: Path, unharmed: str, command: Callable[[], str]) -> Iterator[None]:
-    """Turn an operating-system error during a write into a message that also says what is still intact. `command`: the
-    command that resumes, as text.
+    """Turn an operating-system error during a write into a message that also says what is still intact (`unharmed`, a
+    sentence with a space, or nothing). `command`: the command that resumes, as text.
     """
     try:
         yield
@@ -54,8 +54,8 @@ def disk_errors(what: str, where: Path, unharmed: str, command: Callable[[], str
         free = shutil.disk_usage(where).free
         hint = f"Free some space ({free / 1e6:,.1f} MB are left)" if full else "Fix this"
         raise CheckpointError(
-            f"{what} could not be written to {where}: {reason}. {unharmed} {hint} and run {command()} again; "
-            "training resumes from the newest checkpoint."
+            f"{what} could not be written to {where}: {reason}. {unharmed}{hint} and run {command()} again; "
+            f"{how_it_goes_on(where)}."
         ) from error
 
 
@@ -132,7 +132,7 @@ class CheckpointManager:
         target = checkpoint_dir(self.output_dir, step)
         temporary = atomic.shared_temporary(target)
         newest = self.newest()
-        unharmed = f"{newest.name} is unharmed." if newest else "There is no earlier checkpoint."
+        unharmed = f"{newest.name} is unharmed. " if newest else ""
 
         def commit() -> None:
             sync_tree(temporary)
@@ -154,9 +154,8 @@ class CheckpointManager:
         """
         self.wait()
         staging = Path(on_first(self.group, lambda: str(staging_of(target))))
-        guard = functools.partial(
-            disk_errors, target.name, self.output_dir, "The checkpoints are unharmed.", self.command
-        )
+        unharmed = "The checkpoints are unharmed. " if self.newest() else ""
+        guard = functools.partial(disk_errors, target.name, self.output_dir, unharmed, self.command)
 
         def commit() -> None:
             if not self.output_dir.is_dir():  # otherwise a directory with the model alone would be created in its place

@@ -74,6 +74,13 @@ def resuming_command(cfg: Config) -> str:
     return f"the same command with {' '.join(words)}" if words and may_hold_some else "the same command"
 
 
+def how_it_goes_on(output_dir: Path) -> str:
+    """Where a training that is started again begins, in a few words."""
+    if list_checkpoints(output_dir):
+        return "it resumes from the newest checkpoint"
+    return "it begins where this run began, since there is no checkpoint yet"
+
+
 def what_is_saved(cfg: Config) -> str:
     """Which checkpoint a training leaves behind, and how to resume from it, in a few words."""
     checkpoints = list_checkpoints(Path(cfg.output_dir or ""))

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from erniekit.checkpoint.dtypes import to_fp32
-from erniekit.checkpoint.mismatch import mismatch_lines
+from erniekit.checkpoint.mismatch import listed, mismatch_lines
 from erniekit.checkpoint.quantised_codecs import Codec
 from erniekit.checkpoint.quantised_read import QuantisedReader, open_weights
 from erniekit.checkpoint.safetensors_header import Plan, TensorInfo
@@ -18,6 +18,9 @@ from erniekit.models.weights import (
     Logical,
     Piece,
     detect_format,
+    is_correction_bias,
+    is_frequency,
+    is_fused_experts,
     is_mtp,
     logical_tensors,
     match_names,
@@ -50,6 +53,7 @@ class ModelReader:
         read = ModelConfig.from_dir(self.path) if config is None else config
         self.left_out: set[str] = set()
         self._said_mixed = False
+        self._leave_out_frequencies(names)
         self.config = self._with_stored_head(read, adapt=config is None)
         depths = self._mtp_depths(adapt=config is None, keep=keep_mtp)
         self.logicals = logical_tensors(dataclasses.replace(self.config, num_nextn_predict_layers=depths))
@@ -121,6 +125,15 @@ class ModelReader:
         self._said_mixed = True
         return "F32"
 
+    def _leave_out_frequencies(self, names: list[str]) -> None:
+        found = [name for name in names if is_frequency(name)]
+        if found:
+            log.info(
+                f"{self.path}: {len(found)} tensors of rotary frequencies left out, which follow from config.json: "
+                f"{listed(found)}"
+            )
+            self.left_out.update(found)
+
     def _with_stored_head(self, config: ModelConfig, adapt: bool) -> ModelConfig:
         if not config.tie_word_embeddings or HEAD not in self.reader:
             return config
@@ -176,14 +189,29 @@ class ModelReader:
         lines = mismatch_lines({"missing": missing, "unexpected": unexpected, "of another shape": misshapen})
         if not lines:
             return
-        advice = "The weights and the configuration are of different models: compare config.json with its source."
-        if missing and all(is_mtp(name) for name in missing):
-            advice = "These weights have no multi-token prediction: set num_nextn_predict_layers to 0."
-        elif missing == [HEAD]:
-            advice = "If the head of this model is tied to its embeddings, config.json needs tie_word_embeddings true."
-        elif unexpected == [HEAD]:
-            advice = "The head of these weights is not tied to the embeddings: set tie_word_embeddings to false."
+        advice = _advice(missing, unexpected)
         raise CheckpointError("\n".join([f"{self.path}: the tensors do not fit the model.", *lines, advice]))
+
+
+def _advice(missing: list[str], unexpected: list[str]) -> str:
+    """What to do about tensors that do not fit the model."""
+    if missing and all(is_mtp(name) for name in missing):
+        return "These weights have no multi-token prediction: set num_nextn_predict_layers to 0."
+    if missing == [HEAD]:
+        return "If the head of this model is tied to its embeddings, config.json needs tie_word_embeddings true."
+    if unexpected == [HEAD]:
+        return "The head of these weights is not tied to the embeddings: set tie_word_embeddings to false."
+    if missing and not unexpected and all(is_correction_bias(name) for name in missing):
+        return (
+            "These weights lack the correction biases of the routers, which every mixture of experts has: copy them "
+            "again from their source, or save the model with its buffers."
+        )
+    if any(is_fused_experts(name) for name in unexpected):
+        return (
+            "The experts of a layer are fused into one tensor, as transformers has them in memory: save the model "
+            "again with one tensor for each expert (save_pretrained with save_original_format=True, the default)."
+        )
+    return "The weights and the configuration are of different models: compare config.json with its source."
 
 
 def read_config(path: str | Path) -> ModelConfig:

@@ -3,7 +3,8 @@
 The kernel reads ahead by itself: asking it to (posix_fadvise) made resuming slower (docs/speed.md).
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -88,6 +89,7 @@ class Reader:
             log.warning(
                 f"{len(unlisted)} tensors are in the shards but not in {index}, and left out: {listed(unlisted)}"
             )
+        _name_repeated(index, weight_map, headers.values())
 
     def keys(self) -> list[str]:
         """The names of all tensors."""
@@ -140,6 +142,16 @@ class Reader:
         if name not in self._entries:
             raise CheckpointError(f"{self.path} holds no tensor {name}.")
         return self._entries[name]
+
+
+def _name_repeated(index: Path, weight_map: Mapping[str, str], headers: Iterable[Mapping[str, Entry]]) -> None:
+    count = Counter(name for header in headers for name in header)
+    repeated = [f"{name} (read from {file})" for name, file in weight_map.items() if count[name] > 1]
+    if repeated:
+        log.once(
+            f"{len(repeated)} tensors are in several shards of {index}, which need not hold the same values; those of "
+            f"the shard that the index names are read: {listed(repeated)}"
+        )
 
 
 def _read_exactly(file: Any, target: memoryview, path: Path) -> None:

@@ -20,7 +20,7 @@ from erniekit.checkpoint.rank_files import RankFiles, number, write_indexes
 from erniekit.parallel.agree import agree, on_first
 from erniekit.parallel.process_group import Group
 from erniekit.utils import atomic, log
-from erniekit.utils.errors import CheckpointError
+from erniekit.utils.errors import CheckpointError, PeerError
 
 MARKER_SECONDS = 1800.0  # the time that the other ranks have to write, once the first rank has written
 _POLL_SECONDS = 0.05
@@ -115,12 +115,15 @@ class Save:
                 else:
                     self._report({"written": written})
         except Exception as error:
-            self._error = error
+            is_of_disk = isinstance(error, (CheckpointError, OSError))
             if first:
+                self._error = error
                 shutil.rmtree(self.temporary, ignore_errors=True)
-            else:
+            elif not is_of_disk or self.temporary.is_dir():
+                self._error = error
                 self._report_failure(error)
-            if isinstance(error, (CheckpointError, OSError)):
+            # else: the first rank failed and removed the directory; `settle` raises its error
+            if is_of_disk:
                 for files in self.rank_files:  # the other ranks still need this one to gather tensors
                     files.drain()
         except BaseException:
@@ -147,7 +150,7 @@ class Save:
                 if marker.exists():
                     content = json.loads(marker.read_text(encoding="utf-8"))
                     if "error" in content:
-                        raise CheckpointError(content["error"])
+                        raise PeerError(content["error"])
                     written[index] = content["written"]
                     marker.unlink()
                     waiting.discard(index)

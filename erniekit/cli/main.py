@@ -16,7 +16,7 @@ from typing import Any
 
 from erniekit.cli.commands import ALIASES, COMMANDS, Command
 from erniekit.utils import heartbeat, runtime, stop_signals, streams
-from erniekit.utils.errors import UserError, disk_is_full
+from erniekit.utils.errors import PeerError, UserError, disk_is_full
 
 EXIT_USER_ERROR, EXIT_USAGE, EXIT_DEFECT, EXIT_BROKEN_PIPE = 1, 2, 70, 141
 # Commands that listen for all signals once they have imported Paddle, which replaces the handlers.
@@ -160,7 +160,7 @@ def _report(name: str, error: Exception) -> int:
         return EXIT_BROKEN_PIPE
     message = _explain(name, error)
     if message is not None:
-        return _fail(f"error: {message}", EXIT_USER_ERROR)
+        return _fail(f"error: {message}", EXIT_USER_ERROR, isinstance(error, PeerError))
     import traceback
 
     trace = "".join(traceback.format_exception(error))
@@ -197,9 +197,9 @@ def _memory_ran_out(error: Exception) -> str | None:
     return f"{reasons[0]:.200}" if reasons else None
 
 
-def _fail(message: str, code: int) -> int:
+def _fail(message: str, code: int, by_peer: bool = False) -> int:
     streams.flush()
-    if not heartbeat.fail(message):
+    if not heartbeat.fail(message, by_peer):
         try:
             print(message, file=sys.stderr, flush=True)
         except OSError:  # standard error is closed; only the exit code is left

@@ -232,7 +232,7 @@ _RUN_RULES = [
 
 _OPTIMIZER_RULES = [
     *SCHEDULE_RULES,
-    Rule("neftune_noise_alpha", lambda c, f: not c.neftune, "neftune is False"),
+    Rule("neftune_noise_alpha", lambda c, f: not c.neftune, "neftune is False; neftune: true switches the noise on"),
     Rule(
         "batch_size_warmup_steps",
         lambda c, f: c.gradient_accumulation_steps == 1,

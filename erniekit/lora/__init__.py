@@ -5,7 +5,7 @@ context with the base model; `merge(model)` adds the adapters to the weights. Th
 erniekit/checkpoint/peft_write.py.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -26,6 +26,7 @@ from erniekit.lora.targets import (
 from erniekit.nn.linear import Linear, Projection
 from erniekit.nn.roles import Role, named_roles
 from erniekit.nn.shard import ShardSpec, shard
+from erniekit.utils import log
 from erniekit.utils.arrays import seeded_generator
 from erniekit.utils.errors import ConfigError
 
@@ -35,6 +36,7 @@ __all__ = [
     "Slot",
     "attach",
     "attach_slots",
+    "check_rank",
     "choose_slots",
     "describe",
     "disabled",
@@ -85,6 +87,7 @@ class LoraState:
     base_fingerprint: str | None = None
 
 
+_ABSURD = 16  # how many times the width of every adapted projection a rank is taken for a mistake
 _STATE = "lora_state"  # the name of a plain attribute of the model
 _Share = Callable[[ShardSpec], tuple[int, int]]
 
@@ -131,6 +134,21 @@ def choose_slots(
     if options.dora:
         _refuse_dora(known, slots)
     return slots, saved
+
+
+def check_rank(rank: int, slots: Iterable[str], shapes: Mapping[str, Sequence[int]]) -> None:
+    """Warn of a rank above the width of every adapted projection (`slots`, of weights of these `shapes`), which PEFT
+    allows and which adds nothing to what the adapters can learn; ConfigError for one that can only be a mistake.
+    """
+    width, name = max(((min(shapes[f"{module}.weight"][-2:]), module) for module in slots), default=(rank, ""))
+    if rank <= width:
+        return
+    text = (
+        f"lora_rank: {rank} is above the width of every projection that is adapted; the widest is {name} with {width}"
+    )
+    if rank > _ABSURD * width:
+        raise ConfigError(f"{text}. Set lora_rank to at most {width}; 8 to 64 are common.")
+    log.once(f"{text}. The ranks above it take memory and add nothing to what can be learnt")
 
 
 def attach_slots(

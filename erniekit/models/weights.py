@@ -29,6 +29,8 @@ HEAD = "lm_head.weight"
 EMBEDDINGS: dict[Format, str] = {"pt": "model.embed_tokens.weight", "paddle": "ernie.embed_tokens.weight"}
 
 
+_FREQUENCIES = re.compile(r"(.+\.)?rotary_(pos_)?emb\.inv_freq")
+_FUSED_EXPERTS = re.compile(r".+\.experts\.(gate_up_proj|up_gate_proj|down_proj)(\.weight)?")
 _PROJECTION = re.compile(r"model\.layers\.\d+\..*\.(qkv|o|up_gate|down)_proj\.weight")
 
 
@@ -317,6 +319,21 @@ def num_parameters(config: ModelConfig) -> int:
 def is_mtp(name: str) -> bool:
     """Whether a tensor belongs to multi-token prediction; transformers ignores these, too."""
     return mtp_depth(name) is not None
+
+
+def is_frequency(name: str) -> bool:
+    """Whether a file's tensor has rotary frequencies, which older tools store and every reader computes."""
+    return _FREQUENCIES.fullmatch(name) is not None
+
+
+def is_correction_bias(name: str) -> bool:
+    """Whether a file's tensor has the correction biases of a router."""
+    return name.endswith(".e_score_correction_bias")
+
+
+def is_fused_experts(name: str) -> bool:
+    """Whether a file's tensor has all experts of a layer in one, as no published file has them."""
+    return _FUSED_EXPERTS.fullmatch(name) is not None
 
 
 def may_be_turned(param: str) -> bool:

@@ -8,20 +8,20 @@ from typing import Any
 
 from erniekit.parallel import comm
 from erniekit.parallel.process_group import Group
-from erniekit.utils.errors import CheckpointError, UserError
+from erniekit.utils.errors import CheckpointError, PeerError, UserError
 
 # A network file system may cache attributes of a directory (NFS: up to 60 s); new files are usually visible sooner.
 _VISIBLE_SECONDS = 10.0
 
 
 def agree(error: Exception | None, group: Group) -> None:
-    """Raise this rank's error, or else a CheckpointError with that of another. All ranks call it."""
+    """Raise this rank's error, or else a PeerError with that of another. All ranks call it."""
     messages = comm.gather_objects(None if error is None else str(error) or type(error).__name__, group)
     if error is not None:
         raise error
     for rank, text in enumerate(messages):
         if text is not None:
-            raise CheckpointError(text if text.startswith("rank ") else f"rank {group.ranks[rank]}: {text}")
+            raise PeerError(text if text.startswith("rank ") else f"rank {group.ranks[rank]}: {text}")
 
 
 @contextmanager

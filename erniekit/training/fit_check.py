@@ -10,6 +10,7 @@ from erniekit.plan.memory import plan_memory
 from erniekit.training.outline import drop_outlines, outline_stage
 from erniekit.utils import log
 from erniekit.utils.host_memory import host_memory
+from erniekit.utils.runtime import local_ranks
 
 
 def warn_if_too_large(cfg: Config, model: ModelConfig, mesh: Mesh) -> None:
@@ -27,7 +28,7 @@ def warn_if_too_large(cfg: Config, model: ModelConfig, mesh: Mesh) -> None:
 def _warn(cfg: Config, model: ModelConfig, mesh: Mesh) -> None:
     device, ranks = paddle.get_device(), mesh.world
     if device == "cpu":
-        gpu, capacity = CPU, host_memory() / ranks
+        gpu, capacity = CPU, host_memory() / local_ranks(ranks)
     else:
         properties = paddle.device.cuda.get_device_properties(device)
         gpu, capacity = properties.name, float(properties.total_memory)

@@ -26,6 +26,10 @@ class CheckpointError(UserError):
     """A model directory, a weight file or a training checkpoint is wrong."""
 
 
+class PeerError(CheckpointError):
+    """An error that another rank met, as this rank heard of it."""
+
+
 class EvaluationError(UserError):
     """An evaluation cannot compute its metrics."""
 

@@ -144,13 +144,15 @@ def phase(name: str) -> Iterator[None]:
     _worker.since, _worker.phase = time.monotonic(), before
 
 
-def fail(text: str) -> bool:
-    """Pass the error to the agent, which shows it if it is the first of the job. Returns True if this process should
-    not print it too, since on the terminal it would hide the first error.
+def fail(text: str, by_peer: bool = False) -> bool:
+    """Pass the error to the agent, which shows it if it is the first of the job. `by_peer`: another rank met it first,
+    as it also did if this one waits for others. Returns True if this process should not print it too, since on the
+    terminal it would hide the first error.
     """
     if _worker is None:
         return False
-    record = {"time": time.monotonic(), "text": text, "by_peer": _worker.waiting is not None, "step": _worker.step}
+    blamed = by_peer or _worker.waiting is not None
+    record = {"time": time.monotonic(), "text": text, "by_peer": blamed, "step": _worker.step}
     _write(_worker.memory, record, _ERROR_AT)
     return _worker.streams
 

@@ -229,6 +229,12 @@ def device_name() -> str:
     return f"{model or 'CPU'}, {threads} thread{'s' if threads > 1 else ''}"
 
 
+def local_ranks(world: int) -> int:
+    """How many of a job's `world` processes run on this host; all of them where the launcher does not say."""
+    text = os.environ.get("PADDLE_LOCAL_SIZE", "")
+    return min(int(text), world) if text.isascii() and text.isdigit() and int(text) else world
+
+
 # Variables in which other launchers give the number of processes; nothing here reads them.
 _OTHER_LAUNCHERS = (
     "NPROC_PER_NODE GPUS_PER_NODE WORLD_SIZE LOCAL_WORLD_SIZE RANK LOCAL_RANK NODE_RANK FORCE_TORCHRUN "

@@ -41,9 +41,9 @@ def vision_directory(directory: Path, min_pixels: int = 56 * 56, max_pixels: int
     for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"):
         shutil.copyfile(DEMO_MODEL / name, directory / name)
     size = {"shortest_edge": min_pixels, "longest_edge": max_pixels}
-    for name in ("preprocessor_config.json", "video_preprocessor_config.json"):
-        values = {"size": size, "min_frames": 2, "max_frames": 8}
-        (directory / name).write_text(json.dumps(values), "utf-8")
+    frames = {"min_frames": 2, "max_frames": 8}
+    for name, values in (("preprocessor_config.json", {}), ("video_preprocessor_config.json", frames)):
+        (directory / name).write_text(json.dumps({"size": size, **values}), "utf-8")
     return directory
 
 

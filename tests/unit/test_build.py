@@ -189,6 +189,7 @@ def test_without_a_mistake_the_weights_are_read(workspace: Path, unreadable: Non
         ("train", {"recompute": True, "no_recompute_layers": "first"}, "no_recompute_layers"),
         ("train", {"recompute": True, "recompute_granularity": "moe"}, "recompute_granularity: moe"),
         ("train", LORA | {"lora_target_modules": "q_porj"}, "did you mean q_proj"),
+        ("train", LORA | {"lora_rank": 100000}, "lora_rank: 100000 is above the width"),
         ("train", LORA | {"modules_to_save": "head"}, "modules_to_save: head"),
         ("train", LORA | {"lora_path": "adapter_of_wider"}, "adapter_of_wider"),
         ("train", LORA | {"lora_path": "nowhere"}, "nowhere"),

@@ -31,6 +31,8 @@ from erniekit.models.pipeline_layout import check_layout, chunks_to_use, layout_
 from erniekit.models.weights import num_parameters
 from erniekit.parallel.mesh import ParallelDims
 
+_COMMON_RANKS = 128  # up to this one a rank is not compared with the model, which takes seconds
+
 
 @dataclass
 class ModelFacts:
@@ -161,7 +163,8 @@ def _layout(section: Section, cfg: Config, facts: ModelFacts) -> None:
             section.add("ok", f"{processes}; whether the degrees divide the model is not known yet")
             return
         check_layout(cfg, facts.degrees, facts.model_config)
-        if cfg.lora_target_modules or cfg.modules_to_save or cfg.freeze_config or cfg.frozen_parameters:
+        wide = cfg.fine_tuning == "LoRA" and cfg.lora_rank > _COMMON_RANKS
+        if wide or cfg.lora_target_modules or cfg.modules_to_save or cfg.freeze_config or cfg.frozen_parameters:
             _named_modules(section, cfg, facts.model_config)
         if facts.degrees.world == 1:
             number = cfg.num_microbatches(data_ranks=1)
@@ -183,14 +186,14 @@ def _layout_to_use(section: Section, cfg: Config, facts: ModelFacts, command: st
 
 
 def _named_modules(section: Section, cfg: Config, model_config: ModelConfig) -> None:
-    """Checks that the model has the modules that are to be adapted, and the parameters that are to be frozen."""
+    """Checks that the model has the modules that are to be adapted or frozen, and no too large rank."""
     try:  # imports Paddle, which takes seconds
         from erniekit.build import check_lora
         from erniekit.training.freezing import check_frozen
     except ModuleNotFoundError as error:
         if error.name != "paddle":
             raise
-        names = "lora_target_modules, modules_to_save, freeze_config, frozen_parameters"
+        names = "lora_rank, lora_target_modules, modules_to_save, freeze_config, frozen_parameters"
         section.add("note", f"{names}: not compared with the model: PaddlePaddle is not installed here")
         return
     check_lora(cfg, model_config)

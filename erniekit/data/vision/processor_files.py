@@ -31,6 +31,23 @@ _RATE_OF_FRAMES = 24.0  # what transformers assumes of frames that come without 
 _MAX_SIDE = 1024
 _EDGES = ("shortest_edge", "longest_edge")  # of transformers' `size`: areas in pixels, whatever the names say
 _AREAS = ("min_pixels", "max_pixels")  # of the `size` that Baidu's own processor saves, beside the same two keys
+_CHOICE = ("fps", "min_frames", "max_frames", "target_frames", "frames_sample")
+_OF_BOTH = frozenset(
+    "do_resize do_rescale do_normalize do_convert_rgb resample rescale_factor do_center_crop do_pad size "
+    "do_sample_frames merge_size patch_size image_mean image_std draw_on_frames".split()
+)
+# Of the published files and of those that transformers saves: names of classes, and what changes no pixel here. A size
+# to crop or to pad to has no effect beside do_center_crop and do_pad, which must be false.
+_HARMLESS = frozenset(
+    "image_processor_type video_processor_type feature_extractor_type processor_class auto_map transformers_version "
+    "crop_size pad_size default_to_square data_format input_data_format device return_tensors disable_grouping "
+    "return_metadata video_metadata image_seq_length font temporal_patch_size _valid_processor_keys".split()
+)
+_READ_OF_IMAGES = _OF_BOTH.union(
+    _AREAS, (f"video_{key}" for key in (*_AREAS, *_CHOICE)), ("spatial_conv_size", "temporal_conv_size")
+)
+_READ_OF_VIDEOS = _OF_BOTH.union(_AREAS, _CHOICE)
+_READ_OF_PROCESSOR = frozenset(("image_processor", "video_processor", "chat_template"))
 SERVING_CHOICE = FrameOptions(max_frames=180, sample="leading", assumed_rate=_RATE_OF_FRAMES)
 
 
@@ -62,6 +79,8 @@ def read_settings(directory: Path, model: Patching | None = None) -> ProcessorSe
             )
     for file in (image, video):
         _require_own_way(file)
+    for file, own in ((outer, _READ_OF_PROCESSOR), (image, _READ_OF_IMAGES), (video, _READ_OF_VIDEOS)):
+        _name_ignored(file, own)
     settings = ProcessorSettings()
     merge = image.get_int("merge_size", image.get_int("spatial_conv_size", PUBLISHED.spatial_merge, 1, 8), 1, 8)
     patching = Patching(image.get_int("patch_size", PUBLISHED.patch, 1, _MAX_SIDE), merge)
@@ -97,6 +116,15 @@ def _require_own_way(file: JsonObject) -> None:
         raise _not_supported(file, "size", f"it has {', '.join(unknown)}, and {' and '.join(_EDGES)} are the bounds")
     if not file.get_bool("do_sample_frames", True):
         log.once(f"{file.where}: do_sample_frames: false is not used: frames are chosen by the keys of the run")
+
+
+def _name_ignored(file: JsonObject, own: frozenset[str]) -> None:
+    """Say which keys that have a value are not read: an option of another model's processor, or a misspelt one."""
+    known = own | _HARMLESS
+    ignored = sorted(key for key, value in file.values.items() if value is not None and key not in known)
+    if ignored:
+        shown = ", ".join(ignored[:8]) + (f" and {len(ignored) - 8} more" if len(ignored) > 8 else "")
+        log.once(f"{file.where}: not read, so without effect: {shown}. Compare it with the file of the model's source")
 
 
 def _not_supported(file: JsonObject, key: str, reason: str) -> CheckpointError:

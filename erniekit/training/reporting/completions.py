@@ -10,7 +10,7 @@ from typing import Any, TextIO
 
 import numpy as np
 
-from erniekit.checkpoint.model_dir import resuming_command
+from erniekit.checkpoint.model_dir import how_it_goes_on, resuming_command
 from erniekit.training.reporting.base import Callback, RunInfo, StepMetrics
 from erniekit.training.reporting.metrics_file import FILE_NAME as METRICS_FILE
 from erniekit.training.reporting.metrics_file import read_metrics, read_records
@@ -86,7 +86,7 @@ class CompletionLog(Callback):
         except OSError as error:
             raise TrainError(
                 f"{path}: cannot be written ({error.strerror}). Make room, or set log_completions: false, then run "
-                f"{self._command()} again: it resumes from the newest checkpoint."
+                f"{self._command()} again: {how_it_goes_on(path.parent)}."
             ) from error
 
     def _draw(self) -> None:

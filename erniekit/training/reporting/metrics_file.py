@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TextIO
 
-from erniekit.checkpoint.model_dir import resuming_command
+from erniekit.checkpoint.model_dir import how_it_goes_on, resuming_command
 from erniekit.training.reporting.base import Callback, RunInfo, StepMetrics
 from erniekit.utils import atomic, log
 from erniekit.utils.errors import TrainError
@@ -155,5 +155,5 @@ class MetricsFile(Callback):
     def _failure(self, error: OSError) -> TrainError:
         return TrainError(
             f"{self._path}: cannot be written ({error.strerror}). Make room or give another output_dir, then run "
-            f"{self._command()} again: it resumes from the newest checkpoint."
+            f"{self._command()} again: {how_it_goes_on(self._path.parent)}."
         )

@@ -78,6 +78,23 @@ def test_a_full_disk_leaves_the_earlier_checkpoint_and_one_clear_message(tmp_pat
     assert (tmp_path / "checkpoint-1" / "weights").read_text() == "good"
 
 
+def test_a_failed_save_says_where_the_run_goes_on(tmp_path):
+    """The first one has nothing to resume from; a later one, and a final model, have."""
+
+    def full(directory):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    manager = CheckpointManager(tmp_path, None)
+    for save in (lambda: manager.save(1, full), lambda: manager.save_into(tmp_path / "final", full, [])):
+        with pytest.raises(CheckpointError, match=r"where this run began, since there is no checkpoint yet") as error:
+            save()
+        assert "unharmed" not in str(error.value) and "newest" not in str(error.value)
+    manager.save(1, writer("good"))
+    for save in (lambda: manager.save(2, full), lambda: manager.save_into(tmp_path / "final", full, [])):
+        with pytest.raises(CheckpointError, match=r"unharmed\. .* again; it resumes from the newest checkpoint\."):
+            save()
+
+
 def test_an_old_checkpoint_that_cannot_be_deleted_does_not_end_the_run(tmp_path, monkeypatch, capfd):
     """As on a network file system while another process has one of its files open."""
 

@@ -181,6 +181,38 @@ def test_an_untied_model_needs_its_head(tmp_path):
         load_model(directory)
 
 
+@pytest.mark.parametrize("to_paddle", [False, True])
+def test_stored_rotary_frequencies_are_left_out_with_a_line(tmp_path, monkeypatch, to_paddle):
+    def change(tensors):
+        layers = "ernie.layers" if to_paddle else "model.layers"
+        tensors[f"{layers}.0.self_attn.rotary_emb.inv_freq"] = np.ones(4, np.float32)
+        tensors["rotary_emb.inv_freq"] = np.ones(4, np.float32)
+
+    lines = said(monkeypatch)
+    directory, _ = checkpoint(tmp_path, "dense_untied", change, to_paddle=to_paddle)
+    load_model(directory)
+    assert len(lines) == 1 and "2 tensors of rotary frequencies left out" in lines[0]
+
+
+def test_the_advice_about_correction_biases_and_fused_experts(tmp_path):
+    def without_biases(tensors):
+        for name in [name for name in tensors if "correction_bias" in name]:
+            del tensors[name]
+
+    def fused(tensors):
+        for name in [name for name in tensors if ".experts." in name]:
+            layer, _, rest = name.partition(".experts.")
+            if rest.endswith("down_proj.weight"):
+                tensors[f"{layer}.experts.down_proj"] = tensors[name][None]
+            del tensors[name]
+
+    for number, (change, advice) in enumerate(((without_biases, "correction biases of"), (fused, "fused into one"))):
+        directory, _ = checkpoint(tmp_path / str(number), "moe_untied", change)
+        with pytest.raises(CheckpointError, match=advice) as error:
+            load_model(directory)
+        assert "different models" not in str(error.value)
+
+
 def test_mtp_is_left_out_or_missing_with_a_line(tmp_path, monkeypatch):
     lines = said(monkeypatch)
     directory, _ = checkpoint(tmp_path / "a", "moe_mtp", config={"num_nextn_predict_layers": 0})

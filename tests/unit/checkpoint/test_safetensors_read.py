@@ -154,3 +154,16 @@ def test_tensors_that_the_index_leaves_out_are_counted(tmp_path, capfd):
         patch.setattr(safetensors_read.log, "warning", said.append)
         assert sorted(Reader(tmp_path).keys()) == ["a", "b", "c"]
     assert len(said) == 1 and "1 tensors" in said[0] and "d" in said[0]
+
+
+def test_a_tensor_in_two_shards_is_named_with_the_shard_that_is_read(tmp_path, capfd):
+    shards = {}
+    for number, tensors in ((1, {"a": 1, "b": 2}), (2, {"b": 3, "c": 4})):
+        name = f"model-{number:05}-of-00002.safetensors"
+        write(tmp_path / "one", {key: ("F32", np.full(2, value, np.float32)) for key, value in tensors.items()})
+        (tmp_path / "one" / SINGLE_FILE).rename(tmp_path / name)
+        shards |= dict.fromkeys(tensors, name)
+    (tmp_path / INDEX_FILE).write_text(json.dumps({"weight_map": shards}))
+    assert Reader(tmp_path).read("b").tolist() == [3, 3]
+    said = capfd.readouterr().err
+    assert "1 tensors are in several shards" in said and "b (read from model-00002-of-00002.safetensors)" in said

@@ -2,6 +2,7 @@
 
 import errno
 import json
+import shutil
 import threading
 from contextlib import nullcontext
 
@@ -14,7 +15,7 @@ from erniekit.checkpoint.rank_files import RankFiles
 from erniekit.checkpoint.safetensors_read import Reader
 from erniekit.parallel import agree
 from erniekit.parallel.process_group import Group
-from erniekit.utils.errors import CheckpointError
+from erniekit.utils.errors import CheckpointError, PeerError
 
 
 def weight_files(values, gate=None, directory=""):
@@ -141,6 +142,24 @@ def test_an_error_of_another_rank_is_raised_with_its_message(tmp_path, first_of_
     monkeypatch.setattr(save_job, "number", number)
     with pytest.raises(CheckpointError, match="rank 1: the disk is full"):
         save(tmp_path, first_of_two, limit=30).run()
+
+
+def test_a_rank_whose_directory_the_first_one_removed_tells_the_first_one_s_error(tmp_path, monkeypatch):
+    """Not that a file of its own is missing: the first rank's disk was full."""
+    other = Group((0, 1), 1)
+    monkeypatch.setattr(agree.comm, "gather_objects", lambda value, group: ["the disk is full", value])
+    monkeypatch.setattr(save_job, "on_first", lambda group, act: None)
+    monkeypatch.setattr(save_job, "number", lambda files, group: None)
+    job = save(tmp_path, other)
+    [mine] = job.rank_files
+
+    def encode(name, array):  # the first rank fails while this one writes
+        shutil.rmtree(job.temporary)
+        return [(name, array)]
+
+    mine.encode = encode
+    with pytest.raises(PeerError, match=r"^rank 0: the disk is full"):
+        job.run()
 
 
 def test_a_directory_that_is_not_shared_is_refused(tmp_path, monkeypatch):

@@ -384,6 +384,12 @@ def test_a_default_that_the_user_gave_is_named():
     assert "num_train_epochs" not in named("train", {"max_steps": 3})
 
 
+def test_the_strength_of_the_noise_says_what_switches_it_on():
+    """In LLaMA-Factory the strength alone does."""
+    [note] = configuration("train", {"neftune_noise_alpha": 5})[0].notes
+    assert note == "neftune_noise_alpha: no effect: neftune is False; neftune: true switches the noise on"
+
+
 def test_another_name_of_a_key_is_named_by_the_key():
     assert "lora_rank" in named("train", {"lora_r": 4})
 

@@ -12,6 +12,7 @@ from erniekit import lora
 from erniekit.lora.layers import LinearAdapter, Slot
 from erniekit.nn.linear import Linear
 from erniekit.nn.norm import RMSNorm
+from erniekit.utils import log
 from erniekit.utils.errors import ConfigError
 
 IDS = np.arange(20).reshape(2, 10) * 3 % 61
@@ -39,6 +40,20 @@ def test_a_new_adapter_changes_nothing_and_trains_alone(kind: str) -> None:
     gradients = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
     assert gradients.keys() == set(trained)
     assert all((largest(gradient.numpy()) == 0) == (".A" in name) for name, gradient in gradients.items())
+
+
+def test_a_rank_above_every_width_is_a_warning_and_an_absurd_one_an_error() -> None:
+    shapes = {"a.q_proj.weight": (32, 16), "a.experts.down_proj.weight": (8, 24, 48), "lm_head.weight": (32, 999)}
+    slots = ["a.q_proj", "a.experts.down_proj"]
+    with log.captured() as lines:
+        lora.check_rank(24, slots, shapes)
+    assert lines == []
+    with log.captured() as lines:
+        lora.check_rank(25, slots, shapes)
+    [(is_warning, text)] = lines
+    assert is_warning and "lora_rank: 25 is above the width" in text and "a.experts.down_proj with 24" in text
+    with pytest.raises(ConfigError, match=r"lora_rank: 1000000 .* Set lora_rank to at most 24"):
+        lora.check_rank(1_000_000, slots, shapes)
 
 
 def test_start_depends_on_seed_and_name_alone() -> None:

@@ -7,7 +7,7 @@ from support.tiny_directories import model_directory
 
 from erniekit import config
 from erniekit.models.config import ModelConfig
-from erniekit.parallel.mesh import Mesh
+from erniekit.parallel.mesh import Mesh, ParallelDims
 from erniekit.training import fit_check
 from erniekit.utils import log
 
@@ -27,3 +27,17 @@ def test_a_run_that_does_not_fit_is_announced(
     assert bool(found) is warns
     if warns:
         assert "this run may not fit" in found[0] and "it would fit with " in found[0]
+
+
+@pytest.mark.parametrize(("local", "warns"), [("2", False), ("4", True), ("", True)])
+def test_a_host_s_memory_is_divided_by_its_own_ranks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, local: str, warns: bool
+):
+    directory = model_directory(tmp_path / "model", weights=False)
+    words = [f"model_name_or_path={directory}", f"output_dir={tmp_path}", "train_dataset_path=x.jsonl"]
+    cfg = config.load(None, [*words, "max_seq_len=512", "batch_size=2", "compute_type=fp32"], "train")
+    monkeypatch.setattr(fit_check, "host_memory", lambda: 70 * 10**6)
+    monkeypatch.setenv("PADDLE_LOCAL_SIZE", local)
+    with log.captured() as lines:
+        fit_check.warn_if_too_large(cfg, ModelConfig.from_dir(directory), Mesh.outline(ParallelDims(data=4), 0))
+    assert any(is_warning for is_warning, _ in lines) is warns

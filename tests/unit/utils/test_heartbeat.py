@@ -79,6 +79,21 @@ def test_an_error_while_waiting_blames_a_peer(beat, waiting):
     assert (error["text"], error["by_peer"], error["step"]) == ("text", waiting, 2)
 
 
+def test_an_error_that_another_rank_told_blames_that_rank(beat):
+    """The command line passes errors of other ranks on as such: the headline names the rank that met it first."""
+    told = (
+        "from erniekit.cli import main\nfrom erniekit.parallel import agree\n"
+        "from erniekit.parallel.process_group import Group\n"
+        "agree.comm.gather_objects = lambda value, group: ['the disk is full', value]\n"
+        "try:\n    agree.agree({own}, Group((0, 1), 1))\nexcept Exception as error:\n"
+        "    main._report('train', error)\n"
+    )
+    _, error = beat("heartbeat.step(2)\n" + told.format(own="None"))
+    assert error is not None and error["by_peer"] and error["text"] == "error: rank 0: the disk is full"
+    _, error = beat("heartbeat.step(2)\n" + told.format(own="agree.CheckpointError('mine')"))
+    assert error is not None and not error["by_peer"]
+
+
 def test_only_the_rank_that_streams_leaves_its_words_to_the_agent(beat):
     beat("assert heartbeat.fail('text') is False\n")
     beat("heartbeat._worker.streams = True\nassert heartbeat.fail('text') is True\n")

@@ -12,6 +12,7 @@ from support.pictures import blocks, encoded, processor_messages, vision_directo
 from erniekit.data.vision.processor import load_processor
 from erniekit.data.vision.processor_files import FILES, ProcessorSettings, read_settings, write_settings
 from erniekit.data.vision.smart_resize import PUBLISHED, PixelLimits
+from erniekit.utils import log
 from erniekit.utils.errors import CheckpointError, ConfigError, DataError
 
 FIXTURE = Path(__file__).parents[3] / "parity" / "fixtures" / "vl_processor.npz"
@@ -196,6 +197,37 @@ def test_settings_by_which_other_pixels_would_come_are_refused(tmp_path, name, v
     (tmp_path / name).write_text(json.dumps(values))
     with pytest.raises(CheckpointError, match=f"{name}: {message}"):
         read_settings(tmp_path)
+
+
+def test_keys_that_are_not_read_are_named_and_those_of_published_files_are_not(tmp_path):
+    published = {
+        "image_processor_type": "Ernie_45T_VLImageProcessor",
+        "processor_class": "Ernie_45T_VLProcessor",
+        "auto_map": {"AutoProcessor": "processing_ernie4_5_vl.Ernie4_5_VLProcessor"},
+        "do_convert_rgb": True,
+        "crop_size": None,
+        "default_to_square": False,
+        "data_format": "channels_first",
+        "temporal_patch_size": 1,
+        "num_frames": None,
+    }
+    files = {name: tmp_path / name for name in ("preprocessor_config.json", "video_preprocessor_config.json")}
+    write_settings(tmp_path, ProcessorSettings())
+    for path in files.values():
+        added = {
+            key: value for key, value in published.items() if not key.startswith("video_") or "video" not in path.name
+        }
+        path.write_text(json.dumps(json.loads(path.read_text("utf-8")) | added | {"temporal_patch_size": 2}), "utf-8")
+    with log.captured() as lines:
+        read_settings(tmp_path)
+    assert lines == []
+    files["preprocessor_config.json"].write_text(json.dumps(published | {"max_pixel": 784, "fps": 1}), "utf-8")
+    files["video_preprocessor_config.json"].write_text(json.dumps({"num_frames": 8, "total_pixels": 9}), "utf-8")
+    with log.captured() as lines:
+        read_settings(tmp_path)
+    first, second = (text for _, text in lines)
+    assert "/preprocessor_config.json: not read, so without effect: fps, max_pixel." in first
+    assert "/video_preprocessor_config.json: not read, so without effect: num_frames, total_pixels." in second
 
 
 def test_a_text_model_has_no_processor(tmp_path, directory):
