@@ -20,7 +20,8 @@ def choose_next(scores_BV: paddle.Tensor | None, rows: Sequence[Generation], mes
     """Choose the next token of each of `rows`, whose scores [B, V] the choosing rank gives, and append it to its answer
     on every rank.
 
-    Raises CheckpointError for scores that are not finite: any token chosen from them would be noise.
+    Any token chosen from scores that are not finite would be noise: they end a row that fails alone (Request) with an
+    error, and for another row CheckpointError is raised. The token of a row that has failed is 0 in the result.
     """
     heartbeat.waiting(None)
     width = max((row.request.num_scores for row in rows if row.request.num_scores is not None), default=-1)
@@ -30,22 +31,40 @@ def choose_next(scores_BV: paddle.Tensor | None, rows: Sequence[Generation], mes
         scores = scores_on_host(scores_BV)
         if np.isfinite(scores.sum()):
             _fill(table, scores, rows)
+        elif len(finite := np.flatnonzero(np.isfinite(scores.sum(axis=-1)))):
+            part = table[finite]
+            _fill(part, scores[finite], [rows[place] for place in finite])
+            table[finite] = part
     table = from_chooser(table, mesh)
+    failed = table[:, 0] == _NOT_FINITE
+    if failed.any():
+        _fail([rows[place] for place in np.flatnonzero(failed)])
+        table[failed] = 0
     tokens = table[:, 0].tolist()
-    if _NOT_FINITE in tokens:
-        raise CheckpointError(
-            "the model gives scores that are not finite, so its weights are not, or are too large. "
-            "Use an earlier checkpoint."
-        )
     if width < 0:
         for row, token in zip(rows, tokens, strict=True):
-            row.append(token)
+            if not row.error:
+                row.append(token)
         return tokens
     logprobs = table[:, 1].copy().view(np.float64).tolist()
     for row, token, logprob, line in zip(rows, tokens, logprobs, table, strict=True):
+        if row.error:
+            continue
         count = row.request.num_scores
         row.append(token, None if count is None else TokenScore(logprob, _likeliest(line, count) if count else ()))
     return tokens
+
+
+def _fail(rows: Sequence[Generation]) -> None:
+    """End rows whose scores are not finite."""
+    problem = "the model gives scores that are not finite, so its weights are not, or are too large"
+    if not all(row.request.fails_alone for row in rows):
+        raise CheckpointError(f"{problem}. Use an earlier checkpoint.")
+    for row in rows:
+        row.fail(
+            f"{problem}, or this prompt goes beyond the range of compute_type. Use compute_type: fp32, or an earlier "
+            "checkpoint."
+        )
 
 
 def scores_on_host(scores_BV: paddle.Tensor) -> np.ndarray:

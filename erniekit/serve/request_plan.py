@@ -73,6 +73,7 @@ def plan(
         for number in range(n):
             draw = row * n + number
             request = Request(_ids(prompt), limits, sampling, draw, num_scores=num_scores, adapter=adapter, owner=owner)
+            request = replace(request, fails_alone=True)
             if isinstance(prompt, PicturePrompt):
                 request = replace(request, picture_prompt=prompt, open_pictures=_Tables(prompt))
             if grammar is not None:

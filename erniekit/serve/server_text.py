@@ -139,7 +139,7 @@ class AnswerReader:
         if self._stops.found:
             self._end("stop", self._stops.found)
         elif event.stop:
-            self._end("stop" if event.stop == "stop" else "length", event.stop_id)
+            self._end(event.stop if event.stop in ("stop", "error") else "length", event.stop_id)
         return pieces
 
     def _end(self, reason: str, why: str | int | None) -> None:

@@ -313,3 +313,20 @@ def test_half_a_character_at_the_end_is_shown_once(model: ChatModel):
         pieces = [piece for event in events for piece in reader.push(event)]
         assert set("".join(piece.text for piece in pieces)) == set(shown) and reader.num_tokens == count
         assert reader.finish_reason == "length"
+
+
+def test_scores_that_are_not_finite_end_one_request_and_no_other(tmp_path: Path):
+    model_dir = model_directory(tmp_path / "m", tie_word_embeddings=False)
+    model = opened(model_dir)
+    weight, bad = model.model.model.embed_tokens.weight, model.tokenizer.encode("x")[0]
+    values = weight.numpy()
+    values[bad] = np.nan
+    weight.set_value(values)
+    with client(model_dir, model) as server:
+        before = server.complete(prompt="25加16", stop_token_ids=[bad])
+        for more in ({}, {"stream": True}, {"n": 2}):
+            error = server.bad(COMPLETIONS, 500, prompt=[bad], **more)
+            assert error["code"] == "answer_failed" and "not finite" in error["message"]
+        assert server.http.get("/health").status_code == 200
+        after = server.complete(prompt="25加16", stop_token_ids=[bad])
+        assert after["choices"][0]["text"] == before["choices"][0]["text"]
