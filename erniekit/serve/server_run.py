@@ -119,7 +119,7 @@ def _require_answer(answer: Answering, end: Event) -> None:
     if end.stop in ("error", "cancelled"):
         raise ApiError(500, end.error or "the server is closing.", code="engine_failed", repeats=False)
     if problem := grammar_error(answer.request):
-        raise ApiError(500, f"the answer cannot follow its grammar further: {problem}", code="grammar_failed")
+        raise ApiError(500, problem, code="grammar_failed")
 
 
 class Chunks(Protocol):
