@@ -10,7 +10,8 @@ from erniekit.config.methods import METHODS, Records
 from erniekit.config.pointless_rl import has_reference
 from erniekit.config.read import Entry
 from erniekit.config.schema import Config
-from erniekit.config.schema_curriculum import curriculum_problems
+from erniekit.config.schema_curriculum import CurriculumArgs, curriculum_problems
+from erniekit.config.schema_rewards import reward_names
 from erniekit.config.schema_rl import PRESETS
 from erniekit.config.schema_rollout_server import server_problems
 from erniekit.config.schema_rollout_tools import tool_problems
@@ -81,6 +82,12 @@ def problems(cfg: Config) -> Iterator[str]:
     yield from _reference(cfg)
     yield from server_problems(cfg)
     yield from tool_problems(cfg, cfg.method.vision, cfg.num_iterations * cfg.steps_per_generation)
+    names = reward_names(cfg.reward_funcs)
+    if cfg.difficulty_metric not in (*names, CurriculumArgs.difficulty_metric):
+        yield (
+            f"difficulty_metric: {cfg.difficulty_metric}: none of reward_funcs has this name. Choose from "
+            f"{', '.join(names)}, or leave it out"
+        )
     yield from curriculum_problems(
         cfg, len(cfg.train_dataset_path), cfg.num_iterations * cfg.steps_per_generation, cfg.max_steps
     )
