@@ -15,6 +15,7 @@ from erniekit.config.schema_rewards import reward_names
 from erniekit.config.schema_rl import PRESETS
 from erniekit.config.schema_rollout_server import server_problems
 from erniekit.config.schema_rollout_tools import tool_problems
+from erniekit.config.schema_use import LEAST_LEARNED_TEMPERATURE
 from erniekit.config.values import plain
 
 # Names of TRL's GRPOConfig for keys that have another name here, because theirs belongs to another method or is new.
@@ -96,6 +97,11 @@ def problems(cfg: Config) -> Iterator[str]:
 def _numbers(cfg: Config) -> Iterator[str]:
     if cfg.temperature == 0:
         yield "temperature: 0 gives the same completion every time, and nothing to compare. Use 1.0"
+    elif cfg.temperature < LEAST_LEARNED_TEMPERATURE:
+        yield (
+            f"temperature: {cfg.temperature:g} is below {LEAST_LEARNED_TEMPERATURE:g}: it divides the logits, which "
+            "then leave fp32, and completions hardly differ. Use 1.0"
+        )
     if cfg.rollout_batch_size % cfg.steps_per_generation:
         working = [n for n in range(1, cfg.rollout_batch_size + 1) if cfg.rollout_batch_size % n == 0]
         yield (

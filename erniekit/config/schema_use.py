@@ -12,6 +12,9 @@ CHAT_TOOLS = ("image_zoom_in_tool", "image_search")
 BENCHMARKS = ("mmlu", "ceval", "cmmlu")
 
 
+LEAST_LEARNED_TEMPERATURE = 1e-3  # of logits that training divides by it; far smaller ones leave fp32
+
+
 @dataclass(frozen=True, kw_only=True)
 class GenerateArgs:
     """Sampling, for chat and for evaluation with generation."""
