@@ -126,7 +126,7 @@ class LLM:
                 values = params.fields() | {"model": lora_request}
                 grammar = compiled_guide(values, self._served)
                 wanted = plan(values, [ids], self._served, params.logprobs, "prompt", grammar)
-                how = reading(params.fields(), self._served, opened=False, has_thoughts=False, has_calls=False)
+                how = reading(values, self._served, grammar, opened=False, has_thoughts=False, has_calls=False)
             plans.append((wanted, how, text))
         scores = [params.prompt_logprobs for params in _params_list(sampling_params, len(items))]
         return self._run(plans, scores, use_tqdm)

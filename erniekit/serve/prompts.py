@@ -98,5 +98,5 @@ def chat_prompt(values: dict[str, Any], served: ServedModel, is_local: bool = Fa
     ids = prompt.ids if isinstance(prompt, PicturePrompt) else prompt
     opened = opens_thought(served.chat_model.tokenizer.decode(ids[-TAIL:]))
     grammar = compiled_guide(values, served, tools, opened)
-    how = reading(values, served, opened=opened, has_thoughts=True, has_calls=tools is not None)
+    how = reading(values, served, grammar, opened=opened, has_thoughts=True, has_calls=tools is not None)
     return ChatPrompt(prompt, how, grammar)

@@ -176,6 +176,19 @@ def test_limits_are_honoured(server: Asking, model: ChatModel):
     assert server.chat(stop_token_ids=list(range(300)), min_tokens=4)["usage"]["completion_tokens"] >= 4
 
 
+@pytest.mark.parametrize("of_yaml", [False, True], ids=["request", "yaml"])
+def test_a_stop_text_within_the_first_min_tokens_ends_nothing(
+    model_dir: Path, model: ChatModel, of_yaml: bool, monkeypatch: pytest.MonkeyPatch
+):
+    assert len(model.tokenizer.encode("axbxc")) == 5
+    for least, text in ((0, "a"), (1, "a"), (2, "axb"), (3, "axb"), (4, "axbxc")):
+        with client(model_dir, model, min_tokens=least if of_yaml else 4) as server:
+            fields = {"stop": "x"} | ({} if of_yaml else {"min_tokens": least})
+            with rigged(monkeypatch, server.served, "axbxc"):
+                assert server.complete(**fields)["choices"][0]["text"] == text
+                assert server.chat(**fields)["choices"][0]["message"]["content"] == text
+
+
 def test_odd_settings_of_one_request_do_not_end_the_engine(server: Asking):
     greedy = server.complete(temperature=0)["choices"][0]["text"]
     for temperature in (1e-38, 1e-50):
