@@ -43,12 +43,14 @@ _BEGINNINGS = (b"\x89PNG\r\n", b"\xff\xd8\xff", b"RIFF", b"BM")  # of the files 
 
 class Messages:
     """Reads the messages of one request. `notes` collects what was decided about its pictures. `is_local`: they are of
-    this process itself, which may name files and give pictures in memory.
+    this process itself, which may name files and give pictures in memory. `places`: the field that each picture or
+    video came from, by the id of its part.
     """
 
     def __init__(self, template: Template, vision: VisionSpec | None, max_images: int, is_local: bool = False) -> None:
         self.notes = Notes()
         self.num_images = 0
+        self.places: dict[int, str] = {}
         self._is_local = is_local
         self._template, self._vision, self._max_images = template, vision, max_images
         self._takes_json_text = "arguments is string" in template.source
@@ -153,6 +155,11 @@ class Messages:
         if kind not in kinds:
             raise _wrong(f"{name}.type", f"expected text, {' or '.join(kinds)}, got {str(kind)[:40]!r}")
         self._count_picture(name)
+        result = self._medium(part, kind, name)
+        self.places[id(result)] = f"{name}.{kind}"
+        return result
+
+    def _medium(self, part: dict[str, Any], kind: str, name: str) -> dict[str, Any]:
         if kind == "video_url":
             return {"type": "video", "video": video_content(part, name)}
         image = part.get(kind)
