@@ -35,6 +35,7 @@ _FIELDS = {
     ).split(),
     "tool": ("role", "content", "tool_call_id", "name"),
 }
+_UNSHOWN = ("name", "annotations")  # accepted, and not part of a prompt; the name of a tool is
 _THOUGHTS = ("reasoning_content", "reasoning", "thoughts")
 _IMAGES = ("data:image/png", "data:image/jpeg", "data:image/jpg", "data:image/webp", "data:image/bmp")
 
@@ -74,6 +75,11 @@ class Messages:
         unknown = [field for field, value in message.items() if field not in _FIELDS[role] and value is not None]
         if unknown:
             raise _wrong(f"{name}.{unknown[0][:40]}", f"unknown field of a message with the role {role}")
+        for field in _UNSHOWN:
+            if message.get(field) and not (field == "name" and role == "tool"):
+                log.once(
+                    f"{field} in messages: no effect: chat templates are not given it, so the model does not see it"
+                )
         if role == "assistant":
             return self._of_assistant(message, name)
         if message.get("content") is None:

@@ -13,6 +13,7 @@ from erniekit.generation.load import ChatModel
 from erniekit.generation.request import Event, Limits, Request
 from erniekit.generation.sampling import Sampling
 from erniekit.serve.server_text import AnswerReader, Reading, StopTexts, hidden_ids
+from erniekit.utils import log
 
 GREEDY = Sampling()
 
@@ -343,3 +344,16 @@ def test_scores_that_are_not_finite_end_one_request_and_no_other(tmp_path: Path)
         assert server.http.get("/health").status_code == 200
         after = server.complete(prompt="25加16", stop_token_ids=[bad])
         assert after["choices"][0]["text"] == before["choices"][0]["text"]
+
+
+def test_fields_of_messages_that_the_model_does_not_see_are_said_once(server: Asking, monkeypatch: pytest.MonkeyPatch):
+    said: list[str] = []
+    monkeypatch.setattr(log, "warning", said.append)
+    log.once.cache_clear()
+    named = [{"role": "user", "content": "a", "name": "ann"}]
+    talk = [*named, {"role": "assistant", "content": "b", "annotations": [{"type": "url_citation"}]}, *named]
+    plain = [{name: message[name] for name in ("role", "content")} for message in talk]
+    answer = server.chat(messages=plain)["choices"][0]["message"]
+    assert not said
+    assert all(server.chat(messages=talk)["choices"][0]["message"] == answer for _ in range(2))
+    assert [line.split(":")[0] for line in said] == ["name in messages", "annotations in messages"]
