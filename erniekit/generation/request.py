@@ -52,7 +52,8 @@ class Answer:
     """Generated token ids, without the prompt and without the end token.
 
     stop: "stop" (an end token came: `stop_id`), "length" (max_new_tokens), "context" (the model's context is full),
-    "cancelled", "error" (Generation.error), or "" while it grows. scores: one for each of `all_ids`, where the request asks for them.
+    "cancelled", "error" (Generation.error), or "" while it grows. scores: one for each of `all_ids`, where the request
+    asks for them.
     """
 
     ids: list[int] = field(default_factory=list)

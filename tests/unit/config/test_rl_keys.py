@@ -60,7 +60,10 @@ def test_names_of_trl_are_read_where_they_are_typed():
         ({"num_generations": 1}, "num_generations: must be at least 2"),
         ({"temperature": 0}, "temperature: 0 gives the same completion every time"),
         ({"temperature": 1e-40}, "temperature: 1e-40 is below 0.001: it divides the logits"),
-        ({"difficulty_metric": "exacd"}, "difficulty_metric: exacd: none of reward_funcs has this name. Choose from exact"),
+        (
+            {"difficulty_metric": "exacd"},
+            "difficulty_metric: exacd: none of reward_funcs has this name. Choose from exact",
+        ),
         ({"steps_per_generation": 3}, "use one of 1, 2, 4, 8, 16, or rollout_batch_size: 18"),
         ({"max_completion_length": 4096, "max_seq_len": 4096}, "leaves no room for a prompt"),
         ({"delta": 1.1, "rl_algorithm": "grpo"}, "delta: 1.1 must be more than 1 \\+ epsilon_high \\(1.2\\)"),

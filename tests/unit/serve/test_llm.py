@@ -271,7 +271,7 @@ def test_an_answer_that_fails_leaves_the_others(model_dir: Path, tmp_path: Path,
     assert (failed.outputs[0].finish_reason, failed.outputs[0].token_ids) == ("error", [])
     assert failed.outputs[0].error and "not finite" in failed.outputs[0].error
     assert good.outputs[0].token_ids == alone.outputs[0].token_ids and good.outputs[0].error is None
-    with pytest.raises(UserError, match="every answer has failed: .*not finite"):
+    with pytest.raises(UserError, match=r"every answer has failed: .*not finite"):
         llm.generate([[bad]], params)
 
 
