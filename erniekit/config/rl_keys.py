@@ -94,7 +94,7 @@ def problems(cfg: Config) -> Iterator[str]:
     )
 
 
-def _numbers(cfg: Config) -> Iterator[str]:
+def _temperature(cfg: Config) -> Iterator[str]:
     if cfg.temperature == 0:
         yield "temperature: 0 gives the same completion every time, and nothing to compare. Use 1.0"
     elif cfg.temperature < LEAST_LEARNED_TEMPERATURE:
@@ -102,6 +102,10 @@ def _numbers(cfg: Config) -> Iterator[str]:
             f"temperature: {cfg.temperature:g} is below {LEAST_LEARNED_TEMPERATURE:g}: it divides the logits, which "
             "then leave fp32, and completions hardly differ. Use 1.0"
         )
+
+
+def _numbers(cfg: Config) -> Iterator[str]:
+    yield from _temperature(cfg)
     if cfg.rollout_batch_size % cfg.steps_per_generation:
         working = [n for n in range(1, cfg.rollout_batch_size + 1) if cfg.rollout_batch_size % n == 0]
         yield (

@@ -28,18 +28,10 @@ def choose_next(scores_BV: paddle.Tensor | None, rows: Sequence[Generation], mes
     table = np.full((len(rows), 1 if width < 0 else 2 + 2 * width), _NOT_FINITE, dtype=np.int64)
     if chooses(mesh):
         assert scores_BV is not None, "the last stage has the scores"
-        scores = scores_on_host(scores_BV)
-        if np.isfinite(scores.sum()):
-            _fill(table, scores, rows)
-        elif len(finite := np.flatnonzero(np.isfinite(scores.sum(axis=-1)))):
-            part = table[finite]
-            _fill(part, scores[finite], [rows[place] for place in finite])
-            table[finite] = part
+        _fill_finite(table, scores_on_host(scores_BV), rows)
     table = from_chooser(table, mesh)
-    failed = table[:, 0] == _NOT_FINITE
-    if failed.any():
-        _fail([rows[place] for place in np.flatnonzero(failed)])
-        table[failed] = 0
+    _fail([row for row, token in zip(rows, table[:, 0].tolist(), strict=True) if token == _NOT_FINITE])
+    table[table[:, 0] == _NOT_FINITE, 0] = 0
     tokens = table[:, 0].tolist()
     if width < 0:
         for row, token in zip(rows, tokens, strict=True):
@@ -71,6 +63,17 @@ def scores_on_host(scores_BV: paddle.Tensor) -> np.ndarray:
     """Scores as fp32 [B, V] on the host; on a CPU in the tensor's own memory."""
     scores_BV = scores_BV.astype("float32")
     return np.from_dlpack(scores_BV) if scores_BV.place.is_cpu_place() else scores_BV.numpy()
+
+
+def _fill_finite(table: np.ndarray, scores_BV: np.ndarray, rows: Sequence[Generation]) -> None:
+    """See `_fill`; the lines of rows whose scores are not finite are left as they are."""
+    if np.isfinite(scores_BV.sum()):
+        return _fill(table, scores_BV, rows)
+    finite = np.flatnonzero(np.isfinite(scores_BV.sum(axis=-1)))
+    if len(finite):
+        part = table[finite]
+        _fill(part, scores_BV[finite], [rows[int(place)] for place in finite])
+        table[finite] = part
 
 
 def _fill(table: np.ndarray, scores_BV: np.ndarray, rows: Sequence[Generation]) -> None:

@@ -169,7 +169,7 @@ class GrammarState:
 
 
 def grammar_error(request: Request) -> str:
-    """What is said of an answer that could not follow its grammar further; empty: it could, or has none."""
+    """The error of an answer that could not follow its grammar further; empty: it could, or has none."""
     problem = request.constraint.error if isinstance(request.constraint, GrammarState) else ""
     return f"the answer cannot follow its grammar further: {problem}" if problem else ""
 

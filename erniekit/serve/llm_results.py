@@ -23,7 +23,7 @@ class CompletionOutput:
     each token of the text the likeliest ones and itself, by id. finish_reason: "stop", "length", "tool_calls" or
     "error"; stop_reason: the text or the token id that ended it. tool_calls: {"name", "arguments": JSON text} each.
     error: why the answer has failed, so that it breaks off (scores that are not finite, or a grammar that is too
-    complex to go on); None: it has not.
+    complex to be followed further); None: it has not.
     """
 
     index: int

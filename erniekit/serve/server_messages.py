@@ -75,11 +75,7 @@ class Messages:
         unknown = [field for field, value in message.items() if field not in _FIELDS[role] and value is not None]
         if unknown:
             raise _wrong(f"{name}.{unknown[0][:40]}", f"unknown field of a message with the role {role}")
-        for field in _UNSHOWN:
-            if message.get(field) and not (field == "name" and role == "tool"):
-                log.once(
-                    f"{field} in messages: no effect: chat templates are not given it, so the model does not see it"
-                )
+        _report_unshown(message, role)
         if role == "assistant":
             return self._of_assistant(message, name)
         if message.get("content") is None:
@@ -154,7 +150,7 @@ class Messages:
         return parts
 
     def _part(self, part: Any, name: str) -> dict[str, Any]:
-        kind = part.get("type") if isinstance(part, dict) else None
+        kind: Any = part.get("type") if isinstance(part, dict) else None
         if kind == "text":
             return {"type": "text", "text": _text(part.get("text"), f"{name}.text", required=True)}
         kinds = ("image_url", "video_url", "image_pil") if self._is_local else ("image_url", "video_url")
@@ -227,6 +223,13 @@ class Messages:
             return load_image(content, MediaReader(Path("/nonexistent")), options, self.notes)
         except BadRecord as error:
             raise _wrong(name, error.reason) from None
+
+
+def _report_unshown(message: dict[str, Any], role: str) -> None:
+    """A line about fields that are accepted and not part of the prompt."""
+    for field in _UNSHOWN:
+        if message.get(field) and not (field == "name" and role == "tool"):
+            log.once(f"{field} in messages: no effect: chat templates are not given it, so the model does not see it")
 
 
 def _is_file(url: Any) -> bool:

@@ -69,7 +69,7 @@ class Reading:
     """How the tokens of an answer are read.
 
     opened: whether the prompt ends inside a thought. has_thoughts, has_calls: whether thoughts and calls are taken out
-    of the text. min_tokens: stop texts in the first so many tokens do not end an answer. hidden: ids of which no text
+    of the text. min_tokens: stop texts in the first N tokens do not end an answer. hidden: ids of which no text
     is shown. scores_end: the end token is among the tokens that have a score.
     """
 
