@@ -15,6 +15,7 @@ from erniekit.config.schema import Config
 from erniekit.config.schema_preference import option_problems
 from erniekit.config.schema_rewards import reward_problems
 from erniekit.config.schema_shape import NEEDED, NEEDED_OF_EXPERTS, ShapeArgs
+from erniekit.config.schema_use import LEAST_LEARNED_TEMPERATURE
 from erniekit.config.token_files import weighted_prefixes
 
 # The schemes that each algorithm with calibration serves: SmoothQuant is about activations in 8 bits, and AWQ about
@@ -462,8 +463,11 @@ def _preference(cfg: Config) -> Iterator[str]:
 def _distillation(cfg: Config) -> Iterator[str]:
     if cfg.method.reads("teacher_model_name_or_path") and cfg.teacher_model_name_or_path is None:
         yield "teacher_model_name_or_path: needed with stage: GKD; the directory or name of the model to learn from"
-    if cfg.method.reads("gkd_beta") and cfg.temperature == 0:
-        yield "temperature: 0: it divides the logits of both models. Use 0.9, which is TRL's, or 1.0"
+    if cfg.method.reads("gkd_beta") and cfg.temperature < LEAST_LEARNED_TEMPERATURE:
+        yield (
+            f"temperature: {cfg.temperature:g}: it divides the logits of both models, and has to be at least "
+            f"{LEAST_LEARNED_TEMPERATURE:g}. Use 0.9, which is TRL's, or 1.0"
+        )
 
 
 def _best(cfg: Config) -> Iterator[str]:

@@ -10,10 +10,12 @@ from erniekit.config.methods import METHODS, Records
 from erniekit.config.pointless_rl import has_reference
 from erniekit.config.read import Entry
 from erniekit.config.schema import Config
-from erniekit.config.schema_curriculum import curriculum_problems
+from erniekit.config.schema_curriculum import CurriculumArgs, curriculum_problems
+from erniekit.config.schema_rewards import reward_names
 from erniekit.config.schema_rl import PRESETS
 from erniekit.config.schema_rollout_server import server_problems
 from erniekit.config.schema_rollout_tools import tool_problems
+from erniekit.config.schema_use import LEAST_LEARNED_TEMPERATURE
 from erniekit.config.values import plain
 
 # Names of TRL's GRPOConfig for keys that have another name here, because theirs belongs to another method or is new.
@@ -81,14 +83,29 @@ def problems(cfg: Config) -> Iterator[str]:
     yield from _reference(cfg)
     yield from server_problems(cfg)
     yield from tool_problems(cfg, cfg.method.vision, cfg.num_iterations * cfg.steps_per_generation)
+    names = reward_names(cfg.reward_funcs)
+    if cfg.difficulty_metric not in (*names, CurriculumArgs.difficulty_metric):
+        yield (
+            f"difficulty_metric: {cfg.difficulty_metric}: none of reward_funcs has this name. Choose from "
+            f"{', '.join(names)}, or leave it out"
+        )
     yield from curriculum_problems(
         cfg, len(cfg.train_dataset_path), cfg.num_iterations * cfg.steps_per_generation, cfg.max_steps
     )
 
 
-def _numbers(cfg: Config) -> Iterator[str]:
+def _temperature(cfg: Config) -> Iterator[str]:
     if cfg.temperature == 0:
         yield "temperature: 0 gives the same completion every time, and nothing to compare. Use 1.0"
+    elif cfg.temperature < LEAST_LEARNED_TEMPERATURE:
+        yield (
+            f"temperature: {cfg.temperature:g} is below {LEAST_LEARNED_TEMPERATURE:g}: it divides the logits, which "
+            "then leave fp32, and completions hardly differ. Use 1.0"
+        )
+
+
+def _numbers(cfg: Config) -> Iterator[str]:
+    yield from _temperature(cfg)
     if cfg.rollout_batch_size % cfg.steps_per_generation:
         working = [n for n in range(1, cfg.rollout_batch_size + 1) if cfg.rollout_batch_size % n == 0]
         yield (

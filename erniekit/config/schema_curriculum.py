@@ -29,8 +29,8 @@ class CurriculumArgs:
     )
     difficulty_metric: str = key(
         "accuracy",
-        "The reward function whose mean over a group is the share of right completions; where it is not among "
-        "reward_funcs, the sum of all rewards decides whether a group teaches.",
+        "The one of reward_funcs whose mean over a group is the share of right completions; where accuracy is not "
+        "among them, the sum of all rewards decides whether a group teaches.",
     )
     difficulty_pause: int = key(
         8,

@@ -12,6 +12,9 @@ CHAT_TOOLS = ("image_zoom_in_tool", "image_search")
 BENCHMARKS = ("mmlu", "ceval", "cmmlu")
 
 
+LEAST_LEARNED_TEMPERATURE = 1e-3  # of logits that training divides by it; far smaller ones leave fp32
+
+
 @dataclass(frozen=True, kw_only=True)
 class GenerateArgs:
     """Sampling, for chat and for evaluation with generation."""
@@ -19,7 +22,9 @@ class GenerateArgs:
     group: ClassVar[str] = "generation"
 
     max_new_tokens: int = key(1024, "The largest number of tokens to generate.", ge=1)
-    min_tokens: int = key(0, "The number of tokens to generate before an end token is allowed.", ge=0)
+    min_tokens: int = key(
+        0, "The number of tokens to generate before an end token, or a text of `stop`, may end the answer.", ge=0
+    )
     temperature: float = key(
         0.95, "Randomness of the choice; 0: always the likeliest token, as `eval` does when it is not given.", ge=0
     )

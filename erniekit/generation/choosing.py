@@ -20,38 +20,60 @@ def choose_next(scores_BV: paddle.Tensor | None, rows: Sequence[Generation], mes
     """Choose the next token of each of `rows`, whose scores [B, V] the choosing rank gives, and append it to its answer
     on every rank.
 
-    Raises CheckpointError for scores that are not finite: any token chosen from them would be noise.
+    Any token chosen from scores that are not finite would be noise: they end a row that fails alone (Request) with an
+    error, and for another row CheckpointError is raised. The token of a row that has failed is 0 in the result.
     """
     heartbeat.waiting(None)
     width = max((row.request.num_scores for row in rows if row.request.num_scores is not None), default=-1)
     table = np.full((len(rows), 1 if width < 0 else 2 + 2 * width), _NOT_FINITE, dtype=np.int64)
     if chooses(mesh):
         assert scores_BV is not None, "the last stage has the scores"
-        scores = scores_on_host(scores_BV)
-        if np.isfinite(scores.sum()):
-            _fill(table, scores, rows)
+        _fill_finite(table, scores_on_host(scores_BV), rows)
     table = from_chooser(table, mesh)
+    _fail([row for row, token in zip(rows, table[:, 0].tolist(), strict=True) if token == _NOT_FINITE])
+    table[table[:, 0] == _NOT_FINITE, 0] = 0
     tokens = table[:, 0].tolist()
-    if _NOT_FINITE in tokens:
-        raise CheckpointError(
-            "the model gives scores that are not finite, so its weights are not, or are too large. "
-            "Use an earlier checkpoint."
-        )
     if width < 0:
         for row, token in zip(rows, tokens, strict=True):
-            row.append(token)
+            if not row.error:
+                row.append(token)
         return tokens
     logprobs = table[:, 1].copy().view(np.float64).tolist()
     for row, token, logprob, line in zip(rows, tokens, logprobs, table, strict=True):
+        if row.error:
+            continue
         count = row.request.num_scores
         row.append(token, None if count is None else TokenScore(logprob, _likeliest(line, count) if count else ()))
     return tokens
+
+
+def _fail(rows: Sequence[Generation]) -> None:
+    """End rows whose scores are not finite."""
+    problem = "the model gives scores that are not finite, so its weights are not, or are too large"
+    if not all(row.request.fails_alone for row in rows):
+        raise CheckpointError(f"{problem}. Use an earlier checkpoint.")
+    for row in rows:
+        row.fail(
+            f"{problem}, or this prompt goes beyond the range of compute_type. Use compute_type: fp32, or an earlier "
+            "checkpoint."
+        )
 
 
 def scores_on_host(scores_BV: paddle.Tensor) -> np.ndarray:
     """Scores as fp32 [B, V] on the host; on a CPU in the tensor's own memory."""
     scores_BV = scores_BV.astype("float32")
     return np.from_dlpack(scores_BV) if scores_BV.place.is_cpu_place() else scores_BV.numpy()
+
+
+def _fill_finite(table: np.ndarray, scores_BV: np.ndarray, rows: Sequence[Generation]) -> None:
+    """See `_fill`; the lines of rows whose scores are not finite are left as they are."""
+    if np.isfinite(scores_BV.sum()):
+        return _fill(table, scores_BV, rows)
+    finite = np.flatnonzero(np.isfinite(scores_BV.sum(axis=-1)))
+    if len(finite):
+        part = table[finite]
+        _fill(part, scores_BV[finite], [rows[int(place)] for place in finite])
+        table[finite] = part
 
 
 def _fill(table: np.ndarray, scores_BV: np.ndarray, rows: Sequence[Generation]) -> None:

@@ -299,7 +299,7 @@ class Engine:
                 self._running[place].experts = self._stepper.cache.notes_of(place)
         if not self.num_kept:
             return
-        for place in places[-self.num_kept :]:
+        for place in [place for place in places if not self._running[place].error][-self.num_kept :]:
             row, cache = self._running[place], self._stepper.cache.copy([place])
             ids = [*row.request.prompt, *row.answer.ids][: int(cache.lengths[0])]
             self._kept.append(_Kept(ids, row.request, cache))

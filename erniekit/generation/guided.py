@@ -169,8 +169,9 @@ class GrammarState:
 
 
 def grammar_error(request: Request) -> str:
-    """Why the answer to a request could not follow its grammar further; empty: it could, or has none."""
-    return request.constraint.error if isinstance(request.constraint, GrammarState) else ""
+    """The error of an answer that could not follow its grammar further; empty: it could, or has none."""
+    problem = request.constraint.error if isinstance(request.constraint, GrammarState) else ""
+    return f"the answer cannot follow its grammar further: {problem}" if problem else ""
 
 
 class _Vocabulary:

@@ -52,7 +52,8 @@ class Answer:
     """Generated token ids, without the prompt and without the end token.
 
     stop: "stop" (an end token came: `stop_id`), "length" (max_new_tokens), "context" (the model's context is full),
-    "cancelled", or "" while it grows. scores: one for each of `all_ids`, where the request asks for them.
+    "cancelled", "error" (Generation.error), or "" while it grows. scores: one for each of `all_ids`, where the request
+    asks for them.
     """
 
     ids: list[int] = field(default_factory=list)
@@ -81,6 +82,7 @@ class Request:
     never: tokens that are never chosen, wherever the answer stands.
     adapter: the name of the adapter that the model has for this answer (lora.several); None: none.
     owner: who asks. Owners wait by turns, and share no keys and values.
+    fails_alone: scores that are not finite end this answer with an error, and no other.
     """
 
     prompt: Sequence[int]
@@ -95,6 +97,7 @@ class Request:
     never: tuple[int, ...] = ()
     adapter: str | None = None
     owner: str = ""
+    fails_alone: bool = False
 
 
 class Event(NamedTuple):
@@ -114,7 +117,8 @@ class Generation:
     time (time.monotonic) at which the model began to read the prompt, 0 before. draft: the token that may come behind
     the next one (generation.speculative). turn: requests are read in the order of their turns. experts: of an answer
     that has ended, where the engine records them, the experts of all tokens of prompt and answer that the model has
-    read, unsigned [n, sparse layers of this process, K]; nobody reads the last chosen token.
+    read, unsigned [n, sparse layers of this process, K]; nobody reads the last chosen token. error: why the answer has
+    failed; empty: it has not.
     """
 
     def __init__(self, request: Request, context: int) -> None:
@@ -123,6 +127,7 @@ class Generation:
         self.answer = Answer()
         self.num_reused = 0
         self.began = 0.0
+        self.error = ""
         self.draft = self.turn = 0
         self.experts: np.ndarray | None = None
         self._context = context
@@ -156,6 +161,10 @@ class Generation:
         elif len(self.request.prompt) + len(answer.ids) >= self._context:
             answer.stop = "context"
 
+    def fail(self, error: str) -> None:
+        """End the answer with an error."""
+        self.answer.stop, self.error = "error", error
+
     def new_events(self) -> list[Event]:
         """What has come since the last call, an event for each token; the last one says how the answer ended."""
         answer, first = self.answer, self._num_told
@@ -165,7 +174,7 @@ class Generation:
         if answer.stop_id is not None:
             events.append(Event(None, scores[-1] if scores else None, answer.stop, answer.stop_id))
         elif answer.stop:
-            events[-1:] = [(events[-1] if events else Event())._replace(stop=answer.stop)]
+            events[-1:] = [(events[-1] if events else Event())._replace(stop=answer.stop, error=self.error)]
         return events
 
 

@@ -110,8 +110,8 @@ class Drafting:
                 row.draft = token
             return
         for row, scores_V in zip(rows, scores_BV.astype("float32").numpy(), strict=True):
-            if row.answer.stop:
-                continue
+            if row.answer.stop or not np.isfinite(scores_V.sum()):
+                continue  # any token may be a draft
             twin = copy.copy(row)
             twin.generator = copy.deepcopy(row.generator)
             row.draft = choose_alone(scores_V, twin)
@@ -129,8 +129,8 @@ def require_drafts(config: ModelConfig) -> None:
 
 
 def _last(row: Generation) -> int:
-    """The last token of an answer, which may be an end token that is no part of it."""
-    return row.answer.all_ids[-1]
+    """The last token of an answer, which may be an end token that is no part of it; 0 where it failed before any."""
+    return row.answer.all_ids[-1] if row.answer.all_ids else 0
 
 
 def _numbers(counts_B: np.ndarray, width: int) -> paddle.Tensor:

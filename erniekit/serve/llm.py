@@ -112,10 +112,11 @@ class LLM:
             use_tqdm: show the progress.
 
         Returns:
-            The results, in the order of the prompts.
+            The results, in the order of the prompts. An answer that has failed has the finish_reason "error" and its
+            `error`; a warning counts such answers.
 
         Raises:
-            UserError: a prompt or a setting is wrong; nothing has been computed then.
+            UserError: a prompt or a setting is wrong, and nothing has been computed; or every answer has failed.
         """
         items = _prompt_list(prompts)
         plans: list[tuple[Plan, Reading, str | None]] = []
@@ -125,7 +126,7 @@ class LLM:
                 values = params.fields() | {"model": lora_request}
                 grammar = compiled_guide(values, self._served)
                 wanted = plan(values, [ids], self._served, params.logprobs, "prompt", grammar)
-                how = reading(params.fields(), self._served, opened=False, has_thoughts=False, has_calls=False)
+                how = reading(values, self._served, grammar, opened=False, has_thoughts=False, has_calls=False)
             plans.append((wanted, how, text))
         scores = [params.prompt_logprobs for params in _params_list(sampling_params, len(items))]
         return self._run(plans, scores, use_tqdm)
@@ -155,10 +156,11 @@ class LLM:
 
         Returns:
             The results, in the order of the conversations. `text` is the answer without thought and calls, which are
-            `reasoning_content` and `tool_calls`.
+            `reasoning_content` and `tool_calls`. An answer that has failed has the finish_reason "error" and its
+            `error`; a warning counts such answers.
 
         Raises:
-            UserError: a message or a setting is wrong; nothing has been computed then.
+            UserError: a message or a setting is wrong, and nothing has been computed; or every answer has failed.
         """
         talks = [messages] if messages and isinstance(messages[0], dict) else list(messages)
         more = {"tools": tools, "tool_choice": tool_choice, "chat_template_kwargs": chat_template_kwargs}
@@ -213,12 +215,13 @@ class LLM:
             finally:
                 for generation in generations:
                     self._engine.cancel(generation)
+            _tell_failed(generations)
             if self._engine.drafting is not None:
                 log.info(self._engine.drafting.line)
             results, first = [], 0
             for (wanted, _, text), scored in zip(plans, prompt_scores, strict=True):
                 last = first + len(wanted.requests)
-                results.append(self._result(wanted, text, scored, told[first:last], generations[first]))
+                results.append(self._result(wanted, text, scored, told[first:last], generations[first:last]))
                 first = last
         return results
 
@@ -241,11 +244,8 @@ class LLM:
         text: str | None,
         scored: Sequence[TokenScore | None] | None,
         told: Sequence["_Answer"],
-        generation: Generation,
+        generations: Sequence[Generation],
     ) -> RequestOutput:
-        for request in wanted.requests:
-            if problem := grammar_error(request):
-                raise UserError(f"structured_outputs: the answer cannot follow its grammar further: {problem}")
         ids, self._num_requests = list(wanted.requests[0].prompt), self._num_requests + 1
         prompt_logprobs = None
         if scored is not None:
@@ -258,13 +258,16 @@ class LLM:
             prompt=text,
             prompt_token_ids=ids,
             prompt_logprobs=prompt_logprobs,
-            outputs=[self._output(index, wanted, answer) for index, answer in enumerate(told)],
-            num_cached_tokens=generation.num_reused,
+            outputs=[
+                self._output(index, answer, generation)
+                for index, (answer, generation) in enumerate(zip(told, generations, strict=True))
+            ],
+            num_cached_tokens=generations[0].num_reused,
         )
 
-    def _output(self, index: int, wanted: Plan, answer: "_Answer") -> CompletionOutput:
-        reader, scores, logprobs = answer.reader, answer.scores, None
-        if wanted.requests[0].num_scores is not None:  # the end token has none
+    def _output(self, index: int, answer: "_Answer", generation: Generation) -> CompletionOutput:
+        reader, scores, logprobs, error = answer.reader, answer.scores, None, _error_of(generation)
+        if generation.request.num_scores is not None:  # the end token has none
             logprobs = [self._logprobs(*pair) for pair in zip(reader.ids, scores, strict=False)]
         return CompletionOutput(
             index=index,
@@ -272,14 +275,15 @@ class LLM:
             token_ids=reader.ids,
             cumulative_logprob=None if logprobs is None else sum(score.logprob for score in scores),
             logprobs=logprobs,
-            finish_reason=reader.finish_reason,
-            stop_reason=reader.stop_reason,
+            finish_reason="error" if error else reader.finish_reason,
+            stop_reason=None if error else reader.stop_reason,
             reasoning_content=answer.joined("thought") or None,
             tool_calls=[
                 {"name": piece.call.name, "arguments": piece.call.arguments}
                 for piece in answer.pieces
                 if piece.call is not None
             ],
+            error=error or None,
         )
 
     def _logprobs(self, token: int, score: TokenScore) -> dict[int, Logprob]:
@@ -310,6 +314,20 @@ class _Answer:
         self.pieces += self.reader.push(event)
         self.scores += [] if event.score is None else [event.score]
         return self.reader.is_over
+
+
+def _error_of(generation: Generation) -> str:
+    """Why an answer has failed; empty: it has not."""
+    return generation.error or grammar_error(generation.request)
+
+
+def _tell_failed(generations: Sequence[Generation]) -> None:
+    """A warning about answers that have failed; UserError where no other is left."""
+    errors = [error for error in map(_error_of, generations) if error]
+    if errors and len(errors) == len(generations):
+        raise UserError(f"every answer has failed: {errors[0]}")
+    if errors:
+        log.warning(f'{len(errors)} of {len(generations)} answers have failed (finish_reason "error"): {errors[0]}')
 
 
 @contextmanager

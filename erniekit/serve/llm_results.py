@@ -20,8 +20,10 @@ class CompletionOutput:
     """One answer.
 
     text: without thought and calls where `chat` made it. token_ids: all tokens, the end token included. logprobs: for
-    each token of the text the likeliest ones and itself, by id. finish_reason: "stop", "length" or "tool_calls";
-    stop_reason: the text or the token id that ended it. tool_calls: {"name", "arguments": JSON text} each.
+    each token of the text the likeliest ones and itself, by id. finish_reason: "stop", "length", "tool_calls" or
+    "error"; stop_reason: the text or the token id that ended it. tool_calls: {"name", "arguments": JSON text} each.
+    error: why the answer has failed, so that it breaks off (scores that are not finite, or a grammar that is too
+    complex to be followed further); None: it has not.
     """
 
     index: int
@@ -33,6 +35,7 @@ class CompletionOutput:
     stop_reason: str | int | None
     reasoning_content: str | None = None
     tool_calls: list[dict[str, Any]] = field(default_factory=list)
+    error: str | None = None
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from erniekit.serve.served_model import ServedModel
 from erniekit.serve.server_errors import ApiError
 from erniekit.serve.server_messages import Messages, read_tools
 from erniekit.serve.server_text import Reading
-from erniekit.serve.server_video import decoded, video_options, with_videos
+from erniekit.serve.server_video import decoded, placed, video_options
 from erniekit.utils import log
 
 TAIL = 16  # last tokens of a prompt, among which it may open a thought
@@ -76,8 +76,11 @@ def prompt_of(
     vision = model.vision
     assert vision is not None, "Messages refuses pictures for models of text"
     files, options = MediaReader(Path("/nonexistent")), video_options(vision.video)
-    plans = with_videos(lambda: plan_media(media, files, vision.settings, options, reader.notes))
-    plans = decoded(plans, served.context, reader.notes)
+    plans, places = [], [reader.places[id(part)] for part in media]
+    for part, place in zip(media, places, strict=True):
+        with placed(place):
+            plans += plan_media([part], files, vision.settings, options, reader.notes)
+    plans = decoded(plans, places, served.context, reader.notes)
     for doubt in sorted(reader.notes.doubts):
         log.info(doubt)
     return picture_prompt(ids, plans, MediaTokens.of(model.tokenizer), vision)
@@ -98,5 +101,5 @@ def chat_prompt(values: dict[str, Any], served: ServedModel, is_local: bool = Fa
     ids = prompt.ids if isinstance(prompt, PicturePrompt) else prompt
     opened = opens_thought(served.chat_model.tokenizer.decode(ids[-TAIL:]))
     grammar = compiled_guide(values, served, tools, opened)
-    how = reading(values, served, opened=opened, has_thoughts=True, has_calls=tools is not None)
+    how = reading(values, served, grammar, opened=opened, has_thoughts=True, has_calls=tools is not None)
     return ChatPrompt(prompt, how, grammar)

@@ -73,6 +73,7 @@ def plan(
         for number in range(n):
             draw = row * n + number
             request = Request(_ids(prompt), limits, sampling, draw, num_scores=num_scores, adapter=adapter, owner=owner)
+            request = replace(request, fails_alone=True)
             if isinstance(prompt, PicturePrompt):
                 request = replace(request, picture_prompt=prompt, open_pictures=_Tables(prompt))
             if grammar is not None:
@@ -124,13 +125,15 @@ def _limits(values: dict[str, Any], served: ServedModel, room: int) -> Limits:
     return Limits(most, least, tuple(sorted(stops)))
 
 
-def reading(values: dict[str, Any], served: ServedModel, **parts: bool) -> Reading:
-    """How the tokens of the answers are read; `parts`: opened, has_thoughts and has_calls."""
+def reading(values: dict[str, Any], served: ServedModel, grammar: Compiled | None, **parts: bool) -> Reading:
+    """How the tokens of the answers are read. `grammar`: what they have to follow; `parts`: opened, has_thoughts and
+    has_calls.
+    """
     return Reading(
         **parts,
         stops=text_list(values.get("stop", []), "stop"),
         includes_stop=values.get("include_stop_str_in_output", False),
-        min_tokens=values.get("min_tokens", 0),
+        min_tokens=0 if grammar is not None else values.get("min_tokens", served.limits.min_new_tokens),
         hidden=served.hidden if values.get("skip_special_tokens", True) else frozenset(),
         scores_end=values.get("return_token_ids", False),
     )

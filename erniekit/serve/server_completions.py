@@ -76,7 +76,7 @@ async def complete(request: HttpRequest, served: Served) -> Response:
         wanted = plan(
             values | ({"max_tokens": 1} if only_scores else {}), prompts, served, ask.num_scores, "prompt", grammar
         )
-        how = reading(values, served, opened=False, has_thoughts=False, has_calls=False)
+        how = reading(values, served, grammar, opened=False, has_thoughts=False, has_calls=False)
         scored = await unless_client_leaves(request, _scores_of_prompts(ask))
         if only_scores:
             return json_response(_only_scores(ask, scored), headers=wanted.headers)

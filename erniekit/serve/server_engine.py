@@ -198,6 +198,8 @@ class EngineThread:
         for generation in advanced:
             answer = self._answers[id(generation)]
             events += [(answer, event) for event in generation.new_events()]
+            if generation.error:
+                log.warning(f"an answer has failed: {generation.error}")
             if generation.answer.stop:
                 del self._answers[id(generation)]
         self._post(events)

@@ -35,6 +35,7 @@ _FIELDS = {
     ).split(),
     "tool": ("role", "content", "tool_call_id", "name"),
 }
+_UNSHOWN = ("name", "annotations")  # accepted, and not part of a prompt; the name of a tool is
 _THOUGHTS = ("reasoning_content", "reasoning", "thoughts")
 _IMAGES = ("data:image/png", "data:image/jpeg", "data:image/jpg", "data:image/webp", "data:image/bmp")
 
@@ -43,12 +44,14 @@ _BEGINNINGS = (b"\x89PNG\r\n", b"\xff\xd8\xff", b"RIFF", b"BM")  # of the files 
 
 class Messages:
     """Reads the messages of one request. `notes` collects what was decided about its pictures. `is_local`: they are of
-    this process itself, which may name files and give pictures in memory.
+    this process itself, which may name files and give pictures in memory. `places`: the field that each picture or
+    video came from, by the id of its part.
     """
 
     def __init__(self, template: Template, vision: VisionSpec | None, max_images: int, is_local: bool = False) -> None:
         self.notes = Notes()
         self.num_images = 0
+        self.places: dict[int, str] = {}
         self._is_local = is_local
         self._template, self._vision, self._max_images = template, vision, max_images
         self._takes_json_text = "arguments is string" in template.source
@@ -72,6 +75,7 @@ class Messages:
         unknown = [field for field, value in message.items() if field not in _FIELDS[role] and value is not None]
         if unknown:
             raise _wrong(f"{name}.{unknown[0][:40]}", f"unknown field of a message with the role {role}")
+        _report_unshown(message, role)
         if role == "assistant":
             return self._of_assistant(message, name)
         if message.get("content") is None:
@@ -146,13 +150,18 @@ class Messages:
         return parts
 
     def _part(self, part: Any, name: str) -> dict[str, Any]:
-        kind = part.get("type") if isinstance(part, dict) else None
+        kind: Any = part.get("type") if isinstance(part, dict) else None
         if kind == "text":
             return {"type": "text", "text": _text(part.get("text"), f"{name}.text", required=True)}
         kinds = ("image_url", "video_url", "image_pil") if self._is_local else ("image_url", "video_url")
         if kind not in kinds:
             raise _wrong(f"{name}.type", f"expected text, {' or '.join(kinds)}, got {str(kind)[:40]!r}")
         self._count_picture(name)
+        result = self._medium(part, kind, name)
+        self.places[id(result)] = f"{name}.{kind}"
+        return result
+
+    def _medium(self, part: dict[str, Any], kind: str, name: str) -> dict[str, Any]:
         if kind == "video_url":
             return {"type": "video", "video": video_content(part, name)}
         image = part.get(kind)
@@ -214,6 +223,13 @@ class Messages:
             return load_image(content, MediaReader(Path("/nonexistent")), options, self.notes)
         except BadRecord as error:
             raise _wrong(name, error.reason) from None
+
+
+def _report_unshown(message: dict[str, Any], role: str) -> None:
+    """A line about fields that are accepted and not part of the prompt."""
+    for field in _UNSHOWN:
+        if message.get(field) and not (field == "name" and role == "tool"):
+            log.once(f"{field} in messages: no effect: chat templates are not given it, so the model does not see it")
 
 
 def _is_file(url: Any) -> bool:

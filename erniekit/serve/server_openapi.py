@@ -39,7 +39,7 @@ _STATUSES = {
     "408": "The request has waited, or the answer has taken, too long.",
     "413": "The body is too large.",
     "429": "The queue is full.",
-    "500": "The engine has failed.",
+    "500": "The engine, or this answer, has failed.",
 }
 
 

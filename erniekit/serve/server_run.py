@@ -9,7 +9,7 @@ from starlette.requests import Request as HttpRequest
 
 from erniekit.generation.guided import grammar_error
 from erniekit.generation.request import Event
-from erniekit.serve.server_engine import Job
+from erniekit.serve.server_engine import Answering, Job
 from erniekit.serve.server_errors import ApiError
 from erniekit.serve.server_state import Served
 from erniekit.serve.server_text import AnswerReader, Piece, Reading
@@ -51,12 +51,8 @@ class Run:
                     continue
                 if self.readers[index].is_over:
                     continue  # the engine was a step further
-                if event.stop in ("error", "cancelled"):
-                    raise ApiError(500, event.error or "the server is closing.", code="engine_failed", repeats=False)
-                if event.stop and (problem := grammar_error(self.job.answers[index].request)):
-                    raise ApiError(
-                        500, f"the answer cannot follow its grammar further: {problem}", code="grammar_failed"
-                    )
+                if event.stop:
+                    _require_answer(self.job.answers[index], event)
                 pieces = self.readers[index].push(event)
                 self._measure_token(index)
                 if self.readers[index].finish_reason:
@@ -114,6 +110,16 @@ class Run:
         if reader.num_unreadable:
             metrics.tool_calls_unreadable.inc(reader.num_unreadable)
             log.info(f"{reader.num_unreadable} calls of the model could not be read, and stay in its text")
+
+
+def _require_answer(answer: Answering, end: Event) -> None:
+    """Raises ApiError for an answer that ended because it has failed."""
+    if answer.generation is not None and answer.generation.error:
+        raise ApiError(500, answer.generation.error, code="answer_failed")
+    if end.stop in ("error", "cancelled"):
+        raise ApiError(500, end.error or "the server is closing.", code="engine_failed", repeats=False)
+    if problem := grammar_error(answer.request):
+        raise ApiError(500, problem, code="grammar_failed")
 
 
 class Chunks(Protocol):

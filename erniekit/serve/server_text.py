@@ -69,8 +69,8 @@ class Reading:
     """How the tokens of an answer are read.
 
     opened: whether the prompt ends inside a thought. has_thoughts, has_calls: whether thoughts and calls are taken out
-    of the text. min_tokens: stop texts do not end an answer before. hidden: ids of which no text is shown. scores_end:
-    the end token is among the tokens that have a score.
+    of the text. min_tokens: stop texts in the first N tokens do not end an answer. hidden: ids of which no text
+    is shown. scores_end: the end token is among the tokens that have a score.
     """
 
     opened: bool = False
@@ -139,7 +139,7 @@ class AnswerReader:
         if self._stops.found:
             self._end("stop", self._stops.found)
         elif event.stop:
-            self._end("stop" if event.stop == "stop" else "length", event.stop_id)
+            self._end(event.stop if event.stop in ("stop", "error") else "length", event.stop_id)
         return pieces
 
     def _end(self, reason: str, why: str | int | None) -> None:
@@ -154,7 +154,7 @@ class AnswerReader:
             parts = [("answer", text)] if text else []
         pieces = [Piece("thought", part) for kind, part in parts if kind == "thought"]
         said = "".join(part for kind, part in parts if kind == "answer")
-        shown = self._stops.push(said, may_stop=self.num_tokens >= self.reading.min_tokens)
+        shown = self._stops.push(said, may_stop=self.num_tokens > self.reading.min_tokens)
         if is_last and not self._stops.found:
             shown += self._stops.flush()
         if self.reading.has_calls:

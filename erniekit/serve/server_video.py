@@ -6,10 +6,10 @@ addresses.
 
 import base64
 import binascii
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import partial
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 
@@ -19,8 +19,6 @@ from erniekit.data.vision.plan import MediaPlan
 from erniekit.data.vision.video import VideoOptions
 from erniekit.serve.server_errors import ApiError
 from erniekit.serve.server_fields import type_name
-
-T = TypeVar("T")
 
 MAX_FRAME_PIXELS = 50_000_000
 MAX_DECODE_SECONDS = 60.0  # for one video: a request is read by a thread that others wait for
@@ -70,33 +68,35 @@ def video_options(options: VideoOptions) -> VideoOptions:
     return replace(options, max_seconds=min(options.max_seconds, MAX_DECODE_SECONDS))
 
 
-def decoded(plans: Sequence[MediaPlan], context: int, notes: Notes) -> list[MediaPlan]:
-    """The plans, of which those of videos are decoded. Raises ApiError for a video that cannot be, whose frames are too
-    large, or that has more tokens than the context.
+def decoded(plans: Sequence[MediaPlan], places: Sequence[str], context: int, notes: Notes) -> list[MediaPlan]:
+    """The plans, of which those of videos are decoded. `places`: the fields that they came from. Raises ApiError for a
+    video that cannot be, whose frames are too large, or that has more tokens than the context.
     """
     result: list[MediaPlan] = []
-    for plan in plans:
+    for plan, place in zip(plans, places, strict=True):
         if plan.frames is None:
             result.append(plan)
             continue
         if plan.width * plan.height > MAX_FRAME_PIXELS:
-            raise _wrong("messages", f"a video has frames of {plan.width} x {plan.height} pixels, which is too large")
+            raise _wrong(place, f"a video has frames of {plan.width} x {plan.height} pixels, which is too large")
         if plan.geometry.tokens >= context:
             raise _wrong(
-                "messages",
+                place,
                 f"a video of {plan.frames} frames has {plan.geometry.tokens} tokens, and the context is {context}; a "
                 "shorter video, or video_max_frames and video_max_pixels in the server's YAML, makes fewer",
             )
-        result.append(_Decoded(**vars(plan), decoded=with_videos(partial(plan.patches, notes))))
+        with placed(place):
+            result.append(_Decoded(**vars(plan), decoded=plan.patches(notes)))
     return result
 
 
-def with_videos(act: Callable[[], T]) -> T:
-    """The result of `act`, whose errors about a video become ApiErrors."""
+@contextmanager
+def placed(place: str) -> Iterator[None]:
+    """A context in which errors about the picture or video of the field `place` become ApiErrors."""
     try:
-        return act()
+        yield
     except BadRecord as error:
-        raise _wrong("messages", error.reason) from None
+        raise _wrong(place, error.reason) from None
     except MissingPackage:
         message = "messages: this server reads no videos: PyAV is not installed (pip install 'erniekit[video]')."
         raise ApiError(501, message, "messages", "videos_not_supported") from None

@@ -103,8 +103,9 @@ def plan_media(
         try:
             geometry = measure(width, height, frames, limits, settings.patching)
         except DataError as error:
-            name = describe(part[part["type"]])
-            raise BadRecord(f"{name}: {error}", "change the limits, or leave it out") from None
+            source = part[part["type"]]
+            name = "" if isinstance(source, np.ndarray) else f"{describe(source)}: "  # in memory it has none
+            raise BadRecord(f"{name}{error}", "change the limits, or leave it out") from None
         plans.append(MediaPlan(part, width, height, frames, limits, geometry, reader, options, settings.patching))
     return plans
 

@@ -308,7 +308,7 @@ CASES: list[tuple[str, dict[str, Any], dict[str, Any], dict[str, Any] | None]] =
     ("train", {"max_turns": 3, "max_tool_calls": 2, "max_tool_tokens": 9}, RL, {**RL, "tools": "calculator"}),
     ("train", {"tool_timeout": 3}, {**RL, "tools": "calculator"}, {**RL, "tools": "a.py:f"}),
     ("train", {"document_search_path": "d"}, {**RL, "tools": "calculator"}, {**RL, "tools": "document_search"}),
-    ("train", {"dynamic_sample": True, "difficulty_weighting": "variance", "difficulty_metric": "exact"}, {}, RL),
+    ("train", {"dynamic_sample": True, "difficulty_weighting": "variance", "difficulty_metric": "format"}, {}, RL),
     ("train", {"tools": "calculator"}, {}, RL),
 ]
 

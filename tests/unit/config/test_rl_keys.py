@@ -59,6 +59,11 @@ def test_names_of_trl_are_read_where_they_are_typed():
         ({"loss_type": "sigmoid"}, "rl_loss_type: expected one of grpo, bnpo"),
         ({"num_generations": 1}, "num_generations: must be at least 2"),
         ({"temperature": 0}, "temperature: 0 gives the same completion every time"),
+        ({"temperature": 1e-40}, "temperature: 1e-40 is below 0.001: it divides the logits"),
+        (
+            {"difficulty_metric": "exacd"},
+            "difficulty_metric: exacd: none of reward_funcs has this name. Choose from exact",
+        ),
         ({"steps_per_generation": 3}, "use one of 1, 2, 4, 8, 16, or rollout_batch_size: 18"),
         ({"max_completion_length": 4096, "max_seq_len": 4096}, "leaves no room for a prompt"),
         ({"delta": 1.1, "rl_algorithm": "grpo"}, "delta: 1.1 must be more than 1 \\+ epsilon_high \\(1.2\\)"),
@@ -100,3 +105,10 @@ def test_what_has_no_effect_is_said():
     other = load(None, NEEDED | {"stage": "SFT", "num_generations": 4, "temperature": 0.5}).notes
     assert any("num_generations" in note and "stage: RL" in note for note in other)
     assert any(note.startswith("temperature: no effect") for note in other)
+
+
+@pytest.mark.parametrize("temperature", [0, 1e-40])
+def test_a_temperature_that_divides_the_logits_of_a_teacher_has_a_least_value(temperature: float):
+    given = {"stage": "GKD", "teacher_model_name_or_path": "t", "temperature": temperature}
+    with pytest.raises(ConfigError, match=r"temperature: .* divides the logits of both models.* at least 0\.001"):
+        load(None, {name: value for name, value in NEEDED.items() if name != "reward_funcs"} | given)

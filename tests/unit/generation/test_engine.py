@@ -1,5 +1,7 @@
 """Requests that join and leave a running batch get the tokens that each gets alone."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from support.tiny_models import tiny_model
@@ -8,7 +10,7 @@ from erniekit.generation.engine import Engine
 from erniekit.generation.request import Generation, Limits, Request
 from erniekit.generation.sampling import Sampling
 from erniekit.models.decoder import CausalLM
-from erniekit.utils.errors import UserError
+from erniekit.utils.errors import CheckpointError, UserError
 
 DRAWN = Sampling(temperature=1.1, top_p=0.95, seed=3)
 PROMPTS = [[5, 9, 33], [7], [11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21], [30, 31, 32, 33, 34], [5, 9, 34, 2]]
@@ -190,3 +192,49 @@ def test_a_prompt_that_does_not_fit_is_refused_and_nothing_waits(dense: CausalLM
     with pytest.raises(UserError, match="no tokens"):
         engine.add(Request([], Limits(1), Sampling()))
     assert engine.is_idle
+
+
+@pytest.mark.parametrize("options", [{}, {"drafts": True}], ids=["plain", "drafts"])
+@pytest.mark.parametrize("kind", ["dense", "moe"])
+def test_an_answer_whose_scores_are_not_finite_ends_alone(kind: str, options: dict[str, bool]):
+    changes = {"num_nextn_predict_layers": 1} if options else {}
+    model, bad = tiny_model(kind, tie_word_embeddings=False, **changes), 60
+    wanted = [replace(each, num_scores=each.draw % 2 or None, never=(bad,)) for each in requests()]
+    expected = [alone(model, request) for request in wanted]
+    _break_token(model, bad)
+    engine = Engine(model, max_running=4, num_kept=2, **options)
+    broken, good = [], []
+    for request in wanted:
+        broken.append(engine.add(replace(request, prompt=[7, bad], fails_alone=True)))
+        good.append(engine.add(replace(request, fails_alone=True)))
+        engine.step()
+    run(engine)
+    assert [generation.answer.ids for generation in good] == expected
+    for generation in broken:
+        (event,) = generation.new_events()
+        assert (event.stop, event.token) == ("error", None) and "not finite" in event.error == generation.error
+    again = Request([*PROMPTS[0], 3], Limits(3), DRAWN, fails_alone=True)
+    assert not finished(engine, engine.add(again)).error, "its keys and values are kept for nobody"
+    engine.add(Request([bad], Limits(2), DRAWN))
+    with pytest.raises(CheckpointError, match="not finite"):
+        engine.step()
+
+
+def test_an_answer_may_fail_after_some_tokens():
+    model = tiny_model(tie_word_embeddings=False)
+    ids = alone(model, Request([7], Limits(8), Sampling()))
+    place = next(place for place in range(1, 8) if ids[place] not in [7, *ids[:place]])
+    _break_token(model, ids[place])
+    engine = Engine(model, num_kept=1)
+    generation = finished(engine, engine.add(Request([7], Limits(8), Sampling(), fails_alone=True)))
+    assert generation.answer.ids == ids[: place + 1] and generation.error
+    assert generation.new_events()[-1].stop == "error"
+    assert finished(engine, engine.add(Request([7, 8], Limits(2), Sampling()))).num_reused == 0
+
+
+def _break_token(model: CausalLM, token: int) -> None:
+    """Whoever reads the token gets no numbers."""
+    weight = model.model.embed_tokens.weight
+    values = weight.numpy()
+    values[token] = np.nan
+    weight.set_value(values)

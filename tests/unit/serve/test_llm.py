@@ -1,5 +1,6 @@
 """`erniekit.LLM` gives the tokens of the engine and the answers of the server."""
 
+import logging
 import subprocess
 import sys
 from pathlib import Path
@@ -17,6 +18,7 @@ from erniekit import LLM, SamplingParams
 from erniekit.build import load_model
 from erniekit.checkpoint.peft_attach import save_adapter
 from erniekit.generation.engine import Engine
+from erniekit.generation.guided import GrammarState
 from erniekit.generation.request import Limits, Request
 from erniekit.generation.sampling import Sampling
 from erniekit.utils.errors import CheckpointError, UserError
@@ -253,3 +255,43 @@ def test_the_class_needs_no_web_server_and_comes_on_first_use():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "['paddle']"
     assert {"LLM", "SamplingParams"} <= set(dir(erniekit))
+
+
+@pytest.mark.parametrize("score", [None, 1])
+def test_an_answer_that_fails_leaves_the_others(model_dir: Path, tmp_path: Path, score: int | None):
+    directory = model_directory(tmp_path / "m", tie_word_embeddings=False)
+    llm = LLM(directory, dtype="float32")
+    weight, (bad, *_) = llm.chat_model.model.model.embed_tokens.weight, llm.get_tokenizer().encode("x")
+    values = weight.numpy()
+    values[bad] = np.nan
+    weight.set_value(values)
+    params = SamplingParams(temperature=0, max_tokens=6, stop_token_ids=[bad], logprobs=score)
+    (alone,) = llm.generate("25加16", params)
+    failed, good = llm.generate([[bad], "25加16"], params)
+    assert (failed.outputs[0].finish_reason, failed.outputs[0].token_ids) == ("error", [])
+    assert failed.outputs[0].error and "not finite" in failed.outputs[0].error
+    assert good.outputs[0].token_ids == alone.outputs[0].token_ids and good.outputs[0].error is None
+    with pytest.raises(UserError, match=r"every answer has failed: .*not finite"):
+        llm.generate([[bad]], params)
+
+
+def test_a_grammar_that_goes_no_further_fails_alone(llm: LLM, caplog: pytest.LogCaptureFixture, monkeypatch):
+    pytest.importorskip("llguidance")
+    monkeypatch.setattr(logging.getLogger("erniekit"), "propagate", True)
+    monkeypatch.setattr(GrammarState, "__call__", _stuck)
+    guided = SamplingParams(temperature=0, max_tokens=6, structured_outputs={"regex": "[a-c]{4}"})
+    stuck, good = llm.generate(["a", "25加16"], [guided, GREEDY])
+    assert stuck.outputs[0].finish_reason == "error" and stuck.outputs[0].stop_reason is None
+    assert stuck.outputs[0].error == "the answer cannot follow its grammar further: too many states"
+    assert good.outputs == llm.generate("25加16", GREEDY)[0].outputs
+    assert 'warning: 1 of 2 answers have failed (finish_reason "error"): the answer cannot' in caplog.text
+    with pytest.raises(UserError, match="every answer has failed: the answer cannot follow its grammar"):
+        llm.generate("a", guided)
+
+
+def _stuck(state: GrammarState, ids: list[int]) -> np.ndarray:
+    """A grammar that has come to a bound of llguidance."""
+    state.error = "too many states"
+    mask = np.zeros(state.vocab_size, bool)
+    mask[list(state.stop_ids)] = True
+    return mask

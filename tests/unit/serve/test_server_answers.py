@@ -13,6 +13,7 @@ from erniekit.generation.load import ChatModel
 from erniekit.generation.request import Event, Limits, Request
 from erniekit.generation.sampling import Sampling
 from erniekit.serve.server_text import AnswerReader, Reading, StopTexts, hidden_ids
+from erniekit.utils import log
 
 GREEDY = Sampling()
 
@@ -176,6 +177,19 @@ def test_limits_are_honoured(server: Asking, model: ChatModel):
     assert server.chat(stop_token_ids=list(range(300)), min_tokens=4)["usage"]["completion_tokens"] >= 4
 
 
+@pytest.mark.parametrize("of_yaml", [False, True], ids=["request", "yaml"])
+def test_a_stop_text_within_the_first_min_tokens_ends_nothing(
+    model_dir: Path, model: ChatModel, of_yaml: bool, monkeypatch: pytest.MonkeyPatch
+):
+    assert len(model.tokenizer.encode("axbxc")) == 5
+    for least, text in ((0, "a"), (1, "a"), (2, "axb"), (3, "axb"), (4, "axbxc")):
+        with client(model_dir, model, min_tokens=least if of_yaml else 4) as server:
+            fields = {"stop": "x"} | ({} if of_yaml else {"min_tokens": least})
+            with rigged(monkeypatch, server.served, "axbxc"):
+                assert server.complete(**fields)["choices"][0]["text"] == text
+                assert server.chat(**fields)["choices"][0]["message"]["content"] == text
+
+
 def test_odd_settings_of_one_request_do_not_end_the_engine(server: Asking):
     greedy = server.complete(temperature=0)["choices"][0]["text"]
     for temperature in (1e-38, 1e-50):
@@ -313,3 +327,33 @@ def test_half_a_character_at_the_end_is_shown_once(model: ChatModel):
         pieces = [piece for event in events for piece in reader.push(event)]
         assert set("".join(piece.text for piece in pieces)) == set(shown) and reader.num_tokens == count
         assert reader.finish_reason == "length"
+
+
+def test_scores_that_are_not_finite_end_one_request_and_no_other(tmp_path: Path):
+    model_dir = model_directory(tmp_path / "m", tie_word_embeddings=False)
+    model = opened(model_dir)
+    weight, bad = model.model.model.embed_tokens.weight, model.tokenizer.encode("x")[0]
+    values = weight.numpy()
+    values[bad] = np.nan
+    weight.set_value(values)
+    with client(model_dir, model) as server:
+        before = server.complete(prompt="25加16", stop_token_ids=[bad])
+        for more in ({}, {"stream": True}, {"n": 2}):
+            error = server.bad(COMPLETIONS, 500, prompt=[bad], **more)
+            assert error["code"] == "answer_failed" and "not finite" in error["message"]
+        assert server.http.get("/health").status_code == 200
+        after = server.complete(prompt="25加16", stop_token_ids=[bad])
+        assert after["choices"][0]["text"] == before["choices"][0]["text"]
+
+
+def test_fields_of_messages_that_the_model_does_not_see_are_said_once(server: Asking, monkeypatch: pytest.MonkeyPatch):
+    said: list[str] = []
+    monkeypatch.setattr(log, "warning", said.append)
+    log.once.cache_clear()
+    named = [{"role": "user", "content": "a", "name": "ann"}]
+    talk = [*named, {"role": "assistant", "content": "b", "annotations": [{"type": "url_citation"}]}, *named]
+    plain = [{name: message[name] for name in ("role", "content")} for message in talk]
+    answer = server.chat(messages=plain)["choices"][0]["message"]
+    assert not said
+    assert all(server.chat(messages=talk)["choices"][0]["message"] == answer for _ in range(2))
+    assert [line.split(":")[0] for line in said] == ["name in messages", "annotations in messages"]

@@ -119,3 +119,11 @@ def test_other_parts_and_too_many_pictures(server: Asking):
     assert "expected text, image_url or video_url" in server.bad(messages=sound)["message"]
     odd = [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": {"a": 1}}}]}]
     assert "expected" in server.bad(messages=odd)["message"]
+
+
+def test_a_picture_whose_shape_cannot_be_used_is_named_by_its_place(server: Asking):
+    flat = Image.new("RGB", (2000, 5))
+    error = server.bad(messages=question(data_uri(png(pixels())), data_uri(png(np.asarray(flat)))))
+    place = "messages[0].content[1].image_url"
+    assert error["param"] == place
+    assert error["message"].startswith(f"{place}: a picture of ") and "cannot be resized" in error["message"]

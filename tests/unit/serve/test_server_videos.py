@@ -91,7 +91,7 @@ def test_what_is_not_opened(server: Asking, url: object, said: str):
 def test_a_video_that_ends_early_is_refused(server: Asking, tmp_path: Path):
     content = write_video(tmp_path / "v.mp4", frames=30).read_bytes()
     error = server.bad(messages=question(data_uri(content[: len(content) // 2])))
-    assert error["param"] == "messages" and "cannot be decoded" in error["message"], error
+    assert error["param"] == "messages[0].content[0].video_url" and "cannot be decoded" in error["message"], error
 
 
 def test_limits(server: Asking, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
