@@ -15,8 +15,8 @@ from erniekit.utils.errors import ConfigError
 
 MAX_BYTES = 1 << 20  # of a configuration file
 _BLOCK_ENDINGS = ("_args", "_config", "_arguments")
+_COMMAND_LINE = "command line"  # the place of an entry
 # Mappings of ERNIE's pretraining files that group keys under other names.
-_COMMAND_LINE = "command line"
 _BLOCKS = ("fp8_mem_configs", "fp8_fused_ops_configs")
 _JSON_KEY = re.compile(r'"((?:[^"\\]|\\.)*)"\s*:')
 _OVERRIDE = re.compile(r"(?P<name>[A-Za-z_][A-Za-z0-9_.]*)=", re.ASCII)

@@ -12,12 +12,14 @@ _BLOCK = re.compile(r"```(?P<language>[A-Za-z0-9_+-]*)[^\n]*\n(?P<code>.*?)(?:``
 
 
 # The program is a module that the test uses: what it does only as a script (if __name__ == "__main__": ... input()) is
-# not part of what the test asks for, and there is nothing to read.
+# not part of what the test asks for, and there is nothing to read. The test is run as a script: what it does only there
+# would otherwise be left out, and any program would pass.
 _WITH_TEST = """\
 import sys, types
 module = sys.modules["program"] = types.ModuleType("program")
-for part in {parts!r}:
-    exec(compile(part, "program.py", "exec"), module.__dict__)
+for part, name in zip({parts!r}, ("program", "__main__")):
+    module.__name__ = name
+    exec(compile(part, name, "exec"), module.__dict__)
 print("\\n{token}")
 """
 

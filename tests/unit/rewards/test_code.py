@@ -88,6 +88,8 @@ def test_nothing_is_left_behind(tmp_path: Path):
         ("print(int(input()) * 2)", [{"input": "4", "output": "8\n"}], {"all": 1}),
         (SCRIPT, ["assert f(1) == 2"], {"all": 1}),
         (SCRIPT, [{"input": "1", "output": "2"}], {"all": 1}),
+        (SCRIPT, ["if __name__ == '__main__':\n    assert f(1) == 2"], {"all": 1}),
+        (SCRIPT, ["if __name__ == '__main__':\n    assert f(1) == 3"], {"all": 0}),
         ("import atexit; atexit.register(print, 'end')", ["pass"], {"all": 1}),
         ("print('8  ')\nprint()", [{"output": "8"}], {"all": 1}),
         ("import os; os._exit(0)", ["assert False"], {"all": 0}),
