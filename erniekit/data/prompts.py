@@ -149,20 +149,6 @@ class PromptSet:
             "without_answer": len(self._without_answer),
         }
 
-    def require_answers(self, key: str, wanted_by: str) -> None:
-        """Raise DataError if prompts lack the field `key`, which the rewards `wanted_by` compare answers with; it names
-        the first places.
-        """
-        lacking = self._without_answer
-        if key != ANSWER:
-            lacking = [i for i in range(len(self)) if not has_content(self[i].fields.get(key))]
-        if lacking:
-            places = ", ".join(self[i].place for i in lacking[:_SHOWN]) + (", ..." if len(lacking) > _SHOWN else "")
-            raise DataError(
-                f"{len(lacking)} of {len(self)} prompts have no {key!r} ({places}), which {wanted_by} needs. Hint: add "
-                "it to the records, name the field that has it (answer_key), or choose other reward_funcs."
-            )
-
     def _keep(self, index: int, prompt: Prompt) -> None:
         if self._room >= len(prompt.ids):
             self._room -= len(prompt.ids)

@@ -3,8 +3,6 @@
 import paddle
 from paddle.nn import functional as F
 
-KTO_LOSSES = ("kto", "apo_zero_unpaired")
-
 
 def kto_loss(
     log_ratios: paddle.Tensor,

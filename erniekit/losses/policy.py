@@ -9,6 +9,7 @@ A the advantage; sg[] stops the gradient.
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
+import numpy as np
 import paddle
 
 Level = Literal["token", "sequence", "sequence_token"]
@@ -287,12 +288,11 @@ def pair_loss(
     return -paddle.nn.functional.log_sigmoid(margins), margins.detach()
 
 
-def entropy_threshold(entropy: paddle.Tensor, mask: paddle.Tensor, share: float) -> float:
-    """The entropy that `share` of the tokens with mask 1 reach, for policy_loss's min_entropy (Wang et al. 2025, arXiv
-    2506.01939, who keep 0.2): the quantile 1 - share, between two values by linear interpolation.
+def entropy_threshold(entropies: np.ndarray, share: float) -> float:
+    """The entropy that `share` of the tokens [N] reach, for policy_loss's min_entropy (Wang et al. 2025, arXiv
+    2506.01939, who keep 0.2): the quantile 1 - share, between two values by linear interpolation; 0 without tokens.
     """
-    chosen = entropy.detach()[mask.astype("bool")]
-    return float(paddle.quantile(chosen.astype("float64"), 1 - share)) if chosen.shape[0] else 0.0
+    return float(np.quantile(entropies.astype(np.float64), 1 - share)) if len(entropies) else 0.0
 
 
 def _check(

@@ -8,11 +8,6 @@ precision/rotation.py adds and subtracts in the same order on a device, so that 
 import numpy as np
 
 
-def is_order(block: int) -> bool:
-    """Whether Sylvester's construction has a matrix of this order: a power of two."""
-    return block > 0 and block & (block - 1) == 0
-
-
 def rotate_rows(weight: np.ndarray, block: int) -> np.ndarray:
     """H W for a weight [..., in, out] fp32, in blocks of `block` inputs: the same shape."""
     *lead, num_in, num_out = weight.shape

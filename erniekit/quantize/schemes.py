@@ -83,10 +83,6 @@ class Scheme:
         """The matrices to quantise of a model."""
         return (matrix for logical in logical_tensors(config) for matrix in self.matrices(logical))
 
-    def needs_ranges(self, config: ModelConfig) -> bool:
-        """Whether the file keeps the largest magnitudes of inputs, which only calibration or training knows."""
-        return any(matrix.codec.needs_range for matrix in self.every_matrix(config))
-
 
 def scheme_for(name: str, format: Format, config: ModelConfig, options: Options = Options()) -> Scheme:
     """The scheme `name` in files of `format` for a model. ConfigError: no reader of the scheme knows the format, or the

@@ -10,7 +10,6 @@ from typing import Any
 from erniekit.data.records.errors import BadRecord
 from erniekit.data.records.values import kind_of
 
-CONVENTIONS = ("relative", "pixels", "fraction")
 SCALE = 1000
 _KEY = "bbox_2d"
 _NUMBER = r"-?\d+(?:\.\d+)?(?:[eE][-+]?\d+)?"

@@ -20,7 +20,7 @@ _BOX_TYPES = {"real": "pixels", "norm1": "fraction", "norm1000": "relative"}
 
 @dataclass(frozen=True)
 class FormatOptions:
-    """How records are read. `boxes`: what the numbers of boxes in answers are (see `boxes.CONVENTIONS`).
+    """How records are read. `boxes`: what the numbers of boxes in answers are (see boxes.py).
     `missing_tags`: what to do with pictures of a record whose text has no tag at all, "error" or "front" (put the tags
     in front of the first question).
     """

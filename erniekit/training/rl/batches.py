@@ -9,6 +9,7 @@ import numpy as np
 
 from erniekit.data.packed_batch import IGNORE, NO_COMPLETIONS, NO_SEGMENT, CompletionTable, PackedBatch, join_rows
 from erniekit.data.prompts import Prompt
+from erniekit.losses.policy import entropy_threshold
 from erniekit.training.rl.completions import Completion
 from erniekit.training.rl.sequence_pictures import SequencePictures
 
@@ -104,12 +105,11 @@ def _has_loss(completion: Completion, options: BatchOptions) -> np.ndarray:
 
 
 def min_entropy_of(completions: Sequence[Completion], share: float, options: BatchOptions) -> float:
-    """The entropy that `share` of the tokens with loss reach (losses.policy.entropy_threshold), over all completions of
-    a step, so that its division into microbatches changes nothing.
+    """The entropy that `share` of the tokens with loss reach, over all completions of a step, so that its division into
+    microbatches changes nothing.
     """
     parts = [c.entropies[_has_loss(c, options)] for c in completions if c.entropies is not None]
-    values = np.concatenate(parts).astype(np.float64) if parts else np.zeros(0)
-    return float(np.quantile(values, 1 - share)) if len(values) else 0.0
+    return entropy_threshold(np.concatenate(parts) if parts else np.zeros(0), share)
 
 
 def _pairs_of(completions: Sequence[Completion], options: BatchOptions) -> np.ndarray:

@@ -170,7 +170,6 @@ class RolloutLoader:
         self._drawn: Counter[int] = Counter()
         self._all_rewards: list[np.ndarray] = []
         self._num_tokens = 0
-        self._samples: list[dict[str, Any]] = []
         self._texts: dict[int, str] = {}
         self._failures: Counter[str] = Counter()
         with heartbeat.phase("a rollout"):

@@ -56,7 +56,9 @@ def keywords(settings: dict[str, Any], given: dict[str, paddle.Tensor]) -> dict[
         result |= {"correction_low": settings.get("rollout_clip_min", 0.5)}
         result |= {"correction_high": settings["rollout_clip_max"]}
     if "top_entropy_quantile" in settings:
-        result["min_entropy"] = entropy_threshold(given["entropy"], given["mask"], settings["top_entropy_quantile"])
+        result["min_entropy"] = entropy_threshold(
+            given["entropy"].numpy()[given["mask"].numpy() > 0], settings["top_entropy_quantile"]
+        )
     if "grad_accum" in settings:  # a part of a step: the step's tokens are known
         result["num_tokens"] = float(np.sum(INPUTS["mask"]))
     return result
