@@ -198,6 +198,14 @@ class Loader:
         finally:
             self._stop(steps)
 
+    def evaluated_rows(self, limit: int = -1) -> Generator[PackedBatch, None, None]:
+        """Yields the rows, each as a batch of one row without the pixels of its pictures, that `batches` of all ranks
+        have together.
+        """
+        with closing(self._feed.rows(self._feed.begin())) as rows:
+            for row, _ in islice(rows, limit * self._plan.batch_size if limit > 0 else None):
+                yield row
+
     @property
     def feed(self) -> Feed:
         """The source of the rows."""

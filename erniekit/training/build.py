@@ -27,6 +27,7 @@ from erniekit.config.schema import Config
 from erniekit.config.schema_parallel import ZERO_STAGES
 from erniekit.data.chat.template import Template
 from erniekit.data.chat.tokenizer import Tokenizer, check_fits, load_tokenizer
+from erniekit.data.evaluated_kinds import require_metric
 from erniekit.data.loader import Loader, StepSource
 from erniekit.data.record_feed import training_template
 from erniekit.data.vision.options import vision_spec
@@ -292,6 +293,8 @@ def _open_data(
         for rows in (loader if cfg.max_steps > 0 else None, eval_loader):
             if isinstance(rows, Loader):
                 rows.require_samples()
+        if isinstance(eval_loader, Loader):
+            require_metric(cfg, eval_loader)
     data = {f"training data: {name}": value for name, value in loader.identity.items()}
     if eval_loader is not None:
         data |= {f"evaluation data: {name}": value for name, value in eval_loader.identity.items()}

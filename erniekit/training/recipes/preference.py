@@ -9,6 +9,7 @@ import paddle
 
 from erniekit import lora
 from erniekit.config.schema import Config
+from erniekit.config.schema_preference import wants_reference
 from erniekit.data.packed_batch import PackedBatch
 from erniekit.losses.log_probs import token_log_probs
 from erniekit.losses.preference import (
@@ -18,7 +19,6 @@ from erniekit.losses.preference import (
     pair_metrics,
     preference_loss,
     sft_ratio_of,
-    wants_reference,
 )
 from erniekit.models.decoder import CausalLM
 from erniekit.models.inputs import ModelInputs
