@@ -11,6 +11,7 @@ from support import equality
 from support.source_tree import REPOSITORY, Module, read_package
 
 from erniekit import config
+from erniekit.config.evaluation_metrics import metrics_of
 from erniekit.config.methods import METHODS as FACTS
 from erniekit.config.methods import MethodFacts, Records
 from erniekit.data.loader import Loader

@@ -1,10 +1,10 @@
 """Which metrics need evaluation data of their kind."""
 
 import pytest
+from support.data_runs import build, config, write
 
 from erniekit.data.evaluated_kinds import require_metric
 from erniekit.utils.errors import DataError
-from support.data_runs import build, config, write
 
 EVALUATED = {"stage": "KTO", "evaluation_strategy": "epoch", "do_eval": True, "eval_dataset_type": "erniekit"}
 
