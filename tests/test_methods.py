@@ -11,6 +11,7 @@ from support import equality
 from support.source_tree import REPOSITORY, Module, read_package
 
 from erniekit import config
+from erniekit.config.evaluation_metrics import metrics_of
 from erniekit.config.methods import METHODS as FACTS
 from erniekit.config.methods import MethodFacts, Records
 from erniekit.data.loader import Loader
@@ -180,3 +181,5 @@ def test_the_metrics_of_the_table_are_those_of_the_evaluations():
     for names, metrics in wanted:
         assert all(set(FACTS[name].metrics) == metrics for name in names)
     assert all(facts.metric in facts.metrics for facts in FACTS.values())
+    other = config.Config(stage="KTO", kto_loss_type="apo_zero_unpaired")
+    assert list(_metrics(other, np.array([1.0, -1.0]), np.array([True, False]), 0.0)) == metrics_of(other)

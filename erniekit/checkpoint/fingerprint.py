@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from erniekit.checkpoint import dtypes
+from erniekit.checkpoint.model_dir import ADAPTER_CONFIG_FILE, ADAPTER_FILE
 from erniekit.checkpoint.quantised_read import open_weights
 from erniekit.checkpoint.safetensors_header import WEIGHT_FILE
 
@@ -37,6 +38,11 @@ def weights_digest(model_dir: Path) -> str:
     """
     names = sorted(file.name for file in model_dir.iterdir() if WEIGHT_FILE.fullmatch(file.name))
     return files_digest(model_dir / name for name in names if not name.endswith(".json"))
+
+
+def adapter_digest(directory: str | Path) -> str:
+    """A digest of every byte of an adapter's two files."""
+    return files_digest(Path(directory) / name for name in (ADAPTER_CONFIG_FILE, ADAPTER_FILE))
 
 
 def files_digest(paths: Iterable[Path]) -> str:

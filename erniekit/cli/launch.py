@@ -204,8 +204,8 @@ def _check_model(cfg: Config, degrees: ParallelDims, command: str) -> None:
 
 
 def _layouts(cfg: Config, degrees: ParallelDims) -> tuple[Layout, ...]:
-    """The layout of the whole job, and the smaller layouts that an elastic job may shrink to. All have the same number
-    of rows per step: a smaller one has fewer data ranks and more accumulation steps.
+    """The layout of the whole job, and the smaller layouts that an elastic job may shrink to. All have the same steps:
+    a smaller one has fewer data ranks and more accumulation steps, or more microbatches of the same completions.
     """
     layouts = [Layout(degrees.world)]
     if not cfg.elastic:
@@ -214,22 +214,26 @@ def _layouts(cfg: Config, degrees: ParallelDims) -> tuple[Layout, ...]:
         raise ConfigError(
             "elastic: not with batch_size_warmup_steps: a smaller job could not keep the same growing batch."
         )
+    accumulates = cfg.method.reads("gradient_accumulation_steps")
     batches = cfg.gradient_accumulation_steps * degrees.batch
     for batch in range(degrees.batch - 1, 0, -1):
         data = batch * degrees.context
-        if data % degrees.expert or batches % batch:
+        if data % degrees.expert or (accumulates and batches % batch):
             continue
-        accumulation = batches // batch
         # A degree of 1 or -1 needs no override: either nothing is sharded, or it is over all data ranks.
         sharding = math.gcd(cfg.sharding_parallel_degree, batch) if cfg.sharding_parallel_degree > 1 else 1
-        overrides = [f"--data_parallel_degree={batch // sharding}", f"--gradient_accumulation_steps={accumulation}"]
+        overrides, note = [f"--data_parallel_degree={batch // sharding}"], f"{data} data ranks instead of {degrees.data}"
+        if accumulates:
+            overrides.append(f"--gradient_accumulation_steps={batches // batch}")
+            note += (
+                f", gradient_accumulation_steps {batches // batch} instead of {cfg.gradient_accumulation_steps}: still "
+                f"{batches * cfg.batch_size} rows a step, and slower steps"
+            )
+        else:
+            note += ": still the same completions a step, and slower steps"
         if cfg.sharding_parallel_degree > 1:
             overrides.append(f"--sharding_parallel_degree={sharding}")
-        note = (
-            f"elastic: {data} data ranks instead of {degrees.data}, gradient_accumulation_steps {accumulation} instead "
-            f"of {cfg.gradient_accumulation_steps}: still {batches * cfg.batch_size} rows a step, and slower steps"
-        )
-        layouts.append(Layout(degrees.pipeline * data * degrees.tensor, tuple(overrides), note))
+        layouts.append(Layout(degrees.pipeline * data * degrees.tensor, tuple(overrides), f"elastic: {note}"))
     return tuple(layouts)
 
 

@@ -6,10 +6,10 @@ Each check yields its problems in the form "key: what is wrong, and what to do".
 import dataclasses
 import re
 from collections.abc import Iterator
-from fnmatch import fnmatchcase
 
 from erniekit.config import context_keys, rl_keys
 from erniekit.config.compat import DATA, RUN
+from erniekit.config.evaluation_metrics import metrics_of
 from erniekit.config.methods import METHODS, Records
 from erniekit.config.schema import Config
 from erniekit.config.schema_preference import option_problems
@@ -481,8 +481,8 @@ def _best(cfg: Config) -> Iterator[str]:
     if cfg.load_best_model_at_end and cfg.save_strategy == "no":
         yield "load_best_model_at_end: needs checkpoints to choose from: set save_strategy to steps or epoch"
     metric = (cfg.metric_for_best_model or cfg.method.metric).removeprefix("eval_")
-    known = cfg.method.metrics
-    if cfg.evaluation_strategy != "no" and not any(fnmatchcase(metric, name) for name in known):
+    known = metrics_of(cfg)
+    if cfg.evaluation_strategy != "no" and metric not in known:
         yield (
             f"metric_for_best_model: {metric}: an evaluation of stage: {cfg.method.name} gives no such number, but "
             f"{', '.join(known)}"

@@ -48,7 +48,8 @@ class MethodFacts:
     defaults: the values of keys that are not given when it trains, where they are not those of the schema.
     scores: whether its model gives a text one number instead of logits.
     metric: the metric of evaluations that metric_for_best_model stands for where it is not given.
-    metrics: the names of all metrics that an evaluation during training can give; `*` stands for the rest of a name.
+    metrics: the names of all metrics that an evaluation during training can give; `*` stands for the rest of a name
+        (evaluation_metrics.py says which of them one does give).
     later: the missing feature that it needs; empty if the method is built.
     """
 

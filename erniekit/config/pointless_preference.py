@@ -5,7 +5,7 @@ from collections.abc import Callable
 from erniekit.config.compat import DATA
 from erniekit.config.pointless_rule import Facts, Rule
 from erniekit.config.schema import Config
-from erniekit.config.schema_preference import ALIASES, AVERAGED, REFERENCE_FREE
+from erniekit.config.schema_preference import ALIASES, AVERAGED, REFERENCE_FREE, wants_reference
 
 
 def _loss(cfg: Config) -> str:
@@ -18,7 +18,7 @@ def _prefers(cfg: Config) -> bool:
 
 
 def _has_no_reference(cfg: Config) -> bool:
-    return _prefers(cfg) and (cfg.reference_free or _loss(cfg) in REFERENCE_FREE)
+    return _prefers(cfg) and not wants_reference(cfg)
 
 
 def _has_other_loss(loss: str) -> Callable[[Config, Facts], bool]:

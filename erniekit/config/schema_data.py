@@ -91,7 +91,12 @@ class DataArgs:
     dataloader_num_workers: int = key(
         0, "Worker processes that encode samples; 0: a thread of the training process does it.", ge=0
     )
-    prefetch_factor: int = key(2, "Steps of batches prepared ahead of the trainer.", ge=1)
+    prefetch_factor: int = key(
+        2,
+        "Steps prepared ahead of the trainer, each with all its microbatches: 1 takes less memory where "
+        "gradient_accumulation_steps is large.",
+        ge=1,
+    )
     chat_template: str | None = key(
         None,
         "A built-in template's name or a .jinja file; not given: the model's own, else text; saved with the weights.",

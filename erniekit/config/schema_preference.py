@@ -64,3 +64,8 @@ class PreferenceArgs:
         "runs on the same model and data; the reference then needs no memory.",
         path=True,
     )
+
+
+def wants_reference(args: PreferenceArgs) -> bool:
+    """Whether the loss that these keys ask for compares with a reference."""
+    return not args.reference_free and ALIASES.get(args.loss_type, args.loss_type) not in REFERENCE_FREE

@@ -11,12 +11,11 @@ first rows of the next. Only the last step of a training may have fewer rows. It
 need, the same number on every rank; a rank without a row in one of them gets a batch without tokens.
 """
 
-import math
 import weakref
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Iterable, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -198,6 +197,14 @@ class Loader:
         finally:
             self._stop(steps)
 
+    def evaluated_rows(self, limit: int = -1) -> Generator[PackedBatch, None, None]:
+        """Yields the rows, each as a batch of one row without the pixels of its pictures, that `batches` of all ranks
+        have together.
+        """
+        with closing(self._feed.rows(self._feed.begin())) as rows:
+            for row, _ in islice(rows, limit * self._plan.batch_size if limit > 0 else None):
+                yield row
+
     @property
     def feed(self) -> Feed:
         """The source of the rows."""
@@ -337,16 +344,24 @@ def _steps(
     """Yields a rank's microbatches step by step, with the position after each step."""
     with closing(feed.rows(position)) as all_rows:
         rows = islice(all_rows, max_rows)
-        while taken := list(islice(rows, plan.rows_per_step)):
-            batches = _microbatches([row for row, _ in taken], plan)
-            yield feed.decode_media(batches), taken[-1][1]
+        for first in rows:
+            batches, position = _microbatches(chain([first], islice(rows, plan.rows_per_step - 1)), plan)
+            yield feed.decode_media(batches), position
 
 
-def _microbatches(rows: list[PackedBatch], plan: Plan) -> list[PackedBatch]:
-    """A rank's share of a step's rows; a short step has fewer microbatches, but the same number on every rank."""
-    size, share = plan.batch_size, plan.batch_size * plan.world
-    starts = range(plan.rank * size, plan.rank * size + math.ceil(len(rows) / share) * share, share)
-    return [join_rows(rows[start : start + size]) for start in starts]
+def _microbatches(rows: Iterable[tuple[PackedBatch, Position]], plan: Plan) -> tuple[list[PackedBatch], Position]:
+    """A rank's share of a step's rows, with the position after the last of them all; the rows of other ranks are
+    dropped as they come. A short step has fewer microbatches, but the same number on every rank.
+    """
+    own: list[list[PackedBatch]] = []
+    for number, (row, after) in enumerate(rows):
+        place = number % (plan.batch_size * plan.world)
+        if place == 0:
+            own.append([])
+        if place // plan.batch_size == plan.rank:
+            own[-1].append(row)
+        position = after
+    return [join_rows(batch) for batch in own], position
 
 
 def build_loader(

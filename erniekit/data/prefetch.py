@@ -26,7 +26,8 @@ class Prefetcher(Generic[Item]):
         interrupt: Callable[[], None] | None = None,
     ):
         self._produce, self._interrupt = produce, interrupt
-        self._queue: queue.Queue[Item | BaseException] = queue.Queue(maxsize=max(1, depth))
+        self._queue: queue.Queue[Item | BaseException] = queue.Queue()
+        self._places = threading.Semaphore(max(1, depth))  # for items that are being made or wait
         self._stopping = threading.Event()
         self._failure: BaseException | None = None
         self._thread = threading.Thread(target=self._run, name="erniekit-data", daemon=True)
@@ -36,23 +37,23 @@ class Prefetcher(Generic[Item]):
         items = None
         try:
             items = self._produce()
-            for item in items:
-                if not self._put(item):
-                    return
-            self._put(_End())
+            while self._has_place():
+                self._queue.put(next(items))
+        except StopIteration:
+            self._queue.put(_End())
         except BaseException as error:  # any exception is passed on to the thread that calls next()
-            self._put(error)
+            self._queue.put(error)
         finally:
             if items is not None:
                 items.close()
 
-    def _put(self, item: Item | BaseException) -> bool:
+    def _has_place(self) -> bool:
+        """Wait until another item may be made; False when the thread is to end. An item takes its place before it is
+        made, since a step of many microbatches is large.
+        """
         while not self._stopping.is_set():
-            try:
-                self._queue.put(item, timeout=0.1)
+            if self._places.acquire(timeout=0.1):
                 return True
-            except queue.Full:
-                continue
         return False
 
     def next(self) -> Item:
@@ -60,6 +61,7 @@ class Prefetcher(Generic[Item]):
         if self._failure is None:
             item = self._queue.get()
             if not isinstance(item, BaseException):
+                self._places.release()
                 return item
             self._failure = item
         if isinstance(self._failure, _End):

@@ -1,15 +1,20 @@
 """Opens the reference with which a model is compared: the policy before training."""
 
+from pathlib import Path
+
+import paddle
+
 from erniekit import lora
 from erniekit.build import PreparedModel, inference_options, prepare_model
-from erniekit.checkpoint.model_dir import has_weights
+from erniekit.checkpoint.model_dir import has_weights, require_adapter
+from erniekit.checkpoint.peft_attach import load_adapter
 from erniekit.checkpoint.model_shape import model_config
 from erniekit.config import Config
 from erniekit.generation.load import PreparedChatModel
 from erniekit.hub import resolve_model
 from erniekit.models.decoder import CausalLM
 from erniekit.training.methods import method_of
-from erniekit.training.reference import AdapterOff, PairScorer, Reference, SecondModel
+from erniekit.training.reference import AdapterReference, PairScorer, Reference, SecondModel, adapter_values
 from erniekit.utils import log
 
 
@@ -19,7 +24,11 @@ def find_reference(cfg: Config, model: PreparedChatModel) -> PreparedModel | Non
     """
     if not method_of(cfg).wants_reference(cfg):
         return None
-    if cfg.model_name_or_path is None or model.prepared.options.adapter is not None:
+    if model.prepared.options.adapter is not None:
+        if cfg.lora_path:
+            require_adapter(cfg.lora_path)
+        return None
+    if cfg.model_name_or_path is None:
         return None
     base = resolve_model(cfg.model_name_or_path, cfg.download_hub)
     if base.resolve() == model.path.resolve():
@@ -31,15 +40,17 @@ def find_reference(cfg: Config, model: PreparedChatModel) -> PreparedModel | Non
     return prepare_model(base, inference_options(cfg, random_start=random_start), shape)
 
 
-def open_reference(cfg: Config, model: CausalLM, found: PreparedModel | None, scorer: PairScorer) -> Reference | None:
-    """What the loss compares `model` with: the model without its adapter, or `found` (see `find_reference`). Where the
-    loss wants a reference and there is none, a warning says so.
+def open_reference(
+    cfg: Config, model: CausalLM, path: Path, found: PreparedModel | None, scorer: PairScorer
+) -> Reference | None:
+    """What the loss compares `model`, of directory `path`, with: the model with the adapter that its training began
+    with, or without an adapter, or `found` (see `find_reference`). Where the loss wants a reference and there is none,
+    a warning says so.
     """
     if not method_of(cfg).wants_reference(cfg):
         return None
     if lora.state_of(model) is not None:
-        log.info("reference: the model without its adapter")
-        return AdapterOff(model, scorer)
+        return AdapterReference(model, scorer, _start_of_adapter(cfg, model, path))
     if found is not None:
         log.info(f"reference: {found.path}")
         return SecondModel(found.build(model.mesh, model.chunks), scorer)
@@ -48,3 +59,14 @@ def open_reference(cfg: Config, model: CausalLM, found: PreparedModel | None, sc
         "log-probabilities alone"
     )
     return None
+
+
+def _start_of_adapter(cfg: Config, model: CausalLM, path: Path) -> dict[str, paddle.Tensor] | None:
+    """What training.reference.before_training takes, of the adapter in `path`."""
+    if not cfg.lora_path or Path(cfg.lora_path).resolve() == path.resolve():
+        log.info("reference: the model without its adapter")
+        return None
+    log.info(f"reference: the model with the adapter of lora_path ({cfg.lora_path}), with which training began")
+    start = adapter_values(model)
+    load_adapter(model, cfg.lora_path, into=start)
+    return start

@@ -162,7 +162,7 @@ def print_table(results: dict[str, Any]) -> None:
 def _scores(cfg: Config, opened: ChatModel, data: EvaluationData, reference: PreparedModel | None) -> dict[str, Any]:
     """The scores of the method's evaluator, with the numbers of samples, and of those dropped or cut."""
     model = opened.model
-    compared_with = open_reference(cfg, model, reference, PairScorer(cfg.loss_subbatch_seqlen))
+    compared_with = open_reference(cfg, model, opened.path, reference, PairScorer(cfg.loss_subbatch_seqlen))
     evaluated = EvaluatedModel(str(opened.path), cfg, model, compared_with)
     cure = "Evaluate an earlier checkpoint (checkpoint: ...)."
     scores = score_data(method_of(cfg).evaluator, evaluated, data, cure)

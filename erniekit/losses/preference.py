@@ -12,7 +12,14 @@ from typing import Any
 import paddle
 from paddle.nn.functional import log_sigmoid, relu, sigmoid
 
-from erniekit.config.schema_preference import ALIASES, AVERAGED, REFERENCE_FREE, PreferenceArgs, option_problems
+from erniekit.config.schema_preference import (
+    ALIASES,
+    AVERAGED,
+    REFERENCE_FREE,
+    PreferenceArgs,
+    option_problems,
+    wants_reference,
+)
 
 METRICS = ("reward_chosen", "reward_rejected", "reward_margin", "reward_accuracy", "logp_chosen", "logp_rejected", "kl")
 _SMALLEST_SCORE = 1e-6
@@ -184,11 +191,6 @@ def options_of(cfg: PreferenceArgs) -> dict[str, Any]:
         "reference_free": not wants_reference(cfg),
         "normalize_logps": cfg.normalize_logps,
     }
-
-
-def wants_reference(cfg: PreferenceArgs) -> bool:
-    """Whether the loss that a configuration asks for compares with a reference."""
-    return not cfg.reference_free and ALIASES.get(cfg.loss_type, cfg.loss_type) not in REFERENCE_FREE
 
 
 def sft_ratio_of(cfg: PreferenceArgs) -> float:

@@ -13,7 +13,7 @@ from erniekit.config import checks, pointless_rl
 from erniekit.config.schema import Config
 from erniekit.config.schema_kto import KtoArgs
 from erniekit.config.schema_parallel import ZERO_STAGES
-from erniekit.config.schema_preference import ALIASES, REFERENCE_FREE, PreferenceArgs
+from erniekit.config.schema_preference import PreferenceArgs, wants_reference
 from erniekit.config.schema_rl import RLArgs
 from erniekit.models.config import ModelConfig
 from erniekit.models.pipeline_layout import check_layout, cut_layers, schedule_of
@@ -193,12 +193,12 @@ class Job:
     @property
     def has_reference(self) -> bool:
         """Whether the loss compares with a reference model or a teacher, which costs a forward pass more."""
-        cfg, loss = self.cfg, ALIASES.get(self.cfg.loss_type, self.cfg.loss_type)
+        cfg = self.cfg
         if self.is_distilled or KtoArgs in cfg.method.options:
             return True
         if RLArgs in cfg.method.options:
             return pointless_rl.has_reference(cfg)
-        return self.has_pairs and not cfg.reference_free and loss not in REFERENCE_FREE
+        return self.has_pairs and wants_reference(cfg)
 
     @property
     def passes_ahead(self) -> float:

@@ -27,6 +27,7 @@ from erniekit.config.schema import Config
 from erniekit.config.schema_parallel import ZERO_STAGES
 from erniekit.data.chat.template import Template
 from erniekit.data.chat.tokenizer import Tokenizer, check_fits, load_tokenizer
+from erniekit.data.evaluated_kinds import require_metric
 from erniekit.data.loader import Loader, StepSource
 from erniekit.data.record_feed import training_template
 from erniekit.data.vision.options import vision_spec
@@ -59,7 +60,7 @@ from erniekit.training.ema import WeightAverage
 from erniekit.training.evaluators import EvaluationData
 from erniekit.training.fit_check import warn_if_too_large
 from erniekit.training.freezing import check_frozen, freeze, freeze_untrained_mtp
-from erniekit.training.lr_scheduler import Schedule, build_schedule
+from erniekit.training.lr_scheduler import Schedule, build_schedule, warn_of_long_warmup
 from erniekit.training.methods import Method, method_of
 from erniekit.training.moments import MomentDtype
 from erniekit.training.recipes.base import Recipe, RecipeContext
@@ -101,6 +102,7 @@ class Run:
         cfg = self.cfg
         self.max_steps = last_step(cfg, self.loader, self.mesh.degrees.batch, done)
         self.schedule = build_schedule(cfg, self.max_steps)
+        warn_of_long_warmup(cfg, self.max_steps)
         if cfg.max_steps > 0:
             return
         if self.loader.steps_left() is not None:
@@ -188,6 +190,7 @@ def build_run(cfg: Config, mesh: Mesh, method: Method | None = None) -> Run:
     warn_if_nothing_compares(cfg, max_steps)
     loader.announce()
     schedule = build_schedule(cfg, max_steps)
+    warn_of_long_warmup(cfg, max_steps)
     for line in layout_lines(cfg, prepared.config, mesh.degrees):
         log.info(line)
     check_frozen(cfg, prepared.config)
@@ -292,6 +295,8 @@ def _open_data(
         for rows in (loader if cfg.max_steps > 0 else None, eval_loader):
             if isinstance(rows, Loader):
                 rows.require_samples()
+        if isinstance(eval_loader, Loader):
+            require_metric(cfg, eval_loader)
     data = {f"training data: {name}": value for name, value in loader.identity.items()}
     if eval_loader is not None:
         data |= {f"evaluation data: {name}": value for name, value in eval_loader.identity.items()}

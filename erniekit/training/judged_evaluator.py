@@ -45,8 +45,9 @@ def _metrics(cfg: Config, ratios: np.ndarray, is_good: np.ndarray, kl: float) ->
     metrics = {
         "loss": float(losses.mean()),
         "accuracy": float((((ratios - kl) > 0) == is_good).mean()),
-        "kl": kl,
     }
+    if cfg.kto_loss_type == "kto":  # the other loss does not estimate it
+        metrics["kl"] = kl
     for name, chosen in (("reward_good", is_good), ("reward_bad", ~is_good)):
         if chosen.any():
             metrics[name] = float(rewards[chosen].mean())

@@ -57,13 +57,24 @@ def warmup_steps(cfg: Config, max_steps: int) -> int:
     return cfg.warmup_steps or math.ceil(cfg.warmup_ratio * max_steps)
 
 
+def warn_of_long_warmup(cfg: Config, max_steps: int) -> None:
+    """Log a warning if the schedule of a run of `max_steps` steps ends within its warm-up; once, however often it is
+    planned.
+    """
+    warmup, end = warmup_steps(cfg, max_steps), cfg.decay_steps or max_steps
+    if warmup > end and cfg.lr_scheduler_type != "constant":
+        log.once(
+            f"warmup_steps: {warmup} steps of warm-up, but the schedule ends at step {end}: the learning rate does not "
+            f"reach {cfg.learning_rate:g}"
+        )
+
+
 def build_schedule(cfg: Config, max_steps: int) -> Schedule:
     """lr(step) for step = 0, 1, ... (the rate that the step numbered step + 1 uses).
 
     Warm-up is linear from 0 (not reached: the first step has learning_rate / warm-up); then the shape of
     lr_scheduler_type runs until `decay_steps` (default: max_steps) and stays at its end. `wsd:N` stays at the peak
-    before step N, warm-up included, and decays from there; N may be as large as the run. A run that ends within its
-    warm-up is warned about.
+    before step N, warm-up included, and decays from there; N may be as large as the run.
     """
     warmup = warmup_steps(cfg, max_steps)
     end = cfg.decay_steps or max_steps
@@ -74,11 +85,6 @@ def build_schedule(cfg: Config, max_steps: int) -> Schedule:
         start = int(steady) if steady else _STEADY_SHARE * end
     if name == "constant":
         warmup = 0
-    if warmup > end:
-        log.warning(
-            f"warmup_steps: {warmup} steps of warm-up, but the schedule ends at step {end}: the learning rate does not "
-            f"reach {cfg.learning_rate:g}"
-        )
 
     def rate(step: int) -> float:
         if step < warmup:

@@ -22,9 +22,9 @@ from erniekit.build import PreparedModel
 from erniekit.config.methods import METHODS as FACTS
 from erniekit.config.methods import MethodFacts
 from erniekit.config.schema import Config
+from erniekit.config.schema_preference import wants_reference
 from erniekit.data.chat.tokenizer import Tokenizer
 from erniekit.data.loader import StepSource
-from erniekit.losses.preference import wants_reference
 from erniekit.training.data import DataContext, open_evaluation_rows, open_rows
 from erniekit.training.evaluators import EvaluatedModel, EvaluationData, Evaluator, Scores, label_scores, pair_scores
 from erniekit.training.judged_evaluator import judged_scores

@@ -22,11 +22,12 @@ from erniekit.checkpoint.run_record import RUN_FILE, FinalModel, RunRecord, read
 from erniekit.config.schema import Config
 from erniekit.parallel.agree import on_first, require_shared
 from erniekit.parallel.process_group import Group
+from erniekit.training.damage import damage_of
 from erniekit.training.ema import DIRECTORY as EMA
 from erniekit.training.reporting.metrics_file import FILE_NAME as METRICS_FILE
 from erniekit.training.reporting.metrics_file import copy_lines
 from erniekit.training.resume_checks import check_keys, noted
-from erniekit.training.state import CONFIG_FILE, STATE_FILE, read_state
+from erniekit.training.state import CONFIG_FILE, OPTIMIZER_DIR, STATE_FILE, read_state
 from erniekit.utils import atomic, log
 from erniekit.utils.directory_lock import DirectoryLock
 from erniekit.utils.errors import CheckpointError, ConfigError
@@ -195,7 +196,8 @@ class OutputDir:
         checkpoints, has_final = list_checkpoints(self.path), holds_model(self.path)
         if checkpoints:
             self._refuse_without_resuming("checkpoints")
-        newest = self._newest_whole(checkpoints)
+        final = self._final_of(record) if has_final else None
+        newest = self._newest_whole(checkpoints, final)
         if record is not None and (checkpoints or has_final):
             check_keys(record.identity, self.cfg, self.path / RUN_FILE)
         if newest is not None and not self._goes_back_here():  # a run that goes back before it does not need to read it
@@ -207,7 +209,6 @@ class OutputDir:
                 "no checkpoint. Choose another output_dir, or move that model elsewhere; if a run wrote it that is no "
                 "longer needed, overwrite_output_dir: true removes it."
             )
-        final = self._final_of(record) if has_final else None
         if final is not None:
             self._refuse_without_resuming("the final model of this run")
         return self._explicit() or newest, final
@@ -224,16 +225,27 @@ class OutputDir:
                 "true to remove the run that is there, or choose another output_dir."
             )
 
-    def _newest_whole(self, checkpoints: list[Path]) -> Path | None:
+    def _newest_whole(self, checkpoints: list[Path], final: FinalModel | None) -> Path | None:
+        """The newest checkpoint that is not damaged; later ones are named, and `begin` sets them aside. A run that has
+        ended with its `final` model needs no optimizer's state.
+        """
+        damages: list[tuple[Path, str]] = []
         for path in reversed(checkpoints):
-            if (path / STATE_FILE).is_file() and holds_model(path):
+            ended = final is not None and final.step == checkpoint_step(path)
+            damage = damage_of(path, with_optimizer=not (ended or self.cfg.ignore_load_lr_and_optim))
+            if damage is None:
+                for later, why in damages if self._explicit() is None else ():
+                    log.warning(f"{later} is not whole: {why.rstrip('.')}. The run goes back to {path.name}")
                 return path
-            log.warning(f"{path} is not whole (a delete or a copy was interrupted): it is skipped")
+            damages.append((path, damage))
         if checkpoints and self._explicit() is None:
+            newest, why = damages[0]
+            more = f"; nor are {', '.join(path.name for path, _ in damages[1:])}" if damages[1:] else ""
+            optimizer = "ignore_load_lr_and_optim: true to continue with its weights alone, "
             raise CheckpointError(
-                f"output_dir: none of the checkpoints in {self.path} is whole: "
-                f"{', '.join(p.name for p in checkpoints)} lack {STATE_FILE} or weights. Set overwrite_output_dir: "
-                "true to start from scratch, or choose another output_dir."
+                f"output_dir: none of the checkpoints in {self.path} is whole: {newest.name}: {why.rstrip('.')}{more}. "
+                f"Set {optimizer if f'{OPTIMIZER_DIR}/' in why else ''}overwrite_output_dir: true to start from "
+                "scratch, or choose another output_dir."
             )
         return None
 
@@ -274,11 +286,13 @@ class OutputDir:
             atomic.write_text(self.path / CONFIG_FILE, self.cfg.to_yaml())
 
     def _set_later_aside(self, manager: CheckpointManager, record: RunRecord, step: int) -> None:
-        """If the run goes back, set aside the later checkpoints of the abandoned branch, with a copy of the metrics."""
-        source = self._explicit()
+        """If the run goes back, as the user asks or because later checkpoints are damaged, set these aside, with a copy
+        of the metrics.
+        """
+        source = self.claim().source
         if source is None:
             return
-        here, metrics = self._goes_back_here(), self.path / METRICS_FILE
+        here, metrics = source.resolve().parent == self.path.resolve(), self.path / METRICS_FILE
         later = [p for p in list_checkpoints(self.path) if not here or (checkpoint_step(p) or 0) > step]
         if not later and (here or not metrics.is_file()):
             return

@@ -1,22 +1,26 @@
 """References of preference optimisation, which give the log-probabilities of answers before training.
 
-A reference is a second model, or the trained one without its adapter, or numbers that were computed once
+A reference is a second model, or the trained one with its adapter as it was before, or numbers that were computed once
 (reference_cache.py).
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Protocol
 
 import paddle
 
 from erniekit import lora
+from erniekit.checkpoint.peft_write import adapter_parameters
+from erniekit.config.schema import Config
 from erniekit.data.packed_batch import PackedBatch
 from erniekit.models.decoder import CausalLM
 from erniekit.models.inputs import ModelInputs
 from erniekit.models.scoring import pair_log_probs
 from erniekit.models.sharded_blocks import local_tensors
 from erniekit.training.forward_pass import final_norm, forward_pass
+from erniekit.utils import log
 
 
 class Reference(Protocol):
@@ -77,13 +81,51 @@ class SecondModel:
             own[name].set_value(tensor)
 
 
-class AdapterOff:
-    """The trained model without its adapter."""
+class AdapterReference:
+    """The model that a run with LoRA trains, as it was before; `start` as in `before_training`."""
 
-    def __init__(self, model: CausalLM, scorer: PairScorer) -> None:
-        self._model, self._scorer = model, scorer
+    def __init__(self, model: CausalLM, scorer: PairScorer, start: Mapping[str, paddle.Tensor] | None) -> None:
+        self._model, self._scorer, self._start = model, scorer, start
 
     def log_probs(self, microbatches: Sequence[PackedBatch]) -> list[paddle.Tensor]:
         """See Reference."""
-        with lora.disabled(self._model):
+        with before_training(self._model, self._start):
             return self._scorer.log_probs(self._model, microbatches)
+
+
+def start_of_adapter(model: CausalLM, cfg: Config) -> dict[str, paddle.Tensor] | None:
+    """Of a model that is not trained yet, what `before_training` takes; a log line says what the reference is. An
+    adapter that `lora_path` names is part of the model before training, as TRL takes it; a new one changes nothing.
+    """
+    if not cfg.lora_path:
+        log.info("reference: the model without its adapter")
+        return None
+    log.info(f"reference: the model with the adapter of lora_path ({cfg.lora_path}), as it is before training")
+    return adapter_values(model)
+
+
+def adapter_values(model: CausalLM) -> dict[str, paddle.Tensor]:
+    """Copies of what this process has of the adapter's parameters and of modules_to_save, by name."""
+    state = lora.state_of(model)
+    assert state is not None, "the model has no adapter"
+    own = local_tensors(model)
+    return {name: own[name].detach().clone() for name in adapter_parameters(state) if name in own}
+
+
+@contextmanager
+def before_training(model: CausalLM, start: Mapping[str, paddle.Tensor] | None) -> Iterator[None]:
+    """A context with the model as it was before training, for forward passes only: with the values `start` of its
+    adapter, or, for None, without it. Afterwards the trained state is restored bit for bit.
+    """
+    if start is None:
+        with lora.disabled(model):
+            yield
+        return
+    trained, own = adapter_values(model), local_tensors(model)
+    try:
+        for name, value in start.items():
+            own[name].set_value(value)
+        yield
+    finally:
+        for name, value in trained.items():
+            own[name].set_value(value)

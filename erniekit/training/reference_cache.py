@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import paddle
 
-from erniekit.checkpoint.fingerprint import files_digest, weights_digest
+from erniekit.checkpoint.fingerprint import adapter_digest, files_digest, weights_digest
 from erniekit.config.schema import Config
 from erniekit.data.chat.template import Template
 from erniekit.data.chat.tokenizer import Tokenizer
@@ -96,6 +96,7 @@ def describe_reference(cfg: Config, model_dir: Path, config: ModelConfig, dtype:
     return {
         "weights": weights_digest(model_dir) if cfg.continue_training else f"random start, seed {cfg.seed}",
         CONFIG_FILE: files_digest([file]) if stored else "none",
+        **({"lora_path": adapter_digest(cfg.lora_path)} if cfg.lora_path and cfg.fine_tuning == "LoRA" else {}),
         "rope_theta": f"{config.rope_theta:g}",
         "compute_type": cfg.compute_type + " emulated" * cfg.emulate_precision + computes,
         **{name: _in_words(used[name]) for name in changed},

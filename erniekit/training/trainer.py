@@ -363,9 +363,9 @@ class Trainer:
     def _save(self) -> None:
         with heartbeat.phase("a save"):
             path = self.saver.save(self.state)
-        self._saved_step = self.state.step
-        for callback in self.callbacks:
-            callback.on_save(self.state.step, path)
+            self._saved_step = self.state.step
+            for callback in self.callbacks:  # the first plot imports its library, which takes seconds
+                callback.on_save(self.state.step, path)
 
     def _say_unseen(self) -> None:
         """Log if rows are left, which may happen if the number of steps was estimated."""

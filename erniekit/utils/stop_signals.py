@@ -1,7 +1,8 @@
 """Graceful handling of Ctrl-C (SIGINT), SIGTERM (a scheduler preempts the job) and SIGHUP (the terminal is closed).
 
 Within `deferred` a signal is only recorded: the trainer finishes its step, saves and stops. Outside it `Stopped` is
-raised, except during imports, where the process ends at once. A second Ctrl-C always ends the process at once.
+raised, except during imports, where the process ends at once. A Ctrl-C after any signal always ends the process at
+once; other signals that come again change nothing, since schedulers send them twice before they kill a job.
 """
 
 import contextlib
@@ -112,6 +113,8 @@ def _note(number: int, frame: FrameType | None) -> None:
     if _requested is not None:
         if number == signal.SIGINT and now - _asked_at > TWICE:
             _end_now(number)
+        elif _deferring and now - _asked_at > TWICE:
+            _say(f"[erniekit] {signal.Signals(number).name} again: {_what_is_awaited(now)}\n")
         return
     _requested, _asked_at = signal.Signals(number), now
     if _is_importing(frame):
@@ -119,9 +122,15 @@ def _note(number: int, frame: FrameType | None) -> None:
     if not _deferring:
         _raised = Stopped(number)
         raise _raised
-    if number == signal.SIGINT:
-        begin = _BEGIN_LINE if _is_terminal() else ""
-        _say(f"{begin}[erniekit] Ctrl-C: this step is finished and saved first; Ctrl-C again ends at once\n")
+    begin, again = _BEGIN_LINE if _is_terminal() else "", "SIGINT" if number != signal.SIGINT else "Ctrl-C again"
+    name = "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
+    _say(f"{begin}[erniekit] {name}: this step is finished and saved first; {again} ends at once\n")
+
+
+def _what_is_awaited(now: float) -> str:
+    return (
+        f"the step that was under way {now - _asked_at:.0f} s ago is finished and saved first; SIGINT ends at once"
+    )
 
 
 def _is_importing(frame: FrameType | None) -> bool:

@@ -148,9 +148,11 @@ def test_full_disk_during_a_save(fail, workspace, monkeypatch):
 def test_damaged_newest_checkpoint(fail, workspace):
     erniekit.train(str(workspace / "run.yaml"), max_steps=4)
     (workspace / "out" / "checkpoint-4" / "trainer_state.json").write_text("{")
-    assert "trainer_state.json" in fail()
-    shutil.rmtree(workspace / "out" / "checkpoint-4")
     assert [r["step"] for r in erniekit.train(str(workspace / "run.yaml"), max_steps=4).history] == [3, 4]
+    assert (workspace / "out" / "abandoned-1" / "checkpoint-4" / "trainer_state.json").read_text() == "{"
+    for step in (2, 4):
+        (workspace / "out" / f"checkpoint-{step}" / "trainer_state.json").write_text("{")
+    assert "none of the checkpoints" in fail()
 
 
 def test_infinite_loss_names_step_and_parameter(fail, workspace):

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 import erniekit
+from erniekit import lora
 from erniekit.checkpoint.safetensors_read import Reader
 from erniekit.config import load
 from erniekit.evaluate.run import evaluate
@@ -196,6 +197,61 @@ def test_lora_trains_against_the_model_without_its_adapter(pairs, base):
     cached = train(pairs, output_dir=str(pairs / "cached"), ref_logps_cache=str(pairs / "ref.npz"), **keys)
     for ours, theirs in zip(result.history, cached.history, strict=True):
         assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-3, abs=1e-5)
+
+
+@pytest.fixture
+def tuned(pairs, base):
+    """A function from LoRA's keys to those of a run that continues an adapter, which was trained with them before."""
+
+    def make(**more):
+        given = base | {"fine_tuning": "LoRA"} | more
+        sft = {"stage": "SFT", "max_seq_len": 128, "save_strategy": "no", "max_steps": 4, "learning_rate": 3e-2}
+        (pairs / "sft.jsonl").write_text('{"src": ["1加2？"], "tgt": ["答案是3。"]}\n' * 8)
+        keys = {"train_dataset_path": str(pairs / "sft.jsonl"), "output_dir": str(pairs / "sft")}
+        erniekit.train(str(pairs / "run.yaml"), **given, **sft, **keys)
+        return given | {"lora_path": str(pairs / "sft")}
+
+    return make
+
+
+@pytest.mark.parametrize(
+    "more",
+    [{}, pytest.param({"use_dora": True, "modules_to_save": "embed_tokens"}, marks=pytest.mark.slow)],
+    ids=["plain", "dora"],
+)
+def test_an_adapter_that_is_continued_is_part_of_the_reference(pairs, tuned, more):
+    keys = tuned(**more) | {"max_steps": 6, "learning_rate": 5e-3, "save_strategy": "steps", "save_steps": 3}
+    result = train(pairs, **keys, do_eval=True, sft_loss_ratio=0.5)
+    first = result.history[0]
+    assert first["loss_pref"] == pytest.approx(math.log(2), abs=1e-6) and first["kl"] == pytest.approx(0.0, abs=1e-6)
+    assert result.history[-1]["kl"] != 0.0
+    asked = {"stage": "DPO", "max_seq_len": 128, "sft_loss_ratio": 0.5} | keys
+    own = evaluate(load(str(pairs / "run.yaml"), asked, "eval"))
+    # The same, with both adapters merged into weights: two models, one before training and one after it.
+    for name, adapter in (("before", "sft"), ("after", "out")):
+        model = erniekit.load_model(keys["model_name_or_path"], adapter=pairs / adapter)
+        lora.merge(model)
+        erniekit.save_model(model, pairs / name)
+    merged = {"model_name_or_path": str(pairs / "before"), "checkpoint": str(pairs / "after"), "lora_path": None}
+    oracle = evaluate(load(str(pairs / "run.yaml"), asked | merged | {"fine_tuning": "Full"}, "eval"))
+    for name in ("loss", "reward_margin", "logp_chosen", "kl"):
+        assert own[name] == pytest.approx(oracle[name], rel=1e-3, abs=1e-5), name
+        assert own[name] == pytest.approx(result.summary[f"eval_{name}"], rel=1e-4, abs=1e-5), name
+    # A resumed run has the same reference, and so has one whose log-probabilities were computed once.
+    shutil.rmtree(pairs / "out" / "checkpoint-6")
+    rest = train(pairs, **keys, do_eval=True, sft_loss_ratio=0.5)
+    assert [record["loss"] for record in rest.history] == [record["loss"] for record in result.history[3:]]
+    cached = train(
+        pairs,
+        **keys,
+        sft_loss_ratio=0.5,
+        output_dir=str(pairs / "cached"),
+        ref_logps_cache=str(pairs / "ref.npz"),
+    )
+    for ours, theirs in zip(result.history, cached.history, strict=True):
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-3, abs=1e-5)
+    with pytest.raises(CheckpointError, match="another reference: lora_path was"):
+        train(pairs, **(keys | {"lora_path": None}), output_dir=str(pairs / "x"), ref_logps_cache=str(pairs / "ref.npz"))
 
 
 @pytest.mark.parametrize(

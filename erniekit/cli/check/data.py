@@ -18,6 +18,7 @@ from erniekit.cli.check.report import Level, Report, Section, count_of
 from erniekit.config import Config
 from erniekit.config.methods import Records
 from erniekit.data.chat.tokenizer import Tokenizer
+from erniekit.data.evaluated_kinds import require_metric
 from erniekit.data.lengths import Lengths
 from erniekit.data.loader import Feed, Loader, build_loader
 from erniekit.data.mixed_feed import MixedFeed
@@ -116,6 +117,8 @@ def _rows(
                 usable &= _records(section, cfg, part, bool(facts.vision) and name == split, wishes)
             if split == "train" and usable:
                 _steps(section, cfg, loader, ranks, steps)
+            if split == "eval" and usable and report.command == "train":
+                require_metric(cfg, loader)
     if wishes.preview or not report.count("error"):
         for name, part in _record_feeds(feed, split):
             count = wishes.preview or 1

@@ -18,7 +18,7 @@ from erniekit.parallel import comm
 from erniekit.training.forward_pass import final_norm
 from erniekit.training.mismatched import mismatched_batches
 from erniekit.training.recipes.base import Recipe, RecipeContext, Term
-from erniekit.training.reference import AdapterOff, PairScorer, Reference, SecondModel
+from erniekit.training.reference import AdapterReference, PairScorer, Reference, SecondModel, start_of_adapter
 from erniekit.utils import log
 from erniekit.utils.device_sums import DeviceSums
 
@@ -36,13 +36,14 @@ class KtoRecipe(Recipe):
 
     @classmethod
     def build(cls, context: RecipeContext) -> "KtoRecipe":
-        """The recipe of a run, with its reference: the model without its adapter, or a second copy of the model."""
+        """The recipe of a run, with its reference: the model with its adapter as it was before training, or a second
+        copy of the model.
+        """
         cfg, model = context.cfg, context.model
         scorer = PairScorer(cfg.loss_subbatch_seqlen)
         reference: Reference
         if lora.state_of(model) is not None:
-            reference = AdapterOff(model, scorer)
-            log.info("reference: the model without its adapter")
+            reference = AdapterReference(model, scorer, start_of_adapter(model, cfg))
         else:
             reference = SecondModel(context.prepared.build(model.mesh, model.chunks), scorer)
             log.info("reference: a second copy of the model")

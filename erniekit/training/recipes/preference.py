@@ -9,6 +9,7 @@ import paddle
 
 from erniekit import lora
 from erniekit.config.schema import Config
+from erniekit.config.schema_preference import wants_reference
 from erniekit.data.packed_batch import PackedBatch
 from erniekit.losses.log_probs import token_log_probs
 from erniekit.losses.preference import (
@@ -18,7 +19,6 @@ from erniekit.losses.preference import (
     pair_metrics,
     preference_loss,
     sft_ratio_of,
-    wants_reference,
 )
 from erniekit.models.decoder import CausalLM
 from erniekit.models.inputs import ModelInputs
@@ -27,10 +27,11 @@ from erniekit.parallel import comm
 from erniekit.training.forward_pass import final_norm
 from erniekit.training.recipes.base import Recipe, RecipeContext, Term
 from erniekit.training.reference import (
-    AdapterOff,
+    AdapterReference,
     PairScorer,
     Reference,
     SecondModel,
+    start_of_adapter,
 )
 from erniekit.training.reference_cache import prepare_cache
 from erniekit.training.trainable import trained_tensors
@@ -62,20 +63,18 @@ class PreferenceRecipe(Recipe):
 
     @classmethod
     def build(cls, context: RecipeContext) -> "PreferenceRecipe":
-        """The recipe of a run, with its reference: the model without its adapter, log-probabilities from a file, or a
-        second copy of the model.
+        """The recipe of a run, with its reference: the model with its adapter as it was before training,
+        log-probabilities from a file, or a second copy of the model.
         """
         cfg, model = context.cfg, context.model
         scorer = PairScorer(cfg.loss_subbatch_seqlen)
-        has_adapter = lora.state_of(model) is not None
         reference: Reference | None = None
+        if wants_reference(cfg) and lora.state_of(model) is not None:
+            reference = AdapterReference(model, scorer, start_of_adapter(model, cfg))
         if wants_reference(cfg) and cfg.ref_logps_cache:
-            log_probs = AdapterOff(model, scorer).log_probs if has_adapter else partial(scorer.log_probs, model)
+            log_probs = partial(scorer.log_probs, model) if reference is None else reference.log_probs
             reference = prepare_cache(cfg, context.prepared.path, model, context.tokenizer, context.template, log_probs)
-        elif wants_reference(cfg) and has_adapter:
-            reference = AdapterOff(model, scorer)
-            log.info("reference: the model without its adapter")
-        elif wants_reference(cfg):
+        elif wants_reference(cfg) and reference is None:
             second = context.prepared.build(model.mesh, model.chunks)
             reference = SecondModel(second, scorer)
             log.info("reference: a second copy of the model (ref_logps_cache would spare its memory)")

@@ -1,6 +1,6 @@
 """The reference of policy optimisation, which the policy is kept near."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import paddle
@@ -11,15 +11,24 @@ from erniekit.data.packed_batch import PackedBatch
 from erniekit.models.decoder import CausalLM
 from erniekit.models.sharded_blocks import local_tensors
 from erniekit.training.recipes.base import RecipeContext
+from erniekit.training.reference import before_training, start_of_adapter
 from erniekit.training.rl.token_scores import TokenScorer
 from erniekit.utils import log
 
 
 class PolicyReference:
-    """A frozen model, or the trained one without its adapter (`second_model` is then None)."""
+    """A frozen model, or the trained one with its adapter as it was before (`second_model` is then None, and `start`
+    as in training.reference.before_training).
+    """
 
-    def __init__(self, policy: CausalLM, second_model: CausalLM | None, scorer: TokenScorer) -> None:
-        self._policy, self.second_model, self._scorer = policy, second_model, scorer
+    def __init__(
+        self,
+        policy: CausalLM,
+        second_model: CausalLM | None,
+        scorer: TokenScorer,
+        start: Mapping[str, paddle.Tensor] | None = None,
+    ) -> None:
+        self._policy, self.second_model, self._scorer, self._start = policy, second_model, scorer, start
         if second_model is not None:
             for parameter in second_model.parameters():
                 parameter.stop_gradient = True
@@ -31,7 +40,7 @@ class PolicyReference:
         batches = [replace(batch, completions=replace(batch.completions, experts=None)) for batch in batches]
         if self.second_model is not None:
             return self._scorer.log_probs(self.second_model, batches)
-        with lora.disabled(self._policy):
+        with before_training(self._policy, self._start):
             return self._scorer.log_probs(self._policy, batches)
 
     @paddle.no_grad()
@@ -50,7 +59,6 @@ def build_reference(context: RecipeContext) -> PolicyReference | None:
         return None
     scorer = TokenScorer(cfg.temperature, cfg.loss_subbatch_seqlen)
     if lora.state_of(model) is not None:
-        log.info("reference: the model without its adapter")
-        return PolicyReference(model, None, scorer)
+        return PolicyReference(model, None, scorer, start_of_adapter(model, cfg))
     log.info("reference: a second copy of the model")
     return PolicyReference(model, context.prepared.build(model.mesh, model.chunks), scorer)

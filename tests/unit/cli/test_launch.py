@@ -193,6 +193,18 @@ def test_an_elastic_job_keeps_its_global_batch(job):
     assert "still 12 rows a step" in layouts[1].note
 
 
+def test_an_elastic_job_that_learns_from_rewards_may_have_any_number_of_data_ranks(job):
+    """A step has the completions of its prompts, however many ranks share them."""
+    rl = {"stage": "RL", "reward_funcs": "length", "data_parallel_degree": 3, "rollout_batch_size": 6}
+    layouts = job(elastic=True, **rl).layouts
+    assert [layout.world for layout in layouts] == [3, 2, 1]
+    assert [layout.overrides for layout in layouts[1:]] == [
+        ("--data_parallel_degree=2",),
+        ("--data_parallel_degree=1",),
+    ]
+    assert layouts[1].note.startswith("elastic: 2 data ranks instead of 3: still the same completions a step")
+
+
 def test_an_elastic_job_that_shards(job):
     keys = {"data_parallel_degree": 2, "sharding_parallel_degree": 2, "sharding": "stage1"}
     layouts = job(elastic=True, **keys).layouts

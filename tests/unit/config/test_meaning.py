@@ -62,8 +62,8 @@ def test_evaluation_follows_from_its_strategy():
     assert cfg(**given, logging_steps=20).eval_steps == 20
     assert any(note.startswith("eval_steps: not given") for note in cfg(**given, logging_steps=20).notes)
     assert cfg(**given, eval_steps=7).eval_steps == 7
-    for stage, name in (("SFT", "eval_token_accuracy"), ("DPO", "kl"), ("KTO", "margin"), ("RL", "reward_my_function")):
-        more = {"reward_funcs": "accuracy"} if stage == "RL" else {}
+    for stage, name in (("SFT", "eval_token_accuracy"), ("DPO", "kl"), ("KTO", "margin"), ("RL", "reward_mine")):
+        more = {"reward_funcs": "accuracy,f.py:mine"} if stage == "RL" else {}
         assert cfg(**given, **more, stage=stage, metric_for_best_model=name).metric_for_best_model == name
 
 
@@ -120,6 +120,20 @@ def test_evaluation_follows_from_its_strategy():
         (
             {"evaluation_strategy": "epoch", "eval_dataset_path": "e", "metric_for_best_model": "eval_accuracy"},
             "metric_for_best_model: accuracy: an evaluation of stage: SFT gives no such number, but loss, perplexity",
+        ),
+        *(
+            (
+                {"evaluation_strategy": "epoch", "eval_dataset_path": "e", "metric_for_best_model": name, **more},
+                f"metric_for_best_model: {name}: an evaluation of stage: {more['stage']} gives no such number",
+            )
+            for name, more in (
+                ("kl", {"stage": "DPO", "reference_free": True}),
+                ("kl", {"stage": "DPO", "loss_type": "simpo"}),
+                ("kl", {"stage": "VL-DPO", "loss_type": "orpo"}),
+                ("kl", {"stage": "KTO", "kto_loss_type": "apo_zero_unpaired"}),
+                ("accuracy", {"stage": "RL", "reward_funcs": "exact"}),
+                ("reward_std", {"stage": "RL", "reward_funcs": "exact"}),
+            )
         ),
         ({"early_stopping_patience": 2}, "early_stopping_patience: needs evaluations to compare"),
         ({"min_tokens": 5, "max_new_tokens": 4}, "min_tokens: 5 is more than max_new_tokens: 4"),

@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import re
 import shutil
 from collections import Counter
 
@@ -300,18 +301,27 @@ def test_state_that_was_saved_and_is_gone_is_an_error_with_the_cure(fit):
 @pytest.mark.parametrize(
     ("file", "content", "words"),
     [
-        ("trainer_state.json", b'{"step": 2', "not JSON.*Resume from an older checkpoint"),
-        ("model.safetensors", b"half", r"resume_from_checkpoint=.*checkpoint-1\.$"),
-        ("optimizer/model.safetensors", b"half", "ignore_load_lr_and_optim: true .*resume_from_checkpoint=.*-1"),
-        ("optimizer/model.safetensors", None, "ignore_load_lr_and_optim: true .*resume_from_checkpoint=.*-1"),
+        ("trainer_state.json", b'{"step": 2', "trainer_state.json.*not JSON"),
+        ("model.safetensors", b"half", "too short for the header"),
+        ("optimizer/model.safetensors", b"half", "optimizer/model.safetensors: 4 bytes, too short"),
     ],
 )
-def test_a_damaged_file_of_the_newest_checkpoint_is_an_error_with_the_cure(fit, file, content, words):
+def test_a_run_goes_back_from_a_damaged_checkpoint_and_keeps_it(fit, said, file, content, words):
+    whole = [fit(max_steps=step) for step in (1, 2)][-1]
+    (fit.out / "checkpoint-2" / file).write_bytes(content)
+    with pytest.raises(CheckpointError, match=rf"resume_from_checkpoint=.*checkpoint-1\.$|{words}"):
+        fit(max_steps=3, resume_from_checkpoint=str(fit.out / "checkpoint-2"))  # what the user names is not passed over
+    if file.startswith("optimizer"):
+        assert fit(max_steps=2) == []  # the run has ended
+        (fit.out / "model.safetensors").unlink()
+    said.clear()
+    assert fit(max_steps=2) == whole
+    (line,) = (line for line in said if "is not whole" in line)
+    assert re.search(words, line) and line.endswith("The run goes back to checkpoint-1")
+    assert (fit.out / "abandoned-1" / "checkpoint-2" / file).read_bytes() == content
     for step in (1, 2):
-        fit(max_steps=step)
-    path = fit.out / "checkpoint-2" / file
-    path.unlink() if content is None else path.write_bytes(content)
-    with pytest.raises(CheckpointError, match=words):
+        (fit.out / f"checkpoint-{step}" / "model.safetensors").write_bytes(b"half")
+    with pytest.raises(CheckpointError, match=r"none of the checkpoints .*checkpoint-2: .*; nor are checkpoint-1\. Set"):
         fit(max_steps=3)
 
 

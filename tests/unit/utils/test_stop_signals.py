@@ -24,7 +24,19 @@ def test_a_signal_is_noted_while_it_is_deferred(name: str, paddle: str):
         f"with stop_signals.deferred(): send('{name}'); print(stop_signals.requested().name)"
     )
     assert (done.returncode, done.stdout) == (0, f"{name}\n"), done.stderr
-    assert ("Ctrl-C again ends at once" in done.stderr) == (name == "SIGINT")
+    again = "Ctrl-C: this step is finished and saved first; Ctrl-C again ends at once"
+    said = again if name == "SIGINT" else f"{name}: this step is finished and saved first; SIGINT ends at once"
+    assert f"[erniekit] {said}\n" in done.stderr
+
+
+def test_a_second_sigterm_says_what_it_waits_for():
+    """Schedulers repeat it before they kill a job: ending at once would lose what a few more seconds can save."""
+    code = "stop_signals.listen()\nwith stop_signals.deferred():\n"
+    done = run(f"{code}    send('SIGTERM'); time.sleep(0.4); send('SIGTERM'); print('goes on')")
+    assert (done.returncode, done.stdout) == (0, "goes on\n")
+    assert "SIGTERM again: the step that was under way 0 s ago is finished and saved first" in done.stderr
+    done = run(f"{code}    send('SIGTERM'); time.sleep(0.4); send('SIGINT'); time.sleep(9)")
+    assert done.returncode == 130 and done.stderr.endswith("\ninterrupted\n")
 
 
 def test_at_other_times_it_is_raised_and_known_whatever_native_code_makes_of_it():

@@ -1,0 +1,32 @@
+"""Finds checkpoints whose files a disk, a copy or a quota has cut short, so that a run can go back to an earlier one."""
+
+from pathlib import Path
+
+from erniekit.checkpoint.model_dir import holds_model
+from erniekit.checkpoint.safetensors_header import INDEX_FILE, read_header, read_index
+from erniekit.training.state import OPTIMIZER_DIR, STATE_FILE
+from erniekit.utils.errors import CheckpointError
+from erniekit.utils.user_files import read_json_object
+
+
+def damage_of(checkpoint: Path, with_optimizer: bool = True) -> str | None:
+    """What is cut short in a training checkpoint, as far as names, headers and sizes tell; None: nothing. The values of
+    tensors are not read. `with_optimizer`: whether the run wants the optimizer's state; that it is gone altogether is
+    no damage, since users remove it from runs that have ended.
+    """
+    if not (checkpoint / STATE_FILE).is_file() or not holds_model(checkpoint):
+        return f"it lacks {STATE_FILE} or weights: a delete or a copy was interrupted"
+    try:
+        read_json_object(checkpoint / STATE_FILE, CheckpointError)
+        for file in _weight_files(checkpoint):
+            if with_optimizer or file.parent != checkpoint / OPTIMIZER_DIR:
+                read_header(file)
+    except CheckpointError as error:
+        return str(error)
+    return None
+
+
+def _weight_files(checkpoint: Path) -> list[Path]:
+    """The weight files of a checkpoint and of its directories, also those that are named in an index and not there."""
+    named = [index.parent / name for index in checkpoint.rglob(INDEX_FILE) for name in read_index(index).values()]
+    return sorted({*checkpoint.rglob("*.safetensors"), *named})
