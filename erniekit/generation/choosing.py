@@ -14,6 +14,9 @@ from erniekit.utils import heartbeat
 from erniekit.utils.errors import CheckpointError
 
 _NOT_FINITE = -1  # in the place of a token: the scores have no meaning
+_PROBLEM = "the model gives scores that are not finite, so its weights are not, or are too large"
+_BEYOND = "or the prompt goes beyond the range of compute_type"
+NO_SCORES = f"{_PROBLEM}, {_BEYOND}. Use compute_type: fp32, or an earlier checkpoint."
 
 
 def choose_next(scores_BV: paddle.Tensor | None, rows: Sequence[Generation], mesh: Mesh) -> list[int]:
@@ -49,14 +52,10 @@ def choose_next(scores_BV: paddle.Tensor | None, rows: Sequence[Generation], mes
 
 def _fail(rows: Sequence[Generation]) -> None:
     """End rows whose scores are not finite."""
-    problem = "the model gives scores that are not finite, so its weights are not, or are too large"
     if not all(row.request.fails_alone for row in rows):
-        raise CheckpointError(f"{problem}. Use an earlier checkpoint.")
+        raise CheckpointError(f"{_PROBLEM}. Use an earlier checkpoint.")
     for row in rows:
-        row.fail(
-            f"{problem}, or this prompt goes beyond the range of compute_type. Use compute_type: fp32, or an earlier "
-            "checkpoint."
-        )
+        row.fail(NO_SCORES)
 
 
 def scores_on_host(scores_BV: paddle.Tensor) -> np.ndarray:

@@ -23,6 +23,8 @@ MAX_BYTES = 1 << 18  # of a grammar
 # The spaces of json.dumps and of chat templates' tojson, and no others: a model could write spaces without end.
 _JSON = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 
+_FORMATS = "date-time, time, date, duration, email, hostname, ipv4, ipv6, uuid and uri"  # those of llguidance, OpenAI's
+
 
 @dataclass(frozen=True)
 class Guide:
@@ -80,7 +82,7 @@ class Grammars:
             raise UserError(f"the grammar has {len(text)} characters, at most {MAX_BYTES} are taken.")
         matcher = llguidance.LLMatcher(self._prepared, text, log_level=0)
         if matcher.is_error():
-            raise UserError(f"the grammar cannot be used: {matcher.get_error().strip()[:500]}")
+            raise UserError(_refusal(matcher.get_error()))
         closes = None
         if is_in_thought:
             closes = self._tokenizer.find_id(CLOSE)
@@ -113,7 +115,7 @@ class Grammars:
                 grammar = grammar.replace(name, before + self._tag(tag) + behind)
             return make.grammar_from_lark(grammar)
         except ValueError as error:
-            raise UserError(f"the grammar cannot be used: {str(error)[:500]}") from None
+            raise UserError(_refusal(str(error))) from None
 
     def _tag(self, tag: str) -> str:
         """A tag in a grammar: one special token where the vocabulary has it, else its letters."""
@@ -172,6 +174,14 @@ def grammar_error(request: Request) -> str:
     """The error of an answer that could not follow its grammar further; empty: it could, or has none."""
     problem = request.constraint.error if isinstance(request.constraint, GrammarState) else ""
     return f"the answer cannot follow its grammar further: {problem}" if problem else ""
+
+
+def _refusal(reason: str) -> str:
+    """Why a grammar is refused, in llguidance's words, and what to do where a schema has what it does not know."""
+    refusal = f"the grammar cannot be used: {reason.strip()[:500]}"
+    if "Unknown format" in reason:
+        return f"{refusal}. The formats of texts are {_FORMATS}; leave another one out, or write it as a pattern."
+    return f"{refusal}. Leave them out of the schema." if "Unimplemented keys" in reason else refusal
 
 
 class _Vocabulary:

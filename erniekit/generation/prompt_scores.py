@@ -5,9 +5,11 @@ from collections.abc import Sequence
 import numpy as np
 import paddle
 
+from erniekit.generation.choosing import NO_SCORES
 from erniekit.generation.request import TokenScore
 from erniekit.lora.several import rows_of
 from erniekit.models.decoder import CausalLM
+from erniekit.utils.errors import CheckpointError
 
 _PIECE = 256  # tokens whose scores [V] are in memory at a time
 
@@ -18,7 +20,8 @@ def score_prompt(
 ) -> list[TokenScore | None]:
     """A score for each token of a prompt, given those before it, with the `num_top` likeliest tokens; None for the
     first, which nothing precedes. One process has the whole model, which is in eval mode. The prompt is computed at
-    once, its scores in pieces. `adapter`: its name, as in Request.
+    once, its scores in pieces. `adapter`: its name, as in Request. Raises CheckpointError for scores that are not
+    finite.
     """
     assert model.mesh.degrees.world == 1, "one process scores a prompt"
     with rows_of(model, [adapter]):
@@ -26,6 +29,8 @@ def score_prompt(
     scores: list[TokenScore | None] = [None]
     for start in range(0, len(prompt) - 1, _PIECE):
         rows_SV = logits_SV[start : min(start + _PIECE, len(prompt) - 1)].astype("float32").numpy().astype(np.float64)
+        if not np.isfinite(rows_SV).all():
+            raise CheckpointError(NO_SCORES)
         rows_SV -= rows_SV.max(axis=1, keepdims=True)
         rows_SV -= np.log(np.exp(rows_SV).sum(axis=1, keepdims=True))
         for row, token in zip(rows_SV, prompt[start + 1 :], strict=False):

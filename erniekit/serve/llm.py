@@ -26,7 +26,7 @@ from erniekit.serve.served_model import ServedModel, context_of, engine_of, name
 from erniekit.serve.server_errors import ApiError
 from erniekit.serve.server_text import AnswerReader, Piece, Reading
 from erniekit.utils import log
-from erniekit.utils.errors import ConfigError, UserError
+from erniekit.utils.errors import CheckpointError, ConfigError, UserError
 from erniekit.utils.progress import track
 
 # vLLM's names of keys.
@@ -225,8 +225,13 @@ class LLM:
                 first = last
         return results
 
-    def _prompt_scores(self, request: Request, num: int) -> list[TokenScore | None]:
-        return score_prompt(self._served.chat_model.model, request.prompt, num, request.adapter)
+    def _prompt_scores(self, request: Request, num: int) -> list[TokenScore | None] | None:
+        """The scores of a prompt; None, and a warning, for one that has none: the other results are kept."""
+        try:
+            return score_prompt(self._served.chat_model.model, request.prompt, num, request.adapter)
+        except CheckpointError as error:
+            log.warning(f"prompt_logprobs: a prompt of {len(request.prompt)} tokens has none: {error}")
+            return None
 
     def _answers(self, told: dict[int, "_Answer"]) -> Iterator[None]:
         """Runs the engine, and gives something for each answer that has ended."""

@@ -7,10 +7,11 @@ import socket
 
 from erniekit.config import Config
 from erniekit.generation.load import ChatModel
+from erniekit.generation.prompt_scores import score_prompt
 from erniekit.serve.served_adapters import open_with_adapters
 from erniekit.serve.served_model import context_of, engine_of, name_of
 from erniekit.utils import log, runtime
-from erniekit.utils.errors import UserError
+from erniekit.utils.errors import CheckpointError, UserError
 
 try:
     import uvicorn
@@ -57,8 +58,14 @@ def serve(cfg: Config) -> None:
 
 
 def prepare(cfg: Config, chat_model: ChatModel, keys: tuple[bytes, ...] = ()) -> "Served":
-    """What the application needs to serve a model. Raises ConfigError for a max_model_len that the model has not."""
+    """What the application needs to serve a model. Raises ConfigError for a max_model_len that the model has not, and
+    CheckpointError for weights with which every request would fail, while /health would say that all is well.
+    """
     context = context_of(cfg, chat_model.model.config)
+    try:
+        score_prompt(chat_model.model, 2 * chat_model.tokenizer.encode("1"), 0)
+    except CheckpointError as error:
+        raise CheckpointError(f"{chat_model.path}: {error}") from None
     thread = EngineThread(engine_of(cfg, chat_model), cfg.max_waiting_requests)
     name = name_of(cfg, chat_model)
     return Served(cfg, chat_model, context, chat_model.limits(cfg), name, thread, Metrics(thread, name), keys)

@@ -23,6 +23,7 @@ from erniekit.serve.server_run import Run, stream_of, unless_client_leaves
 from erniekit.serve.server_state import Served
 from erniekit.serve.server_stream import EventStream
 from erniekit.serve.server_text import AnswerReader, Piece
+from erniekit.utils.errors import CheckpointError
 
 MAX_SCORED = 8192  # tokens of a prompt whose scores are asked for: [tokens, vocabulary] is in memory at once
 
@@ -73,9 +74,8 @@ async def complete(request: HttpRequest, served: Served) -> Response:
         prompts = await served.in_pool(lambda: _prompts(values["prompt"], served))
         grammar = await served.in_pool(lambda: compiled_guide(values, served))
         ask = _Completion(values, served, prompts)
-        wanted = plan(
-            values | ({"max_tokens": 1} if only_scores else {}), prompts, served, ask.num_scores, "prompt", grammar
-        )
+        asked = values | ({"max_tokens": 1} if only_scores else {})
+        wanted = plan(asked, prompts, served, ask.num_scores, "prompt", grammar, request.scope["owner"])
         how = reading(values, served, grammar, opened=False, has_thoughts=False, has_calls=False)
         scored = await unless_client_leaves(request, _scores_of_prompts(ask))
         if only_scores:
@@ -122,7 +122,10 @@ async def _scores_of_prompts(ask: _Completion) -> list[list[TokenScore | None]]:
     for ids in ask.prompts:
         if len(ids) > MAX_SCORED:
             raise ApiError(400, f"prompt: at most {MAX_SCORED} tokens with echo and logprobs.", "prompt")
-        scored.append(await ask.served.thread.run(partial(score_prompt, model, ids, ask.num_scores, adapter)))
+        try:
+            scored.append(await ask.served.thread.run(partial(score_prompt, model, ids, ask.num_scores, adapter)))
+        except CheckpointError as error:
+            raise ApiError(500, str(error), code="answer_failed") from None
     return scored
 
 

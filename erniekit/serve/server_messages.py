@@ -1,7 +1,5 @@
 """The messages of a request in the form that chat templates take."""
 
-import base64
-import binascii
 import io
 import json
 from collections.abc import Sequence
@@ -19,7 +17,7 @@ from erniekit.data.vision.images import load_image
 from erniekit.data.vision.media import MediaReader
 from erniekit.serve.server_errors import ApiError
 from erniekit.serve.server_fields import type_name
-from erniekit.serve.server_video import video_content
+from erniekit.serve.server_video import uri_content, video_content
 from erniekit.utils import log
 from erniekit.utils.errors import DataError
 
@@ -183,19 +181,7 @@ class Messages:
         name = f"{name}.image_url"
         if not isinstance(url, str):
             raise _wrong(name, f'expected {{"url": "data:image/png;base64,..."}}, got {type_name(url)}')
-        head, comma, data = url.partition(",")
-        kind, _, coding = head.lower().partition(";")
-        if kind not in _IMAGES or coding != "base64" or not comma:
-            shown = head[:60]
-            raise _wrong(
-                name,
-                "pictures are taken as data URIs of PNG, JPEG, WebP or BMP in base64 alone; the server opens no "
-                f"addresses and no files. Got {shown!r}",
-            )
-        try:
-            content = base64.b64decode(data, validate=True)
-        except (binascii.Error, ValueError):
-            raise _wrong(name, "the data URI is not valid base64") from None
+        content = uri_content(url, _IMAGES, "pictures", "PNG, JPEG, WebP or BMP", name)
         if not content.startswith(_BEGINNINGS):
             raise _wrong(name, "the data URI holds no PNG, JPEG, WebP or BMP")
         return self._decoded(content, name)

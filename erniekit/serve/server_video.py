@@ -4,8 +4,6 @@ Only files that begin as these formats do are given to FFmpeg: its readers of pl
 addresses.
 """
 
-import base64
-import binascii
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -15,6 +13,7 @@ import numpy as np
 
 from erniekit.data.records.errors import BadRecord, MissingPackage
 from erniekit.data.records.fields import Notes
+from erniekit.data.vision.media import base64_content
 from erniekit.data.vision.plan import MediaPlan
 from erniekit.data.vision.video import VideoOptions
 from erniekit.serve.server_errors import ApiError
@@ -45,22 +44,29 @@ def video_content(part: dict[str, Any], name: str) -> bytes:
     url = video.get("url") if isinstance(video, dict) else video
     if not isinstance(url, str):
         raise _wrong(name, f'expected {{"url": "data:video/mp4;base64,..."}}, got {type_name(url)}')
-    head, comma, data = url.partition(",")
-    kind, _, coding = head.lower().partition(";")
-    if kind not in _KINDS or coding != "base64" or not comma:
-        raise _wrong(
-            name,
-            f"videos are taken as data URIs of {_FORMATS} in base64 alone; the server opens no addresses and no files. "
-            f"Got {head[:60]!r}",
-        )
-    try:
-        content = base64.b64decode(data, validate=True)
-    except (binascii.Error, ValueError):
-        raise _wrong(name, "the data URI is not valid base64") from None
+    content = uri_content(url, _KINDS, "videos", _FORMATS, name)
     is_known = content[4:8] == b"ftyp" or content[:4] == b"\x1aE\xdf\xa3"
     if not is_known and not (content[:4] == b"RIFF" and content[8:12] == b"AVI "):
         raise _wrong(name, f"the data URI holds no {_FORMATS}")
     return content
+
+
+def uri_content(url: str, kinds: Sequence[str], what: str, formats: str, name: str) -> bytes:
+    """The bytes of a data URI in base64 (RFC 2397) whose media type is one of `kinds`; its parameters change nothing.
+    Raises ApiError for anything else.
+    """
+    head, comma, data = url.partition(",")
+    kind, *parameters = (word.strip() for word in head.lower().split(";"))
+    if kind not in kinds or parameters[-1:] != ["base64"] or not comma:
+        raise _wrong(
+            name,
+            f"{what} are taken as data URIs of {formats} in base64 alone; the server opens no addresses and no files. "
+            f"Got {head[:60]!r}",
+        )
+    try:
+        return base64_content(data)
+    except ValueError:
+        raise _wrong(name, "the data URI is not valid base64") from None
 
 
 def video_options(options: VideoOptions) -> VideoOptions:

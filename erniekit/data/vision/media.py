@@ -1,7 +1,6 @@
 """The sources of a picture's or video's bytes: a file, a member of an archive, a data URI, a URL, or the record."""
 
 import base64
-import binascii
 import io
 import os
 import stat
@@ -164,9 +163,17 @@ def _decode_data_uri(source: str, limit: int) -> bytes:
     if not head.lower().endswith(";base64"):
         return unquote_to_bytes(body)
     try:
-        return base64.b64decode(unquote(body), validate=True)
-    except (binascii.Error, ValueError) as error:
+        return base64_content(body)
+    except ValueError as error:
         raise BadRecord(f"the base64 content of a data URI cannot be decoded: {error}", "write it again") from None
+
+
+def base64_content(text: str) -> bytes:
+    """The bytes that the base64 text of a data URI stands for. As in browsers it may be percent-encoded, have line
+    breaks and lack its padding. Raises ValueError for anything else.
+    """
+    text = "".join(unquote(text).split())
+    return base64.b64decode(text + "=" * (-len(text) % 4), validate=True)
 
 
 def _open_file(path: Path, limit: int) -> BinaryIO:

@@ -1,9 +1,13 @@
 """Answers in a given form: whatever a random model would say, they parse."""
 
+import datetime
+import ipaddress
 import json
 import re
 import shutil
 import sys
+import uuid
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -85,6 +89,33 @@ def test_other_forms(server: Asking):
         assert server.complete(guided_grammar='start: "x" NUM\nNUM: /[0-9]{2}/', **ask)["choices"][0]["text"][0] == "x"
     cut = server.chat(response_format={"type": "json_object"}, seed=1, temperature=1.0, max_tokens=5)["choices"][0]
     assert cut["message"]["content"].startswith("{") and cut["finish_reason"] in ("length", "stop")
+
+
+@pytest.mark.parametrize(
+    ("form", "read"),
+    [
+        ("date", datetime.date.fromisoformat),
+        ("time", lambda text: datetime.time.fromisoformat(text[:8])),
+        ("date-time", lambda text: datetime.datetime.fromisoformat(text[:19])),
+        ("uuid", uuid.UUID),
+        ("ipv4", ipaddress.IPv4Address),
+        ("ipv6", ipaddress.IPv6Address),
+    ],
+)
+def test_formats_of_texts(server: Asking, form: str, read: Callable[[str], object]):
+    answer = server.chat(guided_json={"type": "string", "format": form}, n=4, seed=1, **LONG)
+    for choice in answer["choices"]:
+        read(json.loads(choice["message"]["content"]))
+
+
+def test_every_format_that_is_named_is_known(model: ChatModel):
+    grammars = Grammars(model.tokenizer, model.model.config.vocab_size, (2,))
+    with pytest.raises(UserError) as refused:
+        grammars.compiled(Guide("json", {"type": "string", "format": "path"}), False)
+    named = re.search("formats of texts are (.*);", str(refused.value))
+    assert named is not None
+    for form in re.split(", | and ", named[1]):
+        grammars.compiled(Guide("json", {"type": "string", "format": form}), False)
 
 
 @pytest.mark.parametrize("file", ["tokenizer.json", "tokenizer.model"])
@@ -171,6 +202,11 @@ def test_from_python(model_dir: Path):
     [
         ({"guided_json": {"type": "foo"}}, "guided_json", "Invalid type: foo"),
         ({"guided_json": {"type": "array", "uniqueItems": True}}, "guided_json", "uniqueItems"),
+        (
+            {"guided_json": {"type": "string", "format": "path"}},
+            "guided_json",
+            "ipv6, uuid and uri; leave another one out",
+        ),
         ({"guided_json": {"$ref": "http://example.org/a"}}, "guided_json", "not fetch"),
         ({"guided_json": "{"}, "guided_json", "cannot be used"),
         ({"guided_regex": "[a-"}, "guided_regex", "unclosed"),

@@ -3,6 +3,7 @@
 import logging
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -270,6 +271,8 @@ def test_an_answer_that_fails_leaves_the_others(model_dir: Path, tmp_path: Path,
     failed, good = llm.generate([[bad], "25加16"], params)
     assert (failed.outputs[0].finish_reason, failed.outputs[0].token_ids) == ("error", [])
     assert failed.outputs[0].error and "not finite" in failed.outputs[0].error
+    scored = llm.generate([[bad, bad], "25加16"], replace(params, prompt_logprobs=0))
+    assert scored[0].prompt_logprobs is None and scored[1].prompt_logprobs is not None
     assert good.outputs[0].token_ids == alone.outputs[0].token_ids and good.outputs[0].error is None
     with pytest.raises(UserError, match=r"every answer has failed: .*not finite"):
         llm.generate([[bad]], params)

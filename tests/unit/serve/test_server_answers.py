@@ -341,6 +341,9 @@ def test_scores_that_are_not_finite_end_one_request_and_no_other(tmp_path: Path)
         for more in ({}, {"stream": True}, {"n": 2}):
             error = server.bad(COMPLETIONS, 500, prompt=[bad], **more)
             assert error["code"] == "answer_failed" and "not finite" in error["message"]
+        for more in ({"max_tokens": 0}, {"stream": True}):
+            error = server.bad(COMPLETIONS, 500, prompt=[bad, bad], echo=True, logprobs=1, **more)
+            assert error["code"] == "answer_failed" and "not finite" in error["message"]
         assert server.http.get("/health").status_code == 200
         after = server.complete(prompt="25加16", stop_token_ids=[bad])
         assert after["choices"][0]["text"] == before["choices"][0]["text"]

@@ -57,7 +57,16 @@ def test_the_answer_is_that_of_chat(server: Asking, model_dir: Path):
     talk._waiting = [Medium(picture_part(pixels()), "a picture")]
     list(talk.ask("12?"))
     assert talk.messages[-1]["role"] == "assistant"
-    for url in (data_uri(png(pixels())), data_uri(png(pixels()), "image/PNG")):
+    data = base64.b64encode(png(pixels())).decode()
+    urls = [
+        data_uri(png(pixels())),
+        data_uri(png(pixels()), "image/PNG"),
+        data_uri(png(pixels()), "image/png;charset=utf-8;name=a.png"),
+        "data:image/png;base64,\r\n" + "\r\n".join(data[at : at + 76] for at in range(0, len(data), 76)) + "\n",
+        "data:image/png; base64," + data.replace("+", "%2B").replace("=", "%3D"),
+        "data:image/png;base64," + data.rstrip("="),
+    ]
+    for url in urls:
         answer = server.chat(messages=question(url), max_tokens=6)
         said = answer["choices"][0]["message"]
         assert (said["content"] or "") == talk.messages[-1]["content"]

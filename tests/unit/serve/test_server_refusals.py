@@ -7,6 +7,7 @@ import threading
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 from support.tiny_directories import model_directory
 from support.tiny_server import CHAT, COMPLETIONS, QUESTION, Asking, client, error_of, opened
@@ -15,7 +16,7 @@ from erniekit.config import load
 from erniekit.generation.load import ChatModel
 from erniekit.serve.server import serve
 from erniekit.serve.server_access import is_loopback, key_digests
-from erniekit.utils.errors import ConfigError
+from erniekit.utils.errors import CheckpointError, ConfigError
 
 JSON = {"content-type": "application/json"}
 
@@ -194,6 +195,17 @@ def test_an_address_that_others_reach_needs_a_key(monkeypatch: pytest.MonkeyPatc
     assert is_loopback("127.0.0.2") and is_loopback("::1") and not is_loopback("127.0.0.1.evil")
 
 
+def test_weights_with_which_every_request_would_fail(tmp_path: Path):
+    model = opened(model_directory(tmp_path / "broken"))
+    norm = model.model.model.norm.weight
+    norm.set_value(np.full(norm.shape, np.nan, np.float32))
+    with (
+        pytest.raises(CheckpointError, match="broken: the model gives scores that are not finite"),
+        client(tmp_path / "broken", model),
+    ):
+        pass
+
+
 def test_a_port_that_is_taken(model_dir: Path):
     import socket
 
@@ -207,14 +219,14 @@ def test_kept_prompts_are_not_shared_between_keys(model_dir: Path, model: ChatMo
     names = ("first-key", "second-key")
     with client(model_dir, model, tuple(hashlib.sha256(name.encode()).digest() for name in names)) as guarded:
 
-        def cached(key: str) -> int:
-            headers, body = {"Authorization": f"Bearer {key}"}, {"model": "tiny", "messages": QUESTION, "max_tokens": 2}
-            return guarded.http.post(CHAT, json=body, headers=headers).json()["usage"]["prompt_tokens_details"][
-                "cached_tokens"
-            ]
+        def cached(path: str, key: str, **prompt: object) -> int:
+            headers, body = {"Authorization": f"Bearer {key}"}, {"model": "tiny", "max_tokens": 2} | prompt
+            answer = guarded.http.post(path, json=body, headers=headers).json()
+            return answer["usage"]["prompt_tokens_details"]["cached_tokens"]
 
-        first, other, again = cached(names[0]), cached(names[1]), cached(names[0])
-        assert first == other == 0 < again
+        for path, prompt in ((CHAT, {"messages": QUESTION}), (COMPLETIONS, {"prompt": "25加16等于"})):
+            first, other, again = (cached(path, names[which], **prompt) for which in (0, 1, 0))
+            assert first == other == 0 < again, path
 
 
 def test_a_full_queue_is_said_with_the_time_to_come_back(model_dir: Path, model: ChatModel):

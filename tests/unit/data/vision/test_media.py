@@ -39,6 +39,7 @@ def test_paths_are_relative_to_the_data_file(reader, tmp_path):
         {"url": "data:image/png;base64," + base64.b64encode(b"picture").decode()},
         {"type": "image_url", "image_url": {"url": "data:,picture"}},
         "DATA:image/png;base64," + base64.b64encode(b"picture").decode(),
+        "data:image/png;charset=utf-8;base64,cGlj\r\ndHVyZQ\n",
     ],
 )
 def test_other_sources(reader, source):
