@@ -244,7 +244,7 @@ def _limits(file: JsonObject, prefix: str, default: PixelLimits) -> PixelLimits:
 
 def _choice(file: JsonObject, prefix: str, default: FrameOptions) -> FrameOptions:
     target = file.get_int(f"{prefix}target_frames", None)
-    return replace(
+    choice = replace(
         default,
         fps=float(file.get_number(f"{prefix}fps", default.fps, 0.001, 1000)),
         min_frames=file.get_int(f"{prefix}min_frames", default.min_frames, 1),
@@ -253,6 +253,12 @@ def _choice(file: JsonObject, prefix: str, default: FrameOptions) -> FrameOption
         sample=file.get_choice(f"{prefix}frames_sample", default.sample, ("leading", "middle")),
         draw_time=file.get_bool("draw_on_frames", default.draw_time),
     )
+    if choice.min_frames > choice.max_frames:
+        raise CheckpointError(
+            f"{file.where}: {prefix}min_frames {choice.min_frames} is larger than {prefix}max_frames "
+            f"{choice.max_frames}."
+        )
+    return choice
 
 
 def _channels(file: JsonObject, key: str, default: np.ndarray) -> np.ndarray:

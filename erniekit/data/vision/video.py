@@ -208,10 +208,19 @@ def _choice(part: dict[str, Any], options: VideoOptions) -> FrameOptions:
     }
     own = {field: part[name] for name, field in names.items() if part.get(name) is not None}
     for name, value in own.items():
-        if not _is_number(value) or value <= 0:
-            raise BadRecord(f"{name} of a video must be a positive number, not {value!r}", "fix or remove it")
+        if not _is_number(value) or value <= 0 or (name != "fps" and value % 1):
+            kind = "number" if name == "fps" else "whole number"
+            raise BadRecord(f"{name} of a video must be a positive {kind}, not {value!r}", "fix or remove it")
     whole = {name: value if name == "fps" else int(value) for name, value in own.items()}
-    return FrameOptions(**{**vars(options.choice), **whole})
+    choice = FrameOptions(**{**vars(options.choice), **whole})
+    if "max_frames" in own and "min_frames" not in own:
+        return replace(choice, min_frames=min(choice.min_frames, choice.max_frames))
+    if "min_frames" in own and choice.min_frames > choice.max_frames:
+        raise BadRecord(
+            f"min_frames of a video is {choice.min_frames}, and max_frames is {choice.max_frames}",
+            "give both so that the first is not larger",
+        )
+    return choice
 
 
 def _from_file(source: Any, part: dict[str, Any], reader: MediaReader, options: VideoOptions) -> Video:

@@ -47,7 +47,7 @@ def probe(file: BinaryIO, name: str, max_frames: int, max_seconds: float) -> Vid
         codec = stream.codec_context  # None: of a kind that FFmpeg does not know
         width, height = (codec.width, codec.height) if codec else (0, 0)
         if not width or not height:
-            raise BadRecord(f"{name} does not say the size of its frames", "is the file complete?")
+            raise BadRecord(f"{name} does not say the size of its frames", "does FFmpeg read it?")
         rate, count = float(stream.average_rate or stream.guessed_rate or 0), stream.frames
         if _hides_frames(container, stream, rate):
             count = 0

@@ -62,8 +62,14 @@ class TestFiles:
         write_video(tmp_path / "a.mkv", frames=30, rate=10)
         assert len(open_video(video("a.mkv", target_frames=4), reader, options()).times) == 4
         assert len(open_video(video("a.mkv", video_fps=1, min_frames=1), reader, options()).times) == 3
-        with pytest.raises(BadRecord, match="target_frames of a video must be a positive number"):
+        with pytest.raises(BadRecord, match="target_frames of a video must be a positive whole number"):
             open_video(video("a.mkv", target_frames="x"), reader)
+        with pytest.raises(BadRecord, match=r"max_frames of a video must be a positive whole number, not 0\.5"):
+            open_video(video("a.mkv", max_frames=0.5), reader)
+        assert len(open_video(video("a.mkv", max_frames=4), reader, options(min_frames=16)).times) == 4
+        for wrong in ({"min_frames": 9, "max_frames": 4}, {"min_frames": 500}):
+            with pytest.raises(BadRecord, match=r"min_frames of a video is .*, and max_frames is"):
+                open_video(video("a.mkv", **wrong), reader, options())
 
     @pytest.mark.parametrize("times", [{"fps": 1.0}, {"time_stamps": [0, 1]}])
     def test_times_beside_a_file_are_refused(self, reader, tmp_path, times):
