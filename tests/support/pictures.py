@@ -3,6 +3,8 @@
 import io
 import json
 import shutil
+from collections.abc import Sequence
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -83,22 +85,33 @@ def processor_messages() -> list[dict[str, Any]]:
 
 
 def write_video(
-    path: Path, frames: int = 30, rate: int = 10, width: int = 64, height: int = 48, bright_rows: int = 0
+    path: Path,
+    frames: int = 30,
+    rate: int | Fraction = 10,
+    width: int = 64,
+    height: int = 48,
+    bright_rows: int = 0,
+    times: Sequence[float] | None = None,
 ) -> Path:
     """A video whose frame number i has the brightness 8 * i, but for the white `bright_rows` at the top. In .mkv files
-    it is encoded without loss.
+    it is encoded without loss. `times`: the seconds of the frames, whose rate is then variable.
     """
     import av
 
+    codecs = {".mkv": ("ffv1", "bgr0"), ".webm": ("libvpx", "yuv420p")}
     path.parent.mkdir(parents=True, exist_ok=True)
     with av.open(str(path), "w") as container:
-        stream = container.add_stream("ffv1" if path.suffix == ".mkv" else "mpeg4", rate=rate)
+        codec, form = codecs.get(path.suffix, ("mpeg4", "yuv420p"))
+        stream = container.add_stream(codec, rate=rate if times is None else 1000)
         stream.width, stream.height = width, height
-        stream.pix_fmt = "bgr0" if path.suffix == ".mkv" else "yuv420p"
+        stream.pix_fmt = form
         for number in range(frames):
             pixels = np.full((height, width, 3), 8 * number % 256, np.uint8)
             pixels[:bright_rows] = 255
-            for packet in stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")):
+            frame = av.VideoFrame.from_ndarray(pixels, format="rgb24")
+            if times is not None:
+                frame.pts, frame.time_base = round(times[number] * 1000), Fraction(1, 1000)
+            for packet in stream.encode(frame):
                 container.mux(packet)
         for packet in stream.encode():
             container.mux(packet)

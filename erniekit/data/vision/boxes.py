@@ -16,6 +16,9 @@ _NUMBER = r"-?\d+(?:\.\d+)?(?:[eE][-+]?\d+)?"
 _FOUR = re.compile(rf"\[\s*({_NUMBER})\s*,\s*({_NUMBER})\s*,\s*({_NUMBER})\s*,\s*({_NUMBER})\s*\]")
 # Either kind of quotes: answers of data sets are JSON, or Python's text of a dict.
 _IN_TEXT = re.compile(rf"""(["']{_KEY}["']\s*:\s*)({_FOUR.pattern}|\[(?:\s*{_FOUR.pattern}\s*,?)+\s*\])""")
+# Points, Qwen2-VL's boxes, and those of InternVL and others.
+_OTHER_FORMS = re.compile(r"""["']\w*point\w*["']\s*:\s*\[|<\|box_start\|>|<box>|<bbox>""")
+_ADVICE = f'write them after "{_KEY}", and set box_coordinates:'
 
 Size = Callable[[], tuple[int, int]]  # of the picture that a box is in: width and height, read when needed
 
@@ -57,6 +60,22 @@ def convert_text(text: str, convention: str, size: Size, name: str) -> str:
         return match[0] if convention == "relative" else str(converted)
 
     return _IN_TEXT.sub(lambda match: match[1] + _FOUR.sub(one, match[2]), text)
+
+
+def doubt_about(text: str, convention: str) -> str | None:
+    """What is doubtful about the coordinates in an answer as it stands in the data; None if nothing is."""
+    others = [[float(value) for value in four.groups()] for four in _FOUR.finditer(_IN_TEXT.sub("", text))]
+    if convention != "relative":
+        if not others and not _OTHER_FORMS.search(text):
+            return None
+        return (
+            f'box_coordinates: {convention} converts the boxes after "{_KEY}" alone: other coordinates stay as they are'
+        )
+    if any(max(box) > SCALE for box in others):
+        return f"boxes in answers look like pixels, and ERNIE's are from 0 to {SCALE}: {_ADVICE} pixels"
+    if any(min(box) >= 0 and max(box) <= 1 and any(value % 1 for value in box) for box in others + boxes_in(text)):
+        return f"boxes in answers look like fractions, and ERNIE's are from 0 to {SCALE}: {_ADVICE} fraction"
+    return None
 
 
 def convert_arguments(arguments: dict[str, Any], convention: str, size: Size, name: str) -> dict[str, Any]:

@@ -5,8 +5,8 @@ import threading
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -30,6 +30,19 @@ class Decoded(NamedTuple):
     patches: np.ndarray | None
     failure: str
     doubts: tuple[str, ...]
+
+
+def _ask_worker(free: queue.Queue[Worker], plan: MediaPlan) -> Decoded:
+    """What one of the free workers makes of a plan."""
+    worker = free.get()
+    try:
+        worker.send([(plan,)])
+        done, error = worker.receive()
+    finally:
+        free.put(worker)
+    if error is not None:
+        raise error
+    return done[0]
 
 
 @dataclass(frozen=True)
@@ -106,24 +119,9 @@ class MediaDecoder:
                 for worker in self._workers:
                     self._free.put(worker)
                 self._pool = ThreadPoolExecutor(self._num_workers, "erniekit-decode")
-            return self._pool.map(self._ask_worker, plans)
-
-    def _ask_worker(self, plan: MediaPlan) -> Decoded:
-        with self._a_worker() as worker:
-            worker.send([(plan,)])
-            done, error = worker.receive()
-        if error is not None:
-            raise error
-        return done[0]
-
-    @contextmanager
-    def _a_worker(self) -> Iterator[Worker]:
-        free = self._free
-        worker = free.get()
-        try:
-            yield worker
-        finally:
-            free.put(worker)
+            # The queue goes with the task: a thread that begins one while stop() runs finds the ended workers there,
+            # whose answer is an error. In an empty new queue it would wait for ever, and the process with it.
+            return self._pool.map(partial(_ask_worker, self._free), plans)
 
     def _with_patches(self, batch: PackedBatch, results: Iterator[Decoded]) -> PackedBatch:
         table = batch.pictures

@@ -11,14 +11,14 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 from erniekit.data.records.errors import BadRecord, reading
-from erniekit.data.records.fields import DECISIVE, Notes, check_fields
+from erniekit.data.records.fields import DECISIVE, Notes, check_fields, has_content
 from erniekit.data.records.formats import ALIASES, VISION_TYPE
 from erniekit.data.records.formats import FORMATS as TEXT_FORMATS
 from erniekit.data.records.prompt_formats import CLOSERS, PROMPT_NAMES, RL_SUFFIX, read_prompt
 from erniekit.data.records.sample import Sample, alpaca_prompt, check_order, label_of, system_messages
 from erniekit.data.records.tool_calls import match_calls, tools_of
 from erniekit.data.records.values import kind_of, list_of, text_of
-from erniekit.data.vision.boxes import convert_arguments, convert_text
+from erniekit.data.vision.boxes import convert_arguments, convert_text, doubt_about
 from erniekit.data.vision.erniekit_format import read_erniekit
 from erniekit.data.vision.images import image_size
 from erniekit.data.vision.tags import FormatOptions, RecordMedia, fill_tags
@@ -67,7 +67,11 @@ def parse_vision_record(
         if not name.endswith(RL_SUFFIX):  # prompts keep other fields, and check them themselves
             check_fields(record, fields, f"type {name}", decisive, notes)
         sample = read(record, options, notes)
-        return sample if sample.kind == "text" else _with_relative_boxes(sample, options)
+        if sample.kind == "text":
+            return sample
+        if has_content(record.get("objects")) and "bbox" in record["objects"]:  # an object, or its text
+            options = replace(options, boxes="relative")  # what they have put into the answers is so
+        return _with_relative_boxes(sample, options, notes)
 
 
 def _check_type(record: dict[str, Any], name: str) -> None:
@@ -127,21 +131,21 @@ def _erniekit(record: dict[str, Any], options: FormatOptions, notes: Notes) -> S
     return Sample(match_calls(turns, tools, "text_info", notes), tools=tools)
 
 
-def _with_relative_boxes(sample: Sample, options: FormatOptions) -> Sample:
+def _with_relative_boxes(sample: Sample, options: FormatOptions, notes: Notes) -> Sample:
     """The boxes of answers and calls, also of both answers of a pair, checked and in the relative convention."""
     pictures: list[_Shown] = []
-    messages = _converted(sample.messages, pictures, "answer", options)
+    messages = _converted(sample.messages, pictures, "answer", options, notes)
     if sample.answers is None:
         return replace(sample, messages=messages)
     chosen, rejected = (
-        _converted(answer, list(pictures), f"the {side} answer", options)
+        _converted(answer, list(pictures), f"the {side} answer", options, notes)
         for side, answer in zip(("chosen", "rejected"), sample.answers, strict=True)
     )
     return replace(sample, messages=messages, answers=(chosen, rejected))
 
 
 def _converted(
-    messages: list[dict[str, Any]], pictures: list[_Shown], name: str, options: FormatOptions
+    messages: list[dict[str, Any]], pictures: list[_Shown], name: str, options: FormatOptions, notes: Notes
 ) -> list[dict[str, Any]]:
     """Messages whose boxes are in the relative convention; their pictures are appended to `pictures`, those of the
     messages before.
@@ -149,7 +153,7 @@ def _converted(
     result = []
     for i, message in enumerate(messages):
         if message["role"] == "assistant":
-            message = _converted_answer(message, pictures, f"{name} {i}", options)
+            message = _converted_answer(message, pictures, f"{name} {i}", options, notes)
         elif isinstance(message["content"], list):
             pictures += [
                 _Shown(part["image"], message["role"] == "tool")
@@ -161,7 +165,7 @@ def _converted(
 
 
 def _converted_answer(
-    message: dict[str, Any], pictures: list[_Shown], name: str, options: FormatOptions
+    message: dict[str, Any], pictures: list[_Shown], name: str, options: FormatOptions, notes: Notes
 ) -> dict[str, Any]:
     def size_of(index: Any) -> tuple[int, int]:
         return image_size(_picture_of_box(pictures, index, name).source, options.reader, options.images)
@@ -169,6 +173,9 @@ def _converted_answer(
     result = dict(message)
     for key in ("content", "reasoning_content"):
         if message.get(key):
+            doubt = doubt_about(message[key], options.boxes) if pictures else None
+            if doubt:
+                notes.doubts.add(doubt)
             result[key] = convert_text(message[key], options.boxes, lambda: size_of(None), name)
     if "tool_calls" in message:
         result["tool_calls"] = [

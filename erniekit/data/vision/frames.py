@@ -57,6 +57,26 @@ def choose_frames(count: int, rate: float, options: FrameOptions) -> list[int]:
     return [index for index in indices if index < count]
 
 
+def choose_shown_frames(times: np.ndarray, options: FrameOptions) -> list[int]:
+    """The indices of the frames to use of a video whose frames are not at equal distances. `times` [F]: their seconds,
+    rising from 0.
+
+    They are those that are shown at the moments at which `choose_frames` would take one of a steady rate, each once.
+    Where these are fewer than the options ask for at least, frames are chosen by their number.
+    """
+    count = len(times)
+    duration = float(times[-1]) * count / (count - 1)
+    wanted, step = duration * options.fps, 1 / options.fps
+    bounded = options.target_frames or min(max(int(wanted), options.min_frames), options.max_frames)
+    if options.target_frames or bounded != int(wanted):
+        wanted, step = bounded, duration / bounded
+    shift = 0.5 if options.sample == "middle" else 0.0
+    moments = (np.arange(math.ceil(wanted)) + shift) * step
+    shown = np.unique(np.searchsorted(times, moments + 1e-6 * step, side="right") - 1).tolist()
+    least = min(count, options.target_frames or options.min_frames)
+    return shown if len(shown) >= least else pick_from_intervals(count, least, options.sample)
+
+
 def pick_from_intervals(count: int, wanted: int, sample: str) -> list[int]:
     """One frame of each of `wanted` equal intervals of `count` frames; all frames if there are not as many."""
     if wanted >= count:

@@ -71,14 +71,14 @@ def load_picture(
 ) -> Image.Image:
     """A decoded picture in RGB. `source`: see MediaReader, or a PIL image, or an array uint8 [height, width, 3].
 
-    BadRecord for what cannot be decoded; to `notes` is added what was decided: an ignored orientation tag, frames of an
-    animation after the first.
+    BadRecord for what cannot be decoded; to `notes` is added what was decided: an ignored orientation tag, frames or
+    pages after the first.
     """
     if isinstance(source, np.ndarray):
         return Image.fromarray(check_array(source))
     with _opened(source, reader, options) as image:
         if _count_frames(image) > 1 and notes is not None:
-            notes.doubts.add("an animated picture: only its first frame is used")
+            notes.doubts.add("a picture of several frames or pages: only the first one is used")
         if _orientation(image, notes) in _TURNS:
             if options.apply_exif:
                 image = ImageOps.exif_transpose(image)
@@ -107,7 +107,11 @@ def _orientation(image: Image.Image, notes: Notes | None) -> Any:
 
 
 def _count_frames(image: Image.Image) -> int:
-    """Frames of an animation; 1 for other pictures, whose classes do not know the word."""
+    """Frames of an animation, or pages; 1 for other pictures, whose classes do not know the word, and for the photos of
+    cameras (MPO), which keep a preview or a map of brightness behind the picture.
+    """
+    if image.format == "MPO":
+        return 1
     try:
         return image.n_frames  # type: ignore[attr-defined]
     except AttributeError:
@@ -127,7 +131,12 @@ def to_rgb(image: Image.Image) -> Image.Image:
     """An image of any mode in RGB: white where it is transparent, 16-bit grey divided by 256."""
     if image.mode in _GREY_16:
         grey = np.asarray(image).astype(np.int64)
-        narrow = (grey.clip(0, 65535) // 256).astype(np.uint8)
+        if grey.min() < 0 or grey.max() > 65535:
+            raise BadRecord(
+                f"a picture has grey values from {grey.min()} to {grey.max()}, and 16 bits are from 0 to 65535",
+                "save it with 8 bits a channel",
+            )
+        narrow = (grey // 256).astype(np.uint8)
         narrow[grey == image.info.get("transparency", -1)] = 255
         return Image.fromarray(narrow).convert("RGB")
     if image.mode == "F":

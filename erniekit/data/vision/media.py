@@ -27,6 +27,8 @@ _ARCHIVES = (".tar", ".zip")
 _COMPRESSED_TARS = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
 # The fields of an object around a source, the first of which counts.
 SOURCES = ("bytes", "url", "path", "image", "video", "image_url", "video_url", "frames")
+# How PNG, JPEG, GIF and WebP files begin in base64.
+_BASE64_HEADS = ("iVBORw0KGgo", "/9j/4", "R0lGODlh", "R0lGODdh", "UklGR")
 _MAX_MEMBERS = 4_000_000
 _SECONDS = 30.0  # that a server has for each read
 
@@ -77,6 +79,9 @@ class MediaReader:
             raise BadRecord(f"{source[:100]!r} is no path: {error}", "write the directory instead of ~") from None
 
     def _open_path(self, source: str, limit: int) -> BinaryIO:
+        if len(source) > 64 and source.startswith(_BASE64_HEADS):
+            hint = "write data:image/png;base64, (or another type) in front of it"
+            raise BadRecord(f"{describe(source)} looks like a picture in base64", hint)
         path = self.local_path(source)
         assert path is not None
         kind = kind_of_file(path)

@@ -98,4 +98,11 @@ def _choice(cfg: Config, base: FrameOptions) -> FrameOptions:
         "draw_time": cfg.render_timestamp,
     }
     choice = replace(base, **{name: value for name, value in given.items() if value is not None})
-    return replace(choice, target_frames=None) if cfg.video_target_frames == -1 else choice
+    if cfg.video_target_frames == -1:
+        choice = replace(choice, target_frames=None)
+    if choice.min_frames > choice.max_frames:  # one of them is not given: load() compared what was
+        names = ("video_min_frames", "video_max_frames")
+        name, other = names if cfg.video_max_frames is None else names[::-1]
+        value, theirs = (getattr(choice, key.removeprefix("video_")) for key in (name, other))
+        raise ConfigError(f"{name}: {value} contradicts {other}, which is {theirs} where it is not given. Give it, too")
+    return choice

@@ -95,8 +95,9 @@ def read_settings(directory: Path, model: Patching | None = None) -> ProcessorSe
         mean=_channels(image, "image_mean", settings.mean),
         std=_channels(image, "image_std", settings.std),
     )
+    _require_same(video, settings)
     if model is not None:
-        _require_same(settings, ProcessorSettings(patching=model), directory)
+        _require_model(settings, ProcessorSettings(patching=model), directory)
     return settings
 
 
@@ -132,18 +133,40 @@ def _not_supported(file: JsonObject, key: str, reason: str) -> CheckpointError:
     return CheckpointError(f"{file.where}: {key}: {value:.60} is not supported: {reason}. Copy the file again.")
 
 
-def _require_same(settings: ProcessorSettings, model: ProcessorSettings, directory: Path) -> None:
-    for what, theirs, ours in (
-        ("patch_size", settings.patching.patch, model.patching.patch),
-        ("merge_size", settings.patching.spatial_merge, model.patching.spatial_merge),
-        ("image_mean", _plain(settings.mean), _plain(model.mean)),
-        ("image_std", _plain(settings.std), _plain(model.std)),
-    ):
-        if not np.allclose(theirs, ours, rtol=1e-4, atol=0):
+def _require_same(video: JsonObject, settings: ProcessorSettings) -> None:
+    """CheckpointError where frames would be divided or normalised in another way than pictures: the model has one."""
+    for key, of_images in _shared(settings).items():
+        value: int | list[float]
+        if isinstance(of_images, int):
+            value = video.get_int(key, of_images)
+        else:
+            value = _plain(_channels(video, key, np.array(of_images, np.float32)))
+        if not np.allclose(value, of_images, rtol=1e-4, atol=0):
             raise CheckpointError(
-                f"{directory}: {what}: {theirs} in the processor's files, but the model computes with {ours}. Copy "
+                f"{video.where}: {key}: {value}, but {of_images} for pictures, and the model takes both in one way. "
+                "Copy these files again from the model's source."
+            )
+
+
+def _require_model(settings: ProcessorSettings, model: ProcessorSettings, directory: Path) -> None:
+    ours = _shared(model)
+    for key, theirs in _shared(settings).items():
+        if not np.allclose(theirs, ours[key], rtol=1e-4, atol=0):
+            raise CheckpointError(
+                f"{directory}: {key}: {theirs} in the processor's files, but the model computes with {ours[key]}. Copy "
                 "these files again from the model's source."
             )
+
+
+def _shared(settings: ProcessorSettings) -> dict[str, int | list[float]]:
+    """What holds for pictures and videos alike, by key."""
+    patching = settings.patching
+    return {
+        "patch_size": patching.patch,
+        "merge_size": patching.spatial_merge,
+        "image_mean": _plain(settings.mean),
+        "image_std": _plain(settings.std),
+    }
 
 
 def write_settings(directory: Path, settings: ProcessorSettings) -> None:
@@ -221,7 +244,7 @@ def _limits(file: JsonObject, prefix: str, default: PixelLimits) -> PixelLimits:
 
 def _choice(file: JsonObject, prefix: str, default: FrameOptions) -> FrameOptions:
     target = file.get_int(f"{prefix}target_frames", None)
-    return replace(
+    choice = replace(
         default,
         fps=float(file.get_number(f"{prefix}fps", default.fps, 0.001, 1000)),
         min_frames=file.get_int(f"{prefix}min_frames", default.min_frames, 1),
@@ -230,6 +253,12 @@ def _choice(file: JsonObject, prefix: str, default: FrameOptions) -> FrameOption
         sample=file.get_choice(f"{prefix}frames_sample", default.sample, ("leading", "middle")),
         draw_time=file.get_bool("draw_on_frames", default.draw_time),
     )
+    if choice.min_frames > choice.max_frames:
+        raise CheckpointError(
+            f"{file.where}: {prefix}min_frames {choice.min_frames} is larger than {prefix}max_frames "
+            f"{choice.max_frames}."
+        )
+    return choice
 
 
 def _channels(file: JsonObject, key: str, default: np.ndarray) -> np.ndarray:

@@ -17,7 +17,14 @@ from PIL import Image
 
 from erniekit.data.records.errors import BadRecord
 from erniekit.data.records.fields import Notes
-from erniekit.data.vision.frames import TRAINING_CHOICE, FrameOptions, choose_frames, draw_time, pick_from_intervals
+from erniekit.data.vision.frames import (
+    TRAINING_CHOICE,
+    FrameOptions,
+    choose_frames,
+    choose_shown_frames,
+    draw_time,
+    pick_from_intervals,
+)
 from erniekit.data.vision.images import FORMATS, IMAGE_OPTIONS, ImageOptions, image_size, load_image, resize
 from erniekit.data.vision.media import MAX_VIDEO_BYTES, MediaReader, describe, kind_of_file, unwrap
 from erniekit.data.vision.smart_resize import PUBLISHED, Geometry, Patching, PixelLimits, measure
@@ -201,10 +208,19 @@ def _choice(part: dict[str, Any], options: VideoOptions) -> FrameOptions:
     }
     own = {field: part[name] for name, field in names.items() if part.get(name) is not None}
     for name, value in own.items():
-        if not _is_number(value) or value <= 0:
-            raise BadRecord(f"{name} of a video must be a positive number, not {value!r}", "fix or remove it")
+        if not _is_number(value) or value <= 0 or (name != "fps" and value % 1):
+            kind = "number" if name == "fps" else "whole number"
+            raise BadRecord(f"{name} of a video must be a positive {kind}, not {value!r}", "fix or remove it")
     whole = {name: value if name == "fps" else int(value) for name, value in own.items()}
-    return FrameOptions(**{**vars(options.choice), **whole})
+    choice = FrameOptions(**{**vars(options.choice), **whole})
+    if "max_frames" in own and "min_frames" not in own:
+        return replace(choice, min_frames=min(choice.min_frames, choice.max_frames))
+    if "min_frames" in own and choice.min_frames > choice.max_frames:
+        raise BadRecord(
+            f"min_frames of a video is {choice.min_frames}, and max_frames is {choice.max_frames}",
+            "give both so that the first is not larger",
+        )
+    return choice
 
 
 def _from_file(source: Any, part: dict[str, Any], reader: MediaReader, options: VideoOptions) -> Video:
@@ -219,11 +235,17 @@ def _from_file(source: Any, part: dict[str, Any], reader: MediaReader, options: 
         )
     with reader.open(source, MAX_VIDEO_BYTES) as file:
         info = video_file.probe(file, name, _MAX_FRAMES, options.max_seconds)
-    indices = choose_frames(info.count, info.rate, _choice(part, options))
+    choice = _choice(part, options)
+    if info.times is None:
+        indices = choose_frames(info.count, info.rate, choice)
+        times = [index / info.rate for index in indices]
+    else:
+        indices = choose_shown_frames(info.times, choice)
+        times = info.times[indices].tolist()
 
     def decode(notes: Notes | None) -> Iterator[np.ndarray]:
         end = time.monotonic() + options.max_seconds
         with reader.open(source, MAX_VIDEO_BYTES) as file:
             yield from video_file.decode(file, name, info, indices, _NEARBY, end, notes)
 
-    return Video(name, info.width, info.height, [index / info.rate for index in indices], decode)
+    return Video(name, info.width, info.height, times, decode)

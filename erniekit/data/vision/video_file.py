@@ -26,7 +26,8 @@ av.logging.set_level(None)  # damaged frames are reported by us, with the row's 
 @dataclass(frozen=True)
 class VideoInfo:
     """What a video says of itself: its size in pixels as it is shown, its number of frames and frames a second.
-    `quarter_turns`: by how many quarters of a turn to the left the stored frames are turned to be shown.
+    `quarter_turns`: by how many quarters of a turn to the left the stored frames are turned to be shown. `times`
+    [count]: the seconds of its frames after the first one; None where frame i is shown at i / rate.
     """
 
     width: int
@@ -34,55 +35,86 @@ class VideoInfo:
     count: int
     rate: float
     quarter_turns: int = 0
+    times: np.ndarray | None = None
 
 
 def probe(file: BinaryIO, name: str, max_frames: int, max_seconds: float) -> VideoInfo:
-    """Read the header of a video, and decode one frame, which alone says how it is turned. Where the header has no
-    number of frames, or more than are shown, the packets are counted without decoding them.
+    """Read the header of a video, and decode one frame, which alone says how it is turned. The packets are read,
+    without decoding them, where the header has no number of frames, or more than are shown, or no steady rate.
     """
     end = time.monotonic() + max_seconds
     with _container(file, name) as (container, stream):
         codec = stream.codec_context  # None: of a kind that FFmpeg does not know
         width, height = (codec.width, codec.height) if codec else (0, 0)
         if not width or not height:
-            raise BadRecord(f"{name} does not say the size of its frames", "is the file complete?")
-        rate, count = stream.average_rate or stream.guessed_rate, stream.frames
+            raise BadRecord(f"{name} does not say the size of its frames", "does FFmpeg read it?")
+        rate, count = float(stream.average_rate or stream.guessed_rate or 0), stream.frames
         if _hides_frames(container, stream, rate):
             count = 0
         if count > max_frames:
             raise _too_long(name, count, max_frames)
+        is_told = count > 0 and rate > 0 and _header_is_steady(stream, rate)
         first = next(_frames(container, stream, name, end), None)
         turns = 0 if first is None else _quarter_turns(first)
         if turns % 2:
             width, height = height, width
-    if count <= 0:
-        count = _count_packets(file, name, end)
+    times = None
+    if not is_told:
+        shown = _shown_times(file, name, end)
+        if len(shown) >= count:  # a file that breaks off has fewer: decoding will say so
+            count = len(shown)
+            rate, times = _own_times(rate, shown)
     if count > max_frames:
         raise _too_long(name, count, max_frames)
     if not rate:
         raise BadRecord(f"{name} does not say how many frames a second it has", "convert it, or extract its frames")
-    return VideoInfo(width, height, count, float(rate), turns)
+    return VideoInfo(width, height, count, rate, turns, times)
 
 
-def _hides_frames(container: Any, stream: Any, rate: Any) -> bool:
+def _hides_frames(container: Any, stream: Any, rate: float) -> bool:
     """Whether an MP4 or MOV file has more frames than are shown: it was cut without encoding it again. The header of
     other formats may be wrong about the duration, as where a file breaks off.
     """
     if not rate or not stream.duration or "mp4" not in container.format.name:
         return False
-    return bool(stream.frames > stream.duration * stream.time_base * rate + 1)
+    return bool(stream.frames > stream.duration * float(stream.time_base) * rate + 1)
 
 
-def _count_packets(file: BinaryIO, name: str, end: float) -> int:
+def _header_is_steady(stream: Any, rate: float) -> bool:
+    """Whether the index in the header lists all frames, at equal distances."""
+    index = getattr(stream, "index_entries", None)  # not in all versions of PyAV
+    if index is None or not 0 < len(index) == stream.frames:
+        return False
+    return _is_steady(np.array([entry.timestamp for entry in index], np.float64) * float(stream.time_base), rate)
+
+
+def _is_steady(times: np.ndarray, rate: float) -> bool:
+    """Whether frame i is shown at i / rate seconds after the first one, to within half the distance of two frames: a
+    container may round its times.
+    """
+    return bool((np.abs(times - times[0] - np.arange(len(times)) / rate) < 0.5 / rate).all())
+
+
+def _own_times(rate: float, times: np.ndarray) -> tuple[float, np.ndarray | None]:
+    """The frames a second, and the seconds of all frames where they do not follow from it."""
+    if np.isnan(times).any() or times[-1] == times[0] or (rate and _is_steady(times, rate)):
+        return rate, None
+    mean = (len(times) - 1) / float(times[-1] - times[0])
+    return mean, None if _is_steady(times, mean) else times - times[0]
+
+
+def _shown_times(file: BinaryIO, name: str, end: float) -> np.ndarray:
+    """The seconds [F] of the frames that are shown, in their order; not a number where a packet does not say it."""
     file.seek(0)
-    count = 0
+    times = []
     with _container(file, name) as (container, stream):
         for packet in container.demux(stream):
-            count += packet.size > 0 and not packet.is_discard
+            if packet.size > 0 and not packet.is_discard:
+                times.append(math.nan if packet.pts is None else packet.pts * float(packet.time_base))
             _check_time(end, name)
-    if not count:
+    if not times:
         raise BadRecord(f"{name} has no frames", "is the file complete?")
-    return count
+    return np.sort(np.array(times, np.float64))
 
 
 def _too_long(name: str, count: int, max_frames: int) -> BadRecord:

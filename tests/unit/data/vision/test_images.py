@@ -122,7 +122,7 @@ def test_of_an_animation_the_first_frame(reader):
     source = saved(frames[0], "PNG", save_all=True, append_images=frames[1:])
     notes = Notes()
     np.testing.assert_array_equal(load_image(source, reader, notes=notes), blocks(20, 20, 0))
-    assert any("first frame" in doubt for doubt in notes.doubts)
+    assert any("only the first one" in doubt for doubt in notes.doubts)
 
 
 def test_orientation_is_ignored_unless_asked_for(reader):
@@ -149,6 +149,21 @@ def test_broken_files_are_bad_rows(reader):
     ]:
         with pytest.raises(BadRecord, match=message):
             load_image(source, reader)
+
+
+def test_grey_beyond_16_bits_is_refused(reader):
+    """Cut off at 16 bits it would be white."""
+    file = io.BytesIO()
+    Image.fromarray(np.array([[0, 1 << 20]], np.int32)).save(file, "TIFF")
+    with pytest.raises(BadRecord, match="grey values from 0 to 1048576"):
+        load_image(file.getvalue(), reader)
+
+
+def test_the_preview_in_a_photo_of_a_camera_is_no_second_picture(reader):
+    photo, preview, file = Image.new("RGB", (64, 48)), Image.new("RGB", (16, 12)), io.BytesIO()
+    photo.save(file, "MPO", save_all=True, append_images=[preview])
+    notes = Notes()
+    assert load_image(file.getvalue(), reader, notes=notes).shape == (48, 64, 3) and not notes.doubts
 
 
 def test_floating_point_pictures_are_refused(reader):

@@ -7,6 +7,7 @@ import tarfile
 import zipfile
 
 import pytest
+from support.pictures import blocks, encoded
 
 from erniekit.data.records.errors import BadRecord
 from erniekit.data.vision.media import MediaReader, describe
@@ -109,6 +110,16 @@ def test_damaged_archives(reader, tmp_path):
 def test_what_cannot_be_opened(reader, source, message):
     with pytest.raises(BadRecord, match=message):
         reader.open(source)
+
+
+@pytest.mark.parametrize("form", ["PNG", "JPEG", "GIF", "WEBP"])
+def test_base64_without_its_type(reader, form):
+    """The name of a missing file would be the whole picture."""
+    content = base64.b64encode(encoded(blocks(60, 40), form)).decode()
+    with pytest.raises(BadRecord, match="looks like a picture in base64") as caught:
+        reader.open(content)
+    assert len(str(caught.value)) < 250 and "data:image/png;base64," in caught.value.hint
+    assert reader.open("data:image/png;base64," + content).read()
 
 
 def test_bounds_and_kinds_of_files(reader, tmp_path):

@@ -73,6 +73,8 @@ def test_minus_one_takes_back_the_number_of_frames_of_the_model():
     [
         ({"max_pixels": 783}, "max_pixels: 783 is too small: a picture has at least 784 pixels"),
         ({"max_pixels": 1000}, r"max_pixels: 1000 contradicts the model's own min_pixels: 3136\. Give min_pixels, too"),
+        ({"video_max_frames": 4}, "video_max_frames: 4 contradicts video_min_frames, which is 16 where"),
+        ({"video_min_frames": 500}, "video_min_frames: 500 contradicts video_max_frames, which is 480 where"),
         ({"video_min_pixels": 10**6}, "video_min_pixels: 1000000 contradicts the model's own video_max_pixels: 937664"),
     ],
 )

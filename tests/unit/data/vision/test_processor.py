@@ -253,3 +253,23 @@ def test_files_that_differ_from_the_model_are_refused(tmp_path, changes, message
     read_settings(tmp_path)  # for the processor alone they are settings like any other
     with pytest.raises(CheckpointError, match=message):
         read_settings(tmp_path, PUBLISHED)
+
+
+@pytest.mark.parametrize("file", ["video_preprocessor_config.json", "processor_config.json"])
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"image_mean": [0.5, 0.5, 0.5]}, r"image_mean: \[0.5, 0.5, 0.5\], but \[0.48.* for pictures"),
+        ({"image_std": [0.5, 0.5, 0.5]}, "image_std: "),
+        ({"patch_size": 16}, "patch_size: 16, but 14 for pictures"),
+        ({"merge_size": 4}, "merge_size: 4"),
+    ],
+)
+def test_videos_are_prepared_like_pictures(tmp_path, file, changes, message):
+    """Only the values for pictures reach the pixels."""
+    values = {"video_processor": changes} if file == "processor_config.json" else changes
+    (tmp_path / file).write_text(json.dumps(values))
+    with pytest.raises(CheckpointError, match=message):
+        read_settings(tmp_path)
+    write_settings(tmp_path, ProcessorSettings())
+    assert read_settings(tmp_path).mean.tolist() == ProcessorSettings().mean.tolist()

@@ -1,6 +1,7 @@
 """Videos as files, directories and lists of frames."""
 
 import struct
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
@@ -61,8 +62,14 @@ class TestFiles:
         write_video(tmp_path / "a.mkv", frames=30, rate=10)
         assert len(open_video(video("a.mkv", target_frames=4), reader, options()).times) == 4
         assert len(open_video(video("a.mkv", video_fps=1, min_frames=1), reader, options()).times) == 3
-        with pytest.raises(BadRecord, match="target_frames of a video must be a positive number"):
+        with pytest.raises(BadRecord, match="target_frames of a video must be a positive whole number"):
             open_video(video("a.mkv", target_frames="x"), reader)
+        with pytest.raises(BadRecord, match=r"max_frames of a video must be a positive whole number, not 0\.5"):
+            open_video(video("a.mkv", max_frames=0.5), reader)
+        assert len(open_video(video("a.mkv", max_frames=4), reader, options(min_frames=16)).times) == 4
+        for wrong in ({"min_frames": 9, "max_frames": 4}, {"min_frames": 500}):
+            with pytest.raises(BadRecord, match=r"min_frames of a video is .*, and max_frames is"):
+                open_video(video("a.mkv", **wrong), reader, options())
 
     @pytest.mark.parametrize("times", [{"fps": 1.0}, {"time_stamps": [0, 1]}])
     def test_times_beside_a_file_are_refused(self, reader, tmp_path, times):
@@ -121,6 +128,33 @@ class TestFiles:
         opened = open_video(video("cut.mp4"), reader, options(min_frames=30))
         assert len(opened.times) == 10
         assert np.allclose(brightness(opened), [8 * i % 256 for i in range(20, 30)], atol=5)
+
+    @pytest.mark.parametrize("name", ["a.mkv", "a.mp4", "a.webm"])
+    def test_a_variable_frame_rate(self, reader, tmp_path, name):
+        """As a recorder of the screen writes it: 10 frames a second for 2 seconds, then one every 2 seconds."""
+        times = [i / 10 for i in range(20)] + [2.0 + 2 * i for i in range(6)]
+        write_video(tmp_path / name, frames=26, times=times)
+        opened = open_video(video(name), reader, options(fps=2, min_frames=4, sample="leading"))
+        assert np.allclose(opened.times, [0.0, 0.5, 1.0, 1.5, 2.0, 4.0, 6.0, 8.0, 10.0, 12.0], atol=0.11)
+        assert all(min(abs(t - given) for given in times) < 2e-3 for t in opened.times)
+        shown = [8 * min(range(26), key=lambda i: abs(times[i] - t)) for t in opened.times]
+        assert np.allclose(brightness(opened), shown, atol=6)
+
+    def test_a_variable_frame_rate_with_as_many_frames_as_asked_for(self, reader, tmp_path):
+        """Where few frames are shown for most of the time, others make up the number."""
+        times = [i / 10 for i in range(25)] + [1000.0]
+        write_video(tmp_path / "a.mkv", frames=26, times=times)
+        opened = open_video(video("a.mkv", target_frames=13), reader, options(sample="leading"))
+        assert np.allclose(opened.times, [i / 5 for i in range(13)], atol=2e-3)
+        assert brightness(opened) == [16 * i for i in range(13)]
+
+    @pytest.mark.parametrize("rate", ["30000/1001", "24", "12.5"])
+    @pytest.mark.parametrize("name", ["a.mkv", "a.mp4"])
+    def test_a_steady_rate_has_the_times_of_the_training_code(self, reader, tmp_path, name, rate):
+        """Whatever digits a container keeps of them."""
+        write_video(tmp_path / name, frames=30, rate=Fraction(rate))
+        opened = open_video(video(name), reader, options(min_frames=30))
+        assert opened.times == [i / float(Fraction(rate)) for i in range(30)]
 
     def test_decoding_has_a_time_limit(self, reader, tmp_path):
         write_video(tmp_path / "a.mkv")
