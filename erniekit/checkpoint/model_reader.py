@@ -5,13 +5,13 @@ from pathlib import Path
 
 import numpy as np
 
-from erniekit.checkpoint.dtypes import to_fp32
+from erniekit.checkpoint.dtypes import FLOATS, convert, to_fp32
 from erniekit.checkpoint.mismatch import listed, mismatch_lines
 from erniekit.checkpoint.quantised_codecs import Codec
 from erniekit.checkpoint.quantised_read import QuantisedReader, open_weights
 from erniekit.checkpoint.safetensors_header import Plan, TensorInfo
 from erniekit.checkpoint.safetensors_read import Reader
-from erniekit.models.config import Format, ModelConfig
+from erniekit.models.config import CONFIG_FILE, Format, ModelConfig
 from erniekit.models.weights import (
     EMBEDDINGS,
     HEAD,
@@ -27,6 +27,7 @@ from erniekit.models.weights import (
     may_be_turned,
     mtp_depth,
 )
+from erniekit.nn.frequencies import inverse_frequencies, scaled_frequencies
 from erniekit.utils import log
 from erniekit.utils.errors import CheckpointError
 
@@ -53,7 +54,7 @@ class ModelReader:
         read = ModelConfig.from_dir(self.path) if config is None else config
         self.left_out: set[str] = set()
         self._said_mixed = False
-        self._leave_out_frequencies(names)
+        self._leave_out_frequencies(names, read)
         self.config = self._with_stored_head(read, adapt=config is None)
         depths = self._mtp_depths(adapt=config is None, keep=keep_mtp)
         self.logicals = logical_tensors(dataclasses.replace(self.config, num_nextn_predict_layers=depths))
@@ -125,14 +126,40 @@ class ModelReader:
         self._said_mixed = True
         return "F32"
 
-    def _leave_out_frequencies(self, names: list[str]) -> None:
+    def _leave_out_frequencies(self, names: list[str], config: ModelConfig) -> None:
+        """Do not read tensors of rotary frequencies: those of the configuration are used, as in transformers."""
         found = [name for name in names if is_frequency(name)]
-        if found:
+        self.left_out.update(found)
+        others = [name for name in found if not self._follows_from(config, name)]
+        if others:
+            log.warning(
+                f"{self.path}: {len(others)} tensors of rotary frequencies differ from those of {CONFIG_FILE}, which "
+                f"are used, as in transformers: {listed(others)}. If the model was trained with the stored ones, its "
+                f"answers will be wrong: compare rope_theta, rope_scaling and head_dim in {CONFIG_FILE} with the source"
+            )
+        elif found:
             log.info(
-                f"{self.path}: {len(found)} tensors of rotary frequencies left out, which follow from config.json: "
+                f"{self.path}: {len(found)} tensors of rotary frequencies left out, which follow from {CONFIG_FILE}: "
                 f"{listed(found)}"
             )
-            self.left_out.update(found)
+
+    def _follows_from(self, config: ModelConfig, name: str) -> bool:
+        """Whether stored rotary frequencies are those of the configuration, as far as their type can tell."""
+        if "vision_model." not in name:
+            expected = scaled_frequencies(
+                config.head_dim, config.rope_theta, config.rope_scaling, np.zeros(1, np.int64)
+            )
+        elif config.vision is not None:
+            expected = inverse_frequencies(config.vision.head_dim // 2, config.vision.rope_theta)
+        else:
+            return False
+        dtype, shape = self.reader.info(name)
+        expected = expected.reshape(-1)
+        if dtype not in FLOATS or shape != expected.shape:
+            return False
+        rounded = to_fp32(convert(expected, "F32", dtype), dtype)
+        coarse = dtype in ("F16", "BF16")
+        return np.allclose(self.reader.read(name, as_fp32=True), rounded, rtol=1e-2 if coarse else 1e-4, atol=1e-7)
 
     def _with_stored_head(self, config: ModelConfig, adapt: bool) -> ModelConfig:
         if not config.tie_word_embeddings or HEAD not in self.reader:

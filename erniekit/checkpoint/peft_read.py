@@ -261,16 +261,21 @@ class _Reading:
         content = self.content
         return LoraOptions(content.rank, content.alpha, content.dropout, content.rslora, content.dora)
 
+    def _is_beyond(self, name: str) -> bool:
+        """Whether an unexpected tensor is of a kind that PEFT trains and that is not applied here."""
+        return _NOT_ADAPTED.search(name) is not None or any(f".{module}." in name for module in self.content.saved)
+
     def _complain(self, missing: list[str]) -> None:
         lines = mismatch_lines(
             {"missing": missing, "not in this model": self.unexpected, "of another size": self.misshapen}
         )
         if lines or not self.factors:
             advice = f"It was trained on {self.content.base}: set model_name_or_path to that model."
-            if not missing and not self.misshapen and all(map(_NOT_ADAPTED.search, self.unexpected or [""])):
+            if not missing and not self.misshapen and all(map(self._is_beyond, self.unexpected or [""])):
                 advice = (
-                    "Adapters of embeddings, head and routers are not applied here: merge this one into its base with "
-                    "PEFT, and use the result as a model."
+                    "Adapters of embeddings, head and routers are not applied here, nor modules_to_save other than "
+                    f"{', '.join(sorted(SAVEABLE))}: merge this one into its base with PEFT, and use the result as a "
+                    "model."
                 )
             lines = lines or ["  it has no factors at all"]
             raise CheckpointError("\n".join([f"{self.path}: the adapter does not fit this model.", *lines, advice]))

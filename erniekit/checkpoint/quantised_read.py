@@ -85,6 +85,11 @@ def open_weights(path: Path, say: bool = True) -> Reader | QuantisedReader:
             f"{', '.join(METHODS)}. Use the bfloat16 checkpoint of the model."
         )
     found = recognise(reader, settings)
+    if found.unsupported:
+        raise CheckpointError(
+            f"{path}: weights that are quantised in this form ({method}) are not read here: "
+            f"{listed(found.unsupported)}. Use the bfloat16 checkpoint of the model."
+        )
     if not found.matrices and not found.problems:
         found.problems.append(f"{CONFIG_FILE} says that the weights are quantised ({method}), and no tensor is")
     if found.problems:

@@ -16,6 +16,11 @@ from erniekit.checkpoint.quantised_codecs import Codec, PackQuantized, Unpacked
 from erniekit.checkpoint.safetensors_read import Reader
 from erniekit.precision.codes import FP8_BLOCK, FP8_CHANNEL, FP8_TENSOR, CodeSpec, full_range
 
+# Those of compressed-tensors whose tensors are read; "mixed-precision" says that each group has a format of its own.
+_COMPRESSED_FORMATS = (
+    *(None, "dense", "pack-quantized", "int-quantized", "float-quantized", "naive-quantized", "mixed-precision"),
+)
+
 
 @dataclass(frozen=True)
 class StoredMatrix:
@@ -28,11 +33,14 @@ class StoredMatrix:
 
 @dataclass
 class Recognised:
-    """What was found in a directory. `left_out`: reason -> tensors that are not read. `problems`: what does not fit."""
+    """What was found in a directory. `left_out`: reason -> tensors that are not read. `problems`: what does not fit.
+    `unsupported`: what belongs to a form of quantised weights that is not read here, however complete it is.
+    """
 
     matrices: list[StoredMatrix] = field(default_factory=list)
     left_out: dict[str, list[str]] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
+    unsupported: list[str] = field(default_factory=list)
 
     def add(self, reader: Reader, name: str, shape: tuple[int, ...], codec: Codec) -> None:
         """Add a matrix if it has all its tensors, each of the right type and shape; axes of length 1 do not matter."""
@@ -66,7 +74,12 @@ def _stems(reader: Reader, ending: str) -> Iterator[str]:
 
 
 def _compressed_tensors(reader: Reader, settings: Mapping[str, Any]) -> Recognised:
-    found = Recognised()
+    found = Recognised(unsupported=list(_unsupported_settings(settings)))
+    indexed = list(_stems(reader, ".weight_g_idx"))
+    if indexed:
+        found.unsupported.append(f"{indexed[0]}.weight_g_idx: groups in the order of their activations")
+    if found.unsupported:
+        return found
     for name in _stems(reader, ".weight_packed"):
         _packed(reader, name, found)
     for name in _stems(reader, ".weight_scale"):
@@ -76,17 +89,41 @@ def _compressed_tensors(reader: Reader, settings: Mapping[str, Any]) -> Recognis
         found.problems.append("config.json says symmetric: false, and no matrix has its weight_zero_point")
     found.leave_out(reader, r"\.(input|output)_(scale|zero_point)$", "activations are not quantised here")
     found.leave_out(reader, r"\.[kv]_scale$", "the cache is not quantised here")
-    indexed = list(_stems(reader, ".weight_g_idx"))
-    if indexed:
-        found.problems.append(f"{indexed[0]}.weight_g_idx: groups in the order of their activations are not read here")
     return found
+
+
+def _groups_of(settings: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+    """The config groups of compressed-tensors by name, each the modules that are quantised in one way."""
+    groups = settings.get("config_groups")
+    found = groups.items() if isinstance(groups, Mapping) else ()
+    return {str(name): group for name, group in found if isinstance(group, Mapping)}
+
+
+def _unsupported_settings(settings: Mapping[str, Any]) -> Iterator[str]:
+    """What the settings of compressed-tensors say of weights in a form that is not read here."""
+    for where, said in {"quantization_config": settings, **_groups_of(settings)}.items():
+        if said.get("format") not in _COMPRESSED_FORMATS:
+            yield f"{where}: format: {said.get('format')!r:.40}"
+    for name, group in _groups_of(settings).items():
+        weights = group.get("weights")
+        kind = (weights.get("type", "int"), weights.get("num_bits", 8)) if isinstance(weights, Mapping) else None
+        if kind not in (None, ("int", 4), ("int", 8), ("float", 8)):
+            yield f"{name}: weights of the type {kind[0]!r:.40} in {kind[1]!r:.40} bits"
+    if _locations(settings.get("transform_config")) - {"weight_input", "weight_output"}:
+        yield "transform_config: inputs or outputs that the engine transforms"
+
+
+def _locations(transforms: Any) -> set[str]:
+    """Where the transforms of compressed-tensors act: all values of `location`, at any depth."""
+    if isinstance(transforms, Mapping):
+        inner = set().union(*map(_locations, transforms.values()))
+        return inner | {str(transforms["location"])} if "location" in transforms else inner
+    return set().union(*map(_locations, transforms)) if isinstance(transforms, list) else set()
 
 
 def _is_asymmetric(settings: Mapping[str, Any]) -> bool:
     """Whether the settings of compressed-tensors give some weights codes that stand for 0 by a number of their own."""
-    groups = settings.get("config_groups")
-    found = groups.values() if isinstance(groups, Mapping) else ()
-    weights = [group.get("weights") for group in found if isinstance(group, Mapping)]
+    weights = [group.get("weights") for group in _groups_of(settings).values()]
     return any(isinstance(each, Mapping) and each.get("symmetric") is False for each in weights)
 
 
@@ -117,9 +154,8 @@ def _unpacked(reader: Reader, name: str, found: Recognised) -> None:
     scales, asymmetric = reader.info(f"{name}.weight_scale").shape, f"{name}.weight_zero_point" in reader
     spec = _spec_of(kind, shape, scales)
     if spec is None:
-        found.problems.append(
-            f"{name}: weight {kind} {list(shape)} with weight_scale {list(scales)} is in no form that is read here"
-        )
+        form = f"{name}: weight {kind} {list(shape)} with weight_scale {list(scales)}"
+        (found.problems if kind in ("I8", "F8_E4M3") else found.unsupported).append(form)
         return
     found.add(reader, name, shape, Unpacked(spec, has_zeros=asymmetric))
 
@@ -143,7 +179,7 @@ def _block_fp8(reader: Reader, settings: Mapping[str, Any]) -> Recognised:
     found = Recognised()
     block = settings.get("weight_block_size")
     if not (isinstance(block, list) and len(block) == 2 and all(type(size) is int and size > 0 for size in block)):
-        found.problems.append(f"weight_block_size {block!r:.40}, expected two sizes; other FP8 is not read here")
+        found.unsupported.append(f"weight_block_size {block!r:.40}: FP8 of this method has to have blocks of two sizes")
         return found
     codec = Unpacked(replace(FP8_BLOCK, block=(block[0], block[1])), scale_name="weight_scale_inv")
     for name in _stems(reader, ".weight_scale_inv"):
@@ -161,7 +197,7 @@ def _fastdeploy(reader: Reader, settings: Mapping[str, Any]) -> Recognised:
     method = settings.get("quantization", settings.get("quant_method"))
     dense, experts = (str(settings.get(f"{part}_quant_type") or method) for part in ("dense", "moe"))
     if experts == "w4a8" and settings.get("is_permuted", True):
-        found.problems.append("is_permuted: true: these experts are in the order of a kernel, which is not read here")
+        found.unsupported.append("is_permuted: true: experts in the order of a kernel")
         return found
     for name in _stems(reader, ".quant_weight"):
         kind = experts if ".mlp.experts." in name else dense
@@ -178,7 +214,7 @@ def _fastdeploy(reader: Reader, settings: Mapping[str, Any]) -> Recognised:
             pick, per_row = inputs_first
             found.add(reader, name, (second, first * per_row), pick(name))
         else:
-            found.problems.append(f"{name}: codes of the type {kind!r:.40} are not read here")
+            found.unsupported.append(f"{name}: codes of the type {kind!r:.40}")
     found.leave_out(reader, r"\.cache[kv]_matmul\.activation_(scale|zero_point)$", "the cache is not quantised here")
     return found
 

@@ -24,6 +24,8 @@ pytest.importorskip("compressed_tensors")
 transformers = pytest.importorskip("transformers")
 from compressed_tensors.compressors import BaseCompressor  # noqa: E402
 from compressed_tensors.compressors.format import infer_module_format  # noqa: E402
+from compressed_tensors.compressors.model_compressors.model_compressor import ModelCompressor  # noqa: E402
+from compressed_tensors.quantization import QuantizationConfig, apply_quantization_config  # noqa: E402
 from compressed_tensors.quantization.quant_scheme import preset_name_to_scheme  # noqa: E402
 from compressed_tensors.quantization.utils.helpers import calculate_qparams  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402
@@ -74,6 +76,57 @@ def test_transformers_computes_the_same_logits(tmp_path: Path, kind: str, scheme
     ours = our_logits(path, "float32" if scheme == "fp8" else "bfloat16")
     np.testing.assert_allclose(in_transformers(path), ours, atol=TOLERANCE)
     assert np.abs(ours - our_logits(tmp_path / "model", "bfloat16")).max() > 100 * TOLERANCE  # quantised it is
+
+
+def module_tree(tensors: dict[str, Any]) -> Any:
+    """The modules of an unquantised -PT file: a Linear for each matrix but the embeddings, as vLLM has them."""
+    root = torch.nn.Module()
+    for name, tensor in tensors.items():
+        path, _, leaf = name.rpartition(".")
+        matrix, module = tensors.get(f"{path}.weight"), root
+        is_linear = matrix is not None and matrix.dim() == 2 and "embed" not in path and leaf in ("weight", "bias")
+        *parents, last = path.split(".")
+        for part in parents:
+            module = module._modules.setdefault(part, torch.nn.Module())
+        if is_linear and last not in module._modules:
+            rows, columns = matrix.shape
+            linear = torch.nn.Linear(columns, rows, bias=f"{path}.bias" in tensors, dtype=torch.bfloat16)
+            module.add_module(last, linear)
+        module = module._modules.setdefault(last, torch.nn.Module())
+        module._parameters[leaf] = torch.nn.Parameter(torch.empty_like(tensor), requires_grad=False)
+    return root
+
+
+ROUTER = ".mlp.gate.weight"
+COMPRESSED = [
+    *(("dense", scheme, {"use_bias": True, "tie_word_embeddings": True}) for scheme in ("wint4", "wint8", "w8a8")),
+    *(("moe", scheme, {"num_nextn_predict_layers": 1}) for scheme in ("wint4", "wint8", "wint4/8", "w8a8")),
+]
+
+
+@pytest.mark.parametrize(("kind", "scheme", "changes"), COMPRESSED)
+def test_compressed_tensors_reads_our_files(tmp_path: Path, kind: str, scheme: str, changes: dict[str, Any]):
+    """compressed-tensors applies config.json to the modules of the model. Our file has just the tensors that it then
+    expects, in their shapes and types, and what it makes of them is what we read, in bf16.
+    """
+    source = saved_model(tmp_path / "model", kind, **changes)
+    quantised_model(source, tmp_path / "q", scheme, search=True)
+    said = json.loads((tmp_path / "q" / "config.json").read_text())["quantization_config"]
+    compressor = ModelCompressor(QuantizationConfig.model_validate(said))
+    modules = module_tree(load_file(source / "model.safetensors"))
+    apply_quantization_config(modules, compressor.quantization_config, run_compressed=True, show_progress=False)
+    compressor.compress_model(modules)
+    stored = load_file(tmp_path / "q" / "model.safetensors")
+    assert {name: (tensor.shape, tensor.dtype) for name, tensor in stored.items()} == {
+        name: (tensor.shape, torch.float32 if name.endswith(ROUTER) else tensor.dtype)
+        for name, tensor in modules.state_dict().items()
+    }
+    modules.load_state_dict(stored)
+    compressor.decompress_model(modules)
+    restored = modules.state_dict()
+    for name, weight in export_tensors(load_model(tmp_path / "q")):
+        ours = weight if restored[name].dtype == torch.float32 else round_to(weight, "bf16")
+        np.testing.assert_array_equal(ours, restored[name].float().numpy())
 
 
 PRESETS = ("W4A16", "W4A16_ASYM", "W8A16", "W8A8", "FP8", "FP8_DYNAMIC", "FP8_BLOCK")

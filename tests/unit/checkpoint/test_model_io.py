@@ -181,17 +181,47 @@ def test_an_untied_model_needs_its_head(tmp_path):
         load_model(directory)
 
 
+def frequencies(theta=10000.0, head_dim=8):  # of the fixture's config.json
+    return theta ** (-np.arange(0, head_dim, 2, dtype=np.float32) / head_dim)
+
+
 @pytest.mark.parametrize("to_paddle", [False, True])
-def test_stored_rotary_frequencies_are_left_out_with_a_line(tmp_path, monkeypatch, to_paddle):
+@pytest.mark.parametrize("dtype", [np.float32, np.float16])
+def test_stored_rotary_frequencies_are_left_out_with_a_line(tmp_path, monkeypatch, to_paddle, dtype):
     def change(tensors):
         layers = "ernie.layers" if to_paddle else "model.layers"
-        tensors[f"{layers}.0.self_attn.rotary_emb.inv_freq"] = np.ones(4, np.float32)
-        tensors["rotary_emb.inv_freq"] = np.ones(4, np.float32)
+        tensors[f"{layers}.0.self_attn.rotary_emb.inv_freq"] = frequencies().astype(dtype)
+        tensors["rotary_emb.inv_freq"] = frequencies()
 
     lines = said(monkeypatch)
     directory, _ = checkpoint(tmp_path, "dense_untied", change, to_paddle=to_paddle)
     load_model(directory)
     assert len(lines) == 1 and "2 tensors of rotary frequencies left out" in lines[0]
+
+
+@pytest.mark.parametrize(
+    "stored", [frequencies(500000.0), frequencies(10100.0), frequencies(head_dim=16), np.arange(4)]
+)
+def test_rotary_frequencies_of_another_base_than_that_of_config_json_are_named(tmp_path, monkeypatch, stored):
+    lines = said(monkeypatch)
+    name = "model.layers.0.self_attn.rotary_emb.inv_freq"
+    directory, _ = checkpoint(tmp_path, "dense_untied", lambda tensors: tensors.update({name: stored}))
+    load_model(directory)
+    assert len(lines) == 1 and "differ from those of config.json" in lines[0] and "layers.0.self_attn" in lines[0]
+
+
+@pytest.mark.parametrize(("factor", "said_of_it"), [(4, "left out"), (1, "differ from")])
+def test_stored_rotary_frequencies_are_compared_with_scaled_ones(tmp_path, monkeypatch, factor, said_of_it):
+    config = {"rope_scaling": {"rope_type": "linear", "factor": 4.0}}
+    lines = said(monkeypatch)
+    directory, _ = checkpoint(
+        tmp_path,
+        "dense_untied",
+        lambda tensors: tensors.update({"rotary_emb.inv_freq": frequencies() / factor}),
+        config,
+    )
+    load_model(directory)
+    assert len(lines) == 1 and said_of_it in lines[0]
 
 
 def test_the_advice_about_correction_biases_and_fused_experts(tmp_path):

@@ -149,6 +149,18 @@ def test_damaged_factors_are_refused(tmp_path: Path, change: Callable[..., None]
         read_adapter(tmp_path, model.config)
 
 
+def test_modules_that_are_not_saved_whole_here_are_named(tmp_path: Path) -> None:
+    """As PEFT writes modules_to_save: [down_proj], on the very model that is named."""
+    model = adapted("dense")
+    save_adapter(model, tmp_path)
+    tensors = load_file(tmp_path / "adapter_model.safetensors")
+    tensors["base_model.model.model.layers.0.mlp.down_proj.weight"] = np.zeros((32, 64), np.float32)
+    save_file(tensors, tmp_path / "adapter_model.safetensors")
+    edit(tmp_path, modules_to_save=["down_proj"])
+    with pytest.raises(CheckpointError, match=r"(?s)mlp\.down_proj\.weight.*nor modules_to_save other than .*lm_head"):
+        read_adapter(tmp_path, model.config)
+
+
 @pytest.mark.parametrize(
     ("other", "message"),
     [

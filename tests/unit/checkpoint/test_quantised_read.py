@@ -75,7 +75,11 @@ DAMAGED: dict[str, tuple[str, Callable[[Tensors], None], str]] = {
     "order of activations": ("wint4", with_tensor(f"{UP}.weight_g_idx", "I32", (128,)), "weight_g_idx: groups in"),
     "not finite": ("wint4", with_tensor(f"{UP}.weight_scale", "BF16", (256, 1), NAN), f"{UP}: a code or a scale is"),
     "int8 without scale": ("w8a8", without(f"{UP}.weight_scale"), "unexpected|missing|not floating"),
-    "int8 scale": ("w8a8", with_tensor(f"{UP}.weight_scale", "BF16", (3, 1)), r"is in no form that is read"),
+    "int8 scale": (
+        "w8a8",
+        with_tensor(f"{UP}.weight_scale", "BF16", (3, 1)),
+        r"incomplete or of another format: model.layers.0.mlp.up_proj: weight I8",
+    ),
     "fp8 blocks": ("fp8", with_tensor(f"{UP}.weight_scale_inv", "F32", (3, 1)), r"\[3, 1\], expected \[2, 1\]"),
     "paddle scale": (
         "wint8-paddle",
@@ -108,10 +112,31 @@ def test_damaged(sources: Path, tmp_path: Path, case: str):
             {"config_groups": {"group_0": {"targets": ["Linear"], "weights": {"num_bits": 4, "symmetric": False}}}},
             "symmetric: false, and no matrix has its weight_zero_point",
         ),
-        ("fp8", {"weight_block_size": [128]}, "weight_block_size \\[128\\]"),
+        (
+            "wint4",
+            {"format": "nvfp4-pack-quantized"},
+            "in this form .* quantization_config: format: 'nvfp4-pack-quantized'",
+        ),
+        (
+            "wint4",
+            {"format": "mixed-precision", "config_groups": {"group_0": {"format": "mxfp4-pack-quantized"}}},
+            "mxfp4",
+        ),
+        (
+            "wint4",
+            {"config_groups": {"group_0": {"weights": {"num_bits": 2}}}},
+            "group_0: weights of the type 'int' in 2",
+        ),
+        (
+            "wint4",
+            {"transform_config": {"config_groups": {"R4": {"apply": [{"location": "input"}]}}}},
+            "transform_config",
+        ),
+        ("fp8", {"weight_block_size": [128]}, "weight_block_size \\[128\\].* Use the bfloat16 checkpoint"),
+        ("fp8", {"weight_block_size": None}, "weight_block_size None.* Use the bfloat16 checkpoint"),
         ("fp8", {"quant_method": None}, "method None"),
         ("wint8-paddle", {"quantization": "wint4"}, "expected"),
-        ("wint8-paddle", {"quantization": "mix_quant", "dense_quant_type": "fp4"}, "type 'fp4' are not read"),
+        ("wint8-paddle", {"quantization": "mix_quant", "dense_quant_type": "fp4"}, "not read here: .* type 'fp4'"),
         ("wint8-paddle", {"quantization": "mix_quant", "moe_quant_type": "w4a8"}, "is_permuted: true"),
     ],
 )

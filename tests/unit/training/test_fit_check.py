@@ -38,6 +38,20 @@ def test_a_host_s_memory_is_divided_by_its_own_ranks(
     cfg = config.load(None, [*words, "max_seq_len=512", "batch_size=2", "compute_type=fp32"], "train")
     monkeypatch.setattr(fit_check, "host_memory", lambda: 70 * 10**6)
     monkeypatch.setenv("PADDLE_LOCAL_SIZE", local)
+    monkeypatch.setattr(fit_check.comm, "gather_objects", lambda value, group: [value] * group.size)
     with log.captured() as lines:
         fit_check.warn_if_too_large(cfg, ModelConfig.from_dir(directory), Mesh.outline(ParallelDims(data=4), 0))
     assert any(is_warning for is_warning, _ in lines) is warns
+
+
+def test_the_smallest_host_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """The first rank's host has enough memory, and that of the third rank has not."""
+    directory = model_directory(tmp_path / "model", weights=False)
+    words = [f"model_name_or_path={directory}", f"output_dir={tmp_path}", "train_dataset_path=x.jsonl"]
+    cfg = config.load(None, [*words, "max_seq_len=512", "batch_size=2", "compute_type=fp32"], "train")
+    monkeypatch.setattr(fit_check, "host_memory", lambda: 10**9)
+    monkeypatch.setattr(fit_check.comm, "gather_objects", lambda value, group: [value, value, 2e7, value])
+    with log.captured() as lines:
+        fit_check.warn_if_too_large(cfg, ModelConfig.from_dir(directory), Mesh.outline(ParallelDims(data=4), 0))
+    [found] = [text for is_warning, text in lines if is_warning]
+    assert "this run may not fit" in found and "cpu of rank 2 has" in found
