@@ -1,12 +1,17 @@
 """Compares mathematical answers by math-verify, which parses LaTeX and compares by SymPy."""
 
 import logging
+import re
 
 from erniekit.config.schema_rewards import RewardArgs
-from erniekit.rewards.right_answer import right_answers
+from erniekit.rewards.right_answer import AT_END, compatible, final_answer, right_answers
 from erniekit.rewards.sample import Sample
 
 _LONGEST = 20_000  # characters at the end of an answer that are read
+_FORMULA = 200  # characters of a final answer that may be one formula
+_WORDS = re.compile(r"(?<![\\A-Za-z])[A-Za-z]{2,}|[\u4e00-\u9fff]")
+_THIN_SPACE = re.compile(r"(?<=\d)\\[,;! ](?=\d{3}(?!\d))")  # 1\,000, which it reads as 1 times 0
+_COMMAND = re.compile(r"\\[A-Za-z]")
 
 
 def math(sample: Sample, cfg: RewardArgs) -> float:
@@ -21,13 +26,19 @@ def math(sample: Sample, cfg: RewardArgs) -> float:
     # process is killed instead.
     logging.getLogger("math_verify").setLevel(logging.ERROR)
     configs = (LatexExtractionConfig(boxed_match_priority=0), ExprExtractionConfig())
-    # The minus sign, U+2212, is none for it.
-    found = parse(sample.answer[-_LONGEST:].replace("\u2212", "-"), configs, parsing_timeout=None)
-    for right in (text.replace("\u2212", "-") for text in right_answers(sample, cfg)):
+    text = _THIN_SPACE.sub("", compatible(sample.answer[-_LONGEST:]))
+    found = [parse(text, configs, parsing_timeout=None)]
+    final = final_answer(text).rstrip(AT_END)
+    if "$" not in text and 0 < len(final) < _FORMULA:
+        # It reads LaTeX between dollar signs alone (without them 2\\pi is 2), and no Chinese words before an answer.
+        stated = parse(f"${final}$", configs, parsing_timeout=None)
+        is_formula = stated and _COMMAND.search(final) and not _WORDS.search(final)
+        found = [stated] if is_formula else [*found, stated]
+    for right in map(compatible, right_answers(sample, cfg)):
         gold = parse(right if "$" in right or "\\boxed" in right else f"${right}$", configs, parsing_timeout=None)
         gold = gold or parse(right, configs, parsing_timeout=None)
         if not gold:
             raise ValueError(f"math-verify cannot read {cfg.answer_key!r} of the record: {right[:60]!r}")
-        if found and verify(gold, found, timeout_seconds=None):
+        if any(answer and verify(gold, answer, timeout_seconds=None) for answer in found):
             return 1.0
     return 0.0

@@ -1,24 +1,69 @@
 """Compares answers that are numbers by their exact value. math-verify (rewards/formulas.py) also reads formulas."""
 
 import re
-import unicodedata
+from dataclasses import dataclass
 from fractions import Fraction
 
 from erniekit.config.schema_rewards import RewardArgs
-from erniekit.rewards.right_answer import final_answer, normalised, right_answers
+from erniekit.rewards.chinese_numbers import chinese_integer
+from erniekit.rewards.right_answer import compatible, final_answer, normalised, right_answers
 from erniekit.rewards.sample import Sample
 
 _MAX_DIGITS = 400  # of a number; a longer one is none
 _TOLERANCE = Fraction(1, 10**6)  # relative, where a number is not whole: 0.333333 is a third
-_PLAIN = r"(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d*)?(?:[eE][-+]?\d{1,3})?|\.\d+(?:[eE][-+]?\d{1,3})?"
-_NUMBER = re.compile(
-    rf"(?P<sign>[-+]?)\s*(?:\\[dt]?frac\s*(?:\{{\s*(?P<over>{_PLAIN})\s*\}}|(?P<over_digit>\d))"
-    rf"\s*(?:\{{\s*(?P<under>{_PLAIN})\s*\}}|(?P<under_digit>\d))"
-    rf"|(?P<plain>{_PLAIN})(?:\s*/\s*(?P<divisor>{_PLAIN}))?)\s*(?P<percent>\\?%)?"
+# Digits in groups as they are written in English, Indian and Swiss or ISO style, and with two or more dots.
+_GROUPS = (
+    r"\d{1,3}(?:,\d{3})+|\d{1,2}(?:,\d{2})+,\d{3}|\d{1,3}(?:[ '’]\d{3})+(?![\d/])|\d{1,3}(?:\.\d{3}){2,}(?![\d.])|\d+"
 )
-_WORD = r"(?!or\b|and\b|to\b)[A-Za-z°$€£¥\u4e00-\u9fff]+(?:\^\{?\d\}?|[²³])?"
+_PLAIN = rf"(?:{_GROUPS})(?:\.\d*)?(?:[eE][-+]?\d{{1,3}})?|\.\d+(?:[eE][-+]?\d{{1,3}})?"
+
+
+def _exponent(name: str) -> str:
+    return rf"\s*\^\s*(?:\{{\s*(?P<{name}>[-+]?\d{{1,3}})\s*\}}|(?P<{name}_plain>[-+]?\d{{1,3}}))"
+
+
+_NUMBER = re.compile(
+    r"(?P<sign>[-+]?)\s*(?:(?P<whole>\d+)(?:\s*(?=\\[dt]?frac)|\s+(?=\d+\s*/\s*\d)))?"  # of 3 1/2
+    rf"(?:\\[dt]?frac\s*(?:\{{\s*(?P<over>[-+]?\s*(?:{_PLAIN}))\s*\}}|(?P<over_digit>\d))"
+    rf"\s*(?:\{{\s*(?P<under>[-+]?\s*(?:{_PLAIN}))\s*\}}|(?P<under_digit>\d))"
+    rf"|(?P<plain>{_PLAIN})(?:{_exponent('power')}|\s*/\s*(?P<divisor>{_PLAIN}))?)"
+    rf"(?:\s*(?:[x*]|\\times|\\cdot)\s*10{_exponent('tens')})?"
+    r"(?:\s*(?P<scale>thousand|million|billion|trillion|万亿|万|亿))?\s*(?P<percent>\\?%|per ?cent\b)?"
+)
+_SCALES = {
+    "thousand": 10**3,
+    "million": 10**6,
+    "billion": 10**9,
+    "trillion": 10**12,
+    "万": 10**4,
+    "亿": 10**8,
+    "万亿": 10**12,
+}
+# A letter that usually is a variable is no unit: 2x, 3i.
+_WORD = r"(?!(?:or|and|to|[einpqrxyz])\b)[A-Za-z°$€£¥\u4e00-\u9fff]+(?:\^\{?\d\}?)?"
 _UNIT = re.compile(rf"{_WORD}(?:\s?/\s?{_WORD}|\s{_WORD})?")
-_LATEX = re.compile(r"\\(?:text|mathrm|mathbf|textbf)\s*\{([^{}]*)\}|\\[,;! ]|\\left|\\right|\\\(|\\\)|\\\[|\\\]|[$*`]")
+_OPERATION = r"\\(?:sqrt|pi|times|cdot|div|pm|log|ln|sin|cos|tan|[dt]?frac)(?![A-Za-z])"
+# What makes the number before or behind it a part of a formula, a pair or a time, which has another value.
+_GOES_ON = re.compile(
+    rf"\s*{_OPERATION}|\s*[\^_]|\s*[+*/]\s*[\w\\(]|\s*-\s*\d|[:.,]\d|[xyzi](?![A-Za-z])|\s*[)\]}}]\s*\^"
+)
+_BEGAN = re.compile(rf"(?:[\^_{{*/±]|{_OPERATION}|(?<![A-Za-z])[A-Za-z]\s+-|[\w)}}]\s*\+|[\d)}}]\s+-)\s*$|\d[,.:]$")
+_IN_A_LIST = re.compile(r"[(\[{][^()\[\]{}]*,\s*$")
+_SEVERAL = re.compile(r"=[^=]*(?:[,;，；、或和]|\bor\b|\band\b)")
+_LATEX = re.compile(
+    r"\\(?:text|textbf|textit|mathrm|mathbf|mathit|boldsymbol|mbox)\s*\{([^{}]*)\}|\\[,;:!\s$]|\\left(?![A-Za-z])"
+    r"|\\right(?![A-Za-z])|\\\(|\\\)|\\\[|\\\]|[$*`]"
+)
+_BLANKS = re.compile(r"\s+")  # long runs would take the square of their length
+_DEGREES = re.compile(r"\^\s*(?:\{\s*\\circ\s*\}|\\circ|°)|\\degree")
+
+
+@dataclass(frozen=True)
+class Number:
+    """An exact value; `percent`: it was written with a percent sign, and the value is divided by 100 already."""
+
+    value: Fraction
+    percent: bool = False
 
 
 def accuracy(sample: Sample, cfg: RewardArgs) -> float:
@@ -31,83 +76,136 @@ def accuracy(sample: Sample, cfg: RewardArgs) -> float:
     for right in right_answers(sample, cfg):
         value = number_of(right)
         if value is None:
-            if normalised(final) == normalised(right):
+            if _same_text(final, right):
                 return 1.0
         elif same_number(_stated(final, final == whole), value):
             return 1.0
     return 0.0
 
 
-def same_number(found: Fraction | None, right: Fraction) -> bool:
-    """Whether two numbers are equal: whole numbers exactly, others to a millionth of the right one."""
-    if found is None or found == right:
-        return found is not None
+def _same_text(found: str, right: str) -> bool:
+    return normalised(found) == normalised(right) or _compact(found) == _compact(right)
+
+
+def _compact(formula: str) -> str:
+    """A formula without the spaces and braces that mean nothing: (1, 2) and (1,2), 2 \\pi and 2\\pi, x^{2} and x^2."""
+    text = normalised(as_typed(formula)).replace("\\dfrac", "\\frac").replace("\\tfrac", "\\frac")
+    return re.sub(r"([\^_])\{(\w)\}", r"\1\2", re.sub(r"\s*([^\w\s])\s*", r"\1", text))
+
+
+def same_number(found: Number | None, right: Number) -> bool:
+    """Whether two numbers are equal: whole numbers exactly, others to a millionth of the right one. A percent sign that
+    only one of them has may as well be left out: "50%" is 0.5, and 50 where percentages are asked for.
+    """
+    if found is None:
+        return False
+    if _equal(found.value, right.value):
+        return True
+    if found.percent == right.percent:
+        return False
+    return _equal(found.value * (100 if found.percent else 1), right.value * (100 if right.percent else 1))
+
+
+def _equal(found: Fraction, right: Fraction) -> bool:
+    if found == right:
+        return True
     if found.denominator == right.denominator == 1:
         return False
     return abs(found - right) <= _TOLERANCE * abs(right)
 
 
-def number_of(text: str) -> Fraction | None:
-    """The value of a text that is one number, with or without a unit: "1,234", "-0.5", "3/4", "\\frac{3}{4}", "12 %",
-    "5 km". None for any other text.
+def number_of(text: str) -> Number | None:
+    """The value of a text that is one number, with or without a unit: "1,234", "-0.5", "3/4", "\\frac{3}{4}", "3 1/2",
+    "1.5×10^3", "12 %", "5 km", "三分之一". None for any other text.
     """
-    text = _as_typed(text[: 4 * _MAX_DIGITS]).strip(" \t\n.。,，;；")
+    text = as_typed(text[: 4 * _MAX_DIGITS]).strip().rstrip(" \t\n.。,，;；")
     name, equals, rest = text.rpartition("=")
-    if equals and len(name) <= 40:  # x = 5
+    if equals and len(name) <= 40 and not _SEVERAL.search(name):  # x = 5
         text = rest.strip()
     match = _NUMBER.search(text)
     if match is None:
-        return None
+        return _in_chinese(text)
     around = (text[: match.start()].strip(), text[match.end() :].strip())
     if any(part and not _UNIT.fullmatch(part) for part in around) or len(around[0]) > 3:
         return None
     return _value(match)
 
 
-def last_number(text: str) -> Fraction | None:
-    """The last number in a text."""
-    text = _as_typed(text[-100 * _MAX_DIGITS :])
+def last_number(text: str) -> Number | None:
+    """The last number in a text. None where it is part of a formula, a pair or a time: 2\\pi, (1, 2), 5:30."""
+    text = as_typed(text[-100 * _MAX_DIGITS :])
     matches = list(_NUMBER.finditer(text))
-    if not matches:
+    if not matches or _is_part(text, matches[-1]):
         return None
     last = matches[-1]
     # In "10-5" and "a-5" the sign is a minus between two terms, or a hyphen.
     joined = (
         last["sign"] and last.start() and not text[last.start() - 1].isspace() and text[last.start() - 1] not in "=(:："
     )
-    value = _value(last)
-    return abs(value) if joined and value is not None else value
+    number = _value(last)
+    return Number(abs(number.value), number.percent) if joined and number is not None else number
 
 
-def _as_typed(text: str) -> str:
-    """A text in Unicode's compatible form, with its numbers as a keyboard has them: without LaTeX's spaces and fonts,
-    1{,}000 as 1,000, and the minus sign (U+2212) as the hyphen.
+def as_typed(text: str) -> str:
+    """A text as a keyboard has it (right_answer.compatible), without LaTeX's spaces and fonts, with 1{,}000 as 1,000
+    and degrees as °.
     """
-    return _LATEX.sub(r"\1", unicodedata.normalize("NFKC", text)).replace("{,}", ",").replace("\u2212", "-")
+    text = _BLANKS.sub(lambda match: "\n" if "\n" in match.group() else " ", compatible(text))
+    return _LATEX.sub(r"\1", _DEGREES.sub("°", text)).replace("{,}", ",")
 
 
-def _stated(final: str, is_whole: bool) -> Fraction | None:
+def _stated(final: str, is_whole: bool) -> Number | None:
     value = number_of(final)
     if value is not None:
         return value
     if is_whole:
         return last_number(final)
     # "The answer is 5 because ..." announces it at the beginning of what follows.
-    match = _NUMBER.match(_as_typed(final[: 4 * _MAX_DIGITS]).lstrip("$€£¥ "))
-    return _value(match) if match else None
+    text = as_typed(final[: 4 * _MAX_DIGITS]).lstrip("$€£¥ ")
+    match = _NUMBER.match(text)
+    return _value(match) if match and not _GOES_ON.match(text, match.end()) else None
 
 
-def _value(match: "re.Match[str]") -> Fraction | None:
-    first = match["over"] or match["over_digit"] or match["plain"]
-    second = match["under"] or match["under_digit"] or match["divisor"]
-    if len(match.group()) > _MAX_DIGITS:
+def _is_part(text: str, match: "re.Match[str]") -> bool:
+    before = text[max(0, match.start() - 200) : match.start() + len(match["sign"])]
+    listed = _IN_A_LIST.search(before) and text[match.end() :].lstrip()[:1] in (")", "]", "}")
+    return bool(_BEGAN.search(before) or listed or _GOES_ON.match(text, match.end()))
+
+
+def _value(match: "re.Match[str]") -> Number | None:
+    first, second = _first(match, "over", "over_digit", "plain"), _first(match, "under", "under_digit", "divisor")
+    power = int(_first(match, "power", "power_plain") or 1)
+    if len(match.group()) > _MAX_DIGITS or len(first) * abs(power) > 10 * _MAX_DIGITS:
         return None
-    value = Fraction(first.replace(",", ""))
-    if second is not None:
-        divisor = Fraction(second.replace(",", ""))
-        if not divisor:
-            return None
-        value /= divisor
-    if match["percent"]:
-        value /= 100
-    return -value if match["sign"] == "-" else value
+    value, divisor = _plain(first), _plain(second or "1")
+    if not divisor or (not value and power < 0):
+        return None
+    value = value**power / divisor + int(_first(match, "whole") or 0)
+    value *= Fraction(10) ** int(_first(match, "tens", "tens_plain") or 0)
+    value *= Fraction(_SCALES.get(match["scale"], 1), 100 if match["percent"] else 1)
+    return Number(-value if match["sign"] == "-" else value, bool(match["percent"]))
+
+
+def _first(match: "re.Match[str]", *groups: str) -> str:
+    return next((match[name] for name in groups if match[name]), "")
+
+
+def _plain(text: str) -> Fraction:
+    if text.count(".") > 1:
+        text = text.replace(".", "")
+    return Fraction(re.sub(r"[,\s'’]", "", text))
+
+
+def _in_chinese(text: str) -> Number | None:
+    """A number in Chinese characters: 十二, 负三, 三分之一, 百分之五十, 三点五."""
+    text = "".join(text.split())
+    sign = -1 if text.startswith("负") else 1
+    under, fraction, over = text.removeprefix("负").rpartition("分之")
+    whole, point, decimals = over.partition("点")
+    value = chinese_integer(whole)
+    divisor = ({"百": 100, "千": 1000}.get(under) or chinese_integer(under)) if fraction else 1
+    places = [chinese_integer(char) for char in decimals]
+    if value is None or not divisor or bool(point) != bool(places) or any(p is None or p > 9 for p in places):
+        return None
+    exact = value + sum((Fraction(place or 0, 10 ** (i + 1)) for i, place in enumerate(places)), Fraction(0))
+    return Number(sign * exact / divisor, bool(fraction) and divisor == 100)

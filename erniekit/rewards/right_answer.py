@@ -7,11 +7,13 @@ from typing import Any
 from erniekit.config.schema_rewards import RewardArgs
 from erniekit.rewards.sample import Sample
 
-_BOXED = re.compile(r"\\boxed\s*\{")
-_ANNOUNCED = re.compile(
-    r"(?:####|(?i:\banswer\b)\**\s*(?:(?i:is)|[:：=])|答案\s*(?:是|为|[:：=]))\s*\**[:：]?\s*(?P<rest>[^\n]*)"
-)
-_AT_END = " \t\n.,;:!?。，；：！？\"'`“”‘’*$"
+_BOXED = re.compile(r"\\(?:boxed|fbox)\s*\{")
+_ANNOUNCED = re.compile(r"(?:####|(?i:\banswer\b)\**\s*(?:(?i:is)|[:：=])|答案\s*(?:是|为|[:：=]))\s*\**[:：]?\s*")
+# What math-verify reads in LaTeX alone.
+_COMMANDS = {"×": "\\times ", "÷": "\\div ", "·": "\\cdot ", "π": "\\pi ", "∞": "\\infty ", "√": "\\sqrt "}
+AT_END = " \t\n.,;:!?。，；：！？\"'`“”‘’*$"
+_SUPERSCRIPTS = re.compile("[\u2070\u00b9\u00b2\u00b3\u2074-\u2079\u207a\u207b]+")
+_FRACTIONS = re.compile("[\u00bc-\u00be\u2150-\u215e]")
 _AT_BEGINNING = " \t\n\"'`“”‘’*$"
 
 
@@ -40,8 +42,8 @@ def final_answer(text: str) -> str:
     boxed = _last_boxed(text)
     if boxed is not None:
         return boxed
-    announced = [match["rest"] for match in _ANNOUNCED.finditer(text) if match["rest"].strip()]
-    return (announced[-1] if announced else text).strip()
+    lines = (text[match.end() :].split("\n", 1)[0].strip() for match in reversed(list(_ANNOUNCED.finditer(text))))
+    return next(filter(None, lines), text.strip())
 
 
 def _last_boxed(text: str) -> str | None:
@@ -56,8 +58,24 @@ def _last_boxed(text: str) -> str | None:
 
 
 def normalised(text: str) -> str:
-    """A text for comparison: Unicode's compatible form (NFKC) with the minus sign as a hyphen, without case, quotes,
-    marks of emphasis, punctuation at its end or repeated blank space.
+    """A text for comparison: in its compatible form, without case, quotes, marks of emphasis, punctuation at its end or
+    repeated blank space.
     """
-    text = unicodedata.normalize("NFKC", text).replace("\u2212", "-").casefold()
-    return " ".join(text.rstrip(_AT_END).lstrip(_AT_BEGINNING).split())
+    text = compatible(text).casefold()
+    return " ".join(text.rstrip(AT_END).lstrip(_AT_BEGINNING).split())
+
+
+def compatible(text: str) -> str:
+    """A text in Unicode's compatible form (NFKC) with the signs of formulas in LaTeX: 10³, of which NFKC makes 103, is
+    10^{3}, ½ is \\frac{1}{2}, × is \\times, and the minus sign (U+2212) is a hyphen.
+    """
+    text = _SUPERSCRIPTS.sub(lambda match: f"^{{{match.group()}}}", text)
+    text = _FRACTIONS.sub(lambda match: "\\frac{{{}}}{{{}}}".format(*_nfkc(match.group()).split("\u2044")), text)
+    text = _nfkc(text).replace("\u2212", "-")
+    for sign, command in _COMMANDS.items():
+        text = text.replace(sign, command)
+    return text
+
+
+def _nfkc(text: str) -> str:
+    return unicodedata.normalize("NFKC", text)

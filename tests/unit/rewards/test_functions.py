@@ -10,7 +10,7 @@ import pytest
 
 from erniekit.config.schema_rewards import REWARD_FUNCS, RewardArgs
 from erniekit.rewards import Sample, texts
-from erniekit.rewards.numbers import last_number, number_of
+from erniekit.rewards.numbers import Number, last_number, number_of
 from erniekit.rewards.right_answer import final_answer
 from erniekit.rewards.scorer import GIVEN
 from erniekit.rewards.table import BUILTINS
@@ -61,14 +61,68 @@ RIGHT = [
     ("\\boxed{-\\dfrac34}", "-0.75"),
     ("\\boxed{\\frac{12}5}", "2.4"),
     ("\\boxed{12{,}345}", "12345"),
+    *(
+        (text, "1500")
+        for text in ("1.5×10^3", "1.5 \\times 10^{3}", "The answer is $1.5\\cdot10^3$", "1 500", "1,500.0")
+    ),
+    ("1×10⁻³", "0.001"),
+    ("2^{10}", "1024"),
+    ("\\boxed{1500}", "1.5×10^3"),
+    *((text, "1234567") for text in ("1 234 567", "1'234'567", "12,34,567", "1.234.567", "1\\,234\\,567")),
+    *((text, "3.5") for text in ("3 1/2", "3\\frac{1}{2}", "3½", "三点五")),
+    ("\\frac{-3}{4}", "-3/4"),
+    ("\\frac{-3}{-4}", "3/4"),
+    (".5", "0.5"),
+    ("50%", "50"),
+    ("50", "50%"),
+    ("\\boxed{90^\\circ}", "90"),
+    ("90", "90^{\\circ}"),
+    ("\\boxed{\\$5}", "5"),
+    ("5 million dollars", "5000000"),
+    ("答案是5万元。", "50000"),
+    ("答案是十二", "12"),
+    ("12", "十二"),
+    ("两万五千", "25000"),
+    ("百分之五十", "0.5"),
+    ("三分之一", "1/3"),
+    ("二〇二五", "2025"),
+    ("Final Answer: The final answer is $5$. I hope it is correct.", "5"),
+    ("(1,2)", "(1, 2)"),
+    ("\\boxed{( -∞ , 3 ]}", "(-\\infty, 3]"),
+    ("2 \\pi", "2\\pi"),
+    ("\\dfrac{x}{2}", "\\frac{x}{2}"),
+    ("1010_{2}", "1010_2"),
+    ("\\boxed{\\text{Monday}}", "Monday"),
+    ("\\fbox{5}", "5"),
 ]
 WRONG = [
     ("6", "5"),
     ("", "5"),
     ("   ", "5"),
     ("<think>5", "5"),
-    ("50", "50%"),
+    ("0.5%", "50%"),
     ("0.33", "1/3"),
+    *(
+        (text, "3")
+        for text in ("1.5×10^3", "10^3", "2^3", "2:3", "a_3", "5 \\times 3", "0.\\overline{3}", "(-\\infty, 3)")
+    ),
+    *(
+        (text, "2")
+        for text in ("2\\pi", "\\boxed{2\\pi}", "The answer is 2\\sqrt{3}", "\\sqrt{2}", "(1, 2)", "3+2", "2x")
+    ),
+    ("10³", "103"),
+    ("1 000", "0"),
+    ("3 1/2", "1/2"),
+    ("3\\frac{1}{2}", "1/2"),
+    ("x^2 + 9", "9"),
+    (".5", "5"),
+    ("0,5", "5"),
+    ("5 million", "5"),
+    ("5万", "5"),
+    ("\\boxed{x=2 \\text{ or } x=3}", "3"),
+    ("3y", "3x"),
+    ("一样", "一致"),
+    ("1" + " " * 50_000, "5"),
     ("123456788", "123456789"),
     ("-5", "5"),
     ("\u22125", "5"),
@@ -103,13 +157,14 @@ def test_a_record_without_a_usable_answer_is_an_error(name: str, answer: Any):
 
 
 def test_numbers_have_their_exact_value():
-    assert number_of("-1,234.50") == Fraction(-2469, 2)
-    assert number_of("\\dfrac{1}{3}") == Fraction(1, 3)
-    assert number_of("12 \\text{ km}") == 12
+    assert number_of("-1,234.50") == Number(Fraction(-2469, 2))
+    assert number_of("\\dfrac{1}{3}") == Number(Fraction(1, 3))
+    assert number_of("12 \\text{ km}") == Number(Fraction(12))
+    assert number_of("12 %") == Number(Fraction(12, 100), percent=True)
     for text in ("", "abc", "1 2", "5 or 6", "1/0", "1" * 500):
         assert number_of(text) is None, text
-    assert last_number("from 3 to 10-7") == 7
-    assert last_number("it is -7") == -7
+    assert last_number("from 3 to 10-7") == Number(Fraction(7))
+    assert last_number("it is -7") == Number(Fraction(-7))
     assert final_answer("no mark") == "no mark"
 
 
@@ -122,6 +177,15 @@ MATH = [
     ("5", "", 0.0),
     ("5", "\\boxed{}", 0.0),
     ("5", "9" * 50_000, 0.0),
+    ("\\frac{3}{4}", "答案是\\dfrac{3}{4}。", 1.0),
+    ("5", "答案：5", 1.0),
+    ("12", "１２", 1.0),
+    ("x^2", "x²", 1.0),
+    ("1500", "1.5×10³", 1.0),
+    ("\\sqrt{2}", "The answer is \\sqrt{2}.", 1.0),
+    ("2", "The answer is 2\\sqrt{3}", 0.0),
+    ("3.5", "\\boxed{3½}", 1.0),
+    ("5 \\text{ km}", "It is 5 km.", 1.0),
 ]
 
 
@@ -133,17 +197,17 @@ def test_formulas(answer: str, completion: str, expected: float):
 
 @pytest.mark.skipif(not importlib.util.find_spec("math_verify"), reason="the extra `rl` is not installed")
 def test_our_numbers_agree_with_math_verify():
-    """On answers that are numbers. math-verify takes "50" for equal to "50%", does not read 1e3, and takes several
-    boxes for one answer, where we take the last.
+    """On answers that are numbers, but for these: it knows few groups of digits, mixed numbers in LaTeX alone and no
+    Chinese numbers, and finds a number in a formula that is not in LaTeX.
     """
-    differ = {
-        (completion, answer)
-        for expected, cases in ((1.0, RIGHT), (0.0, WRONG))
-        for completion, answer in cases
-        if isinstance(answer, str) and number_of(answer) is not None
-        if score("math", completion, answer) != expected
-    }
-    assert differ == {("50", "50%"), ("1e3", "1000"), ("\\boxed{1} no, \\boxed{2}", "2")}
+
+    def differ(cases: list[tuple[str, Any]], expected: float) -> set[str]:
+        read = [case for case in cases if isinstance(case[1], str) and number_of(case[1]) is not None]
+        return {completion for completion, answer in read if score("math", completion, answer) != expected}
+
+    chinese = {"答案是5万元。", "答案是十二", "12", "两万五千", "百分之五十", "三分之一", "二〇二五", "三点五"}
+    assert differ(RIGHT, 1.0) == {"1e3", "12,34,567", "1.234.567", "3 1/2", "5 million dollars", *chinese}
+    assert differ(WRONG, 0.0) == {"(1, 2)", "2x", "1 000", "x^2 + 9", "5 million", "5万"}
 
 
 @pytest.mark.parametrize(
