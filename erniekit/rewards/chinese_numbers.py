@@ -19,7 +19,7 @@ def chinese_integer(text: str) -> int | None:
         section, found, rest = text.rpartition(unit) if unit else (text, "", "")
         if unit and not found:
             continue
-        value = chinese_integer(section) if unit == "亿" else _section(section)
+        value = chinese_integer(section) if unit == "亿" and "亿" not in section else _section(section)
         if value is None or (found and not value):
             return None
         total, text = total + value * size, rest

@@ -11,10 +11,9 @@ from erniekit.rewards.sample import Sample
 
 _MAX_DIGITS = 400  # of a number; a longer one is none
 _TOLERANCE = Fraction(1, 10**6)  # relative, where a number is not whole: 0.333333 is a third
-# Digits in groups as they are written in English, Indian and Swiss or ISO style, and with two or more dots.
-_GROUPS = (
-    r"\d{1,3}(?:,\d{3})+|\d{1,2}(?:,\d{2})+,\d{3}|\d{1,3}(?:[ '’]\d{3})+(?![\d/])|\d{1,3}(?:\.\d{3}){2,}(?![\d.])|\d+"
-)
+# Digits in groups as they are written in English, Indian and Swiss or ISO style, and with two or more dots. The bound of
+# the second one keeps the time of a search linear where 11,11,11 does not end.
+_GROUPS = r"\d{1,3}(?:,\d{3})+|\d{1,2}(?:,\d{2}){1,9},\d{3}|\d{1,3}(?:[ '’]\d{3})+(?![\d/])|\d{1,3}(?:\.\d{3}){2,}(?![\d.])|\d+"
 _PLAIN = rf"(?:{_GROUPS})(?:\.\d*)?(?:[eE][-+]?\d{{1,3}})?|\.\d+(?:[eE][-+]?\d{{1,3}})?"
 
 
@@ -150,8 +149,8 @@ def as_typed(text: str) -> str:
     """A text as a keyboard has it (right_answer.compatible), without LaTeX's spaces and fonts, with 1{,}000 as 1,000
     and degrees as °.
     """
-    text = _BLANKS.sub(lambda match: "\n" if "\n" in match.group() else " ", compatible(text))
-    return _LATEX.sub(r"\1", _DEGREES.sub("°", text)).replace("{,}", ",")
+    text = _LATEX.sub(r"\1", _DEGREES.sub("°", compatible(text))).replace("{,}", ",")
+    return _BLANKS.sub(lambda match: "\n" if "\n" in match.group() else " ", text)
 
 
 def _stated(final: str, is_whole: bool) -> Number | None:

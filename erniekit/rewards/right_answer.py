@@ -8,6 +8,7 @@ from erniekit.config.schema_rewards import RewardArgs
 from erniekit.rewards.sample import Sample
 
 _BOXED = re.compile(r"\\(?:boxed|fbox)\s*\{")
+_BRACKET = re.compile(r"[{}]")
 _ANNOUNCED = re.compile(r"(?:####|(?i:\banswer\b)\**\s*(?:(?i:is)|[:：=])|答案\s*(?:是|为|[:：=]))\s*\**[:：]?\s*")
 # What math-verify reads in LaTeX alone.
 _COMMANDS = {"×": "\\times ", "÷": "\\div ", "·": "\\cdot ", "π": "\\pi ", "∞": "\\infty ", "√": "\\sqrt "}
@@ -48,13 +49,17 @@ def final_answer(text: str) -> str:
 
 def _last_boxed(text: str) -> str | None:
     """The content of the last \\boxed{} whose bracket is closed."""
-    for match in reversed(list(_BOXED.finditer(text))):
-        depth = 1
-        for place in range(match.end(), len(text)):
-            depth += {"{": 1, "}": -1}.get(text[place], 0)
-            if not depth:
-                return text[match.end() : place].strip()
-    return None
+    starts = {match.end() for match in _BOXED.finditer(text)}
+    opened: list[int] = []  # where the content of each open bracket begins
+    last: tuple[int, int] | None = None
+    for bracket in _BRACKET.finditer(text):
+        if bracket.group() == "{":
+            opened.append(bracket.end())
+        elif opened:
+            start = opened.pop()
+            if start in starts and (last is None or start > last[0]):
+                last = start, bracket.start()
+    return None if last is None else text[slice(*last)].strip()
 
 
 def normalised(text: str) -> str:

@@ -304,6 +304,12 @@ def test_language():
     assert score("language", "你好", prompt="12 + 3 = ?") is None
 
 
+@pytest.mark.parametrize("repeated", ["\\boxed{", "11,", " $", "\n\\left", "亿", "½½", "1 000 ", "answer is \n"])
+def test_an_answer_that_repeats_itself_is_read_in_one_pass(repeated: str):
+    """A policy that has gone astray writes such texts; by the square of their length they would take minutes."""
+    assert score("accuracy", repeated * (40_000 // len(repeated)), "5") == 0.0
+
+
 @pytest.mark.parametrize(
     ("name", "completion", "answer", "expected"),
     [
