@@ -11,9 +11,17 @@ from erniekit.rewards.sample import Sample
 
 _MAX_DIGITS = 400  # of a number; a longer one is none
 _TOLERANCE = Fraction(1, 10**6)  # relative, where a number is not whole: 0.333333 is a third
-# Digits in groups as they are written in English, Indian and Swiss or ISO style, and with two or more dots. The bound of
-# the second one keeps the time of a search linear where 11,11,11 does not end.
-_GROUPS = r"\d{1,3}(?:,\d{3})+|\d{1,2}(?:,\d{2}){1,9},\d{3}|\d{1,3}(?:[ '’]\d{3})+(?![\d/])|\d{1,3}(?:\.\d{3}){2,}(?![\d.])|\d+"
+# Digits in groups as they are written in English, Indian and Swiss or ISO style, and with two or more dots. The bound
+# of the second one keeps the time of a search linear where 11,11,11 does not end.
+_GROUPS = "|".join(
+    (
+        r"\d{1,3}(?:,\d{3})+",
+        r"\d{1,2}(?:,\d{2}){1,9},\d{3}",
+        r"\d{1,3}(?:[ '’]\d{3})+(?![\d/])",
+        r"\d{1,3}(?:\.\d{3}){2,}(?![\d.])",
+        r"\d+",
+    )
+)
 _PLAIN = rf"(?:{_GROUPS})(?:\.\d*)?(?:[eE][-+]?\d{{1,3}})?|\.\d+(?:[eE][-+]?\d{{1,3}})?"
 
 
