@@ -128,9 +128,7 @@ def _note(number: int, frame: FrameType | None) -> None:
 
 
 def _what_is_awaited(now: float) -> str:
-    return (
-        f"the step that was under way {now - _asked_at:.0f} s ago is finished and saved first; SIGINT ends at once"
-    )
+    return f"the step that was under way {now - _asked_at:.0f} s ago is finished and saved first; SIGINT ends at once"
 
 
 def _is_importing(frame: FrameType | None) -> bool:

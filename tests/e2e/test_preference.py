@@ -251,7 +251,9 @@ def test_an_adapter_that_is_continued_is_part_of_the_reference(pairs, tuned, mor
     for ours, theirs in zip(result.history, cached.history, strict=True):
         assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-3, abs=1e-5)
     with pytest.raises(CheckpointError, match="another reference: lora_path was"):
-        train(pairs, **(keys | {"lora_path": None}), output_dir=str(pairs / "x"), ref_logps_cache=str(pairs / "ref.npz"))
+        train(
+            pairs, **(keys | {"lora_path": None}), output_dir=str(pairs / "x"), ref_logps_cache=str(pairs / "ref.npz")
+        )
 
 
 @pytest.mark.parametrize(

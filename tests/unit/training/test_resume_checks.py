@@ -321,7 +321,9 @@ def test_a_run_goes_back_from_a_damaged_checkpoint_and_keeps_it(fit, said, file,
     assert (fit.out / "abandoned-1" / "checkpoint-2" / file).read_bytes() == content
     for step in (1, 2):
         (fit.out / f"checkpoint-{step}" / "model.safetensors").write_bytes(b"half")
-    with pytest.raises(CheckpointError, match=r"none of the checkpoints .*checkpoint-2: .*; nor are checkpoint-1\. Set"):
+    with pytest.raises(
+        CheckpointError, match=r"none of the checkpoints .*checkpoint-2: .*; nor are checkpoint-1\. Set"
+    ):
         fit(max_steps=3)
 
 
