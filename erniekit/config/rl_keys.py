@@ -1,5 +1,5 @@
-"""What stage RL adds to the reading of a configuration: TRL's names (KTO's, too), the values that rl_algorithm stands for, and the
-rules over several of its keys.
+"""What stage RL adds to the reading of a configuration: TRL's names (those of KTO, too), the values that rl_algorithm
+stands for, and the rules over several of its keys.
 """
 
 import dataclasses
