@@ -1,5 +1,5 @@
-"""What stage RL adds to the reading of a configuration: TRL's names, the values that rl_algorithm stands for, and the
-rules over several of its keys.
+"""What stage RL adds to the reading of a configuration: TRL's names (those of KTO, too), the values that rl_algorithm
+stands for, and the rules over several of its keys.
 """
 
 import dataclasses
@@ -18,12 +18,16 @@ from erniekit.config.schema_rollout_tools import tool_problems
 from erniekit.config.schema_use import LEAST_LEARNED_TEMPERATURE
 from erniekit.config.values import plain
 
-# Names of TRL's GRPOConfig for keys that have another name here, because theirs belongs to another method or is new.
+# Names of TRL's GRPOConfig and KTOConfig for keys that have another name here, because theirs belongs to another method
+# or is new.
 TRL_NAMES = {
-    "beta": "kl_coef",
-    "loss_type": "rl_loss_type",
-    "max_prompt_length": "max_prompt_len",
-    "use_bias_correction_kl": "kl_bias_correction",
+    Records.PROMPTS: {
+        "beta": "kl_coef",
+        "loss_type": "rl_loss_type",
+        "max_prompt_length": "max_prompt_len",
+        "use_bias_correction_kl": "kl_bias_correction",
+    },
+    Records.JUDGED: {"loss_type": "kto_loss_type"},
 }
 _WIDE_FOR_SEQUENCES = 0.05  # a clip range that the mean of a completion's log-ratios hardly ever leaves
 
@@ -35,13 +39,14 @@ def optimises_rewards(values: Mapping[str, Any]) -> bool:
 
 
 def translate(layers: Sequence[Sequence[Entry]]) -> tuple[list[list[Entry]], list[str]]:
-    """(the entries with TRL's names replaced where the method learns from rewards, a note for each).
+    """(the entries with TRL's names replaced where the method has some, a note for each).
 
     A name is left alone in a layer that also has the key that it would stand for, such as a saved config.yaml.
     """
     names = {entry.name: plain(entry.value) for entries in layers for entry in entries}
     stage = next((name for name in METHODS if name.lower() == str(names.get("stage", "")).lower()), "")
-    if not optimises_rewards({"stage": stage}):
+    renamed = TRL_NAMES.get(METHODS[stage].records, {}) if stage else {}
+    if not renamed:
         return [list(entries) for entries in layers], []
     notes: list[str] = []
     translated = []
@@ -49,7 +54,7 @@ def translate(layers: Sequence[Sequence[Entry]]) -> tuple[list[list[Entry]], lis
         given = {entry.name for entry in entries}
         result = []
         for entry in entries:
-            to = TRL_NAMES.get(entry.name)
+            to = renamed.get(entry.name)
             if to is None or to in given or entry.value is None:
                 result.append(entry)
                 continue

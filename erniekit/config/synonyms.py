@@ -144,7 +144,7 @@ _OTHERWISE: dict[str, str] = {
     "max_samples max_train_samples": "max_steps limits training, max_evaluate_steps evaluation",
     "task train_task rlhf_type trainer trainer_type training_stage": _STAGES,
     "ref_model ref_model_name_or_path reference_model ref_model_adapters": (
-        "the reference is the model as it was before training, or with LoRA the model without its adapter"
+        "the reference is the model as it was before training, with the adapter of lora_path if there is one"
     ),
     "precompute_ref_log_probs": "ref_logps_cache names the file for the reference's log-probabilities",
     "use_muon": "optim: muon",

@@ -190,6 +190,11 @@ class RecordFeed:
         lengths = self.lengths()
         self._require_some(lengths)
         ids = len(stream.ids(0))
+        if not ids:
+            raise DataError(
+                f"num_train_epochs: {extent.num_epochs:g}: that is none of the {stream.round_length(0)} samples of an "
+                "epoch. Hint: raise num_train_epochs, or set max_steps."
+            )
         limit = ids if lengths.exact else min(ids, _COUNTED)
         epoch_samples = extent.samples_per_epoch or stream.round_length(0)
         sizes = list(stream.row_sizes(0, lengths, limit))

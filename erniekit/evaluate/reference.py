@@ -7,8 +7,8 @@ import paddle
 from erniekit import lora
 from erniekit.build import PreparedModel, inference_options, prepare_model
 from erniekit.checkpoint.model_dir import has_weights, require_adapter
-from erniekit.checkpoint.peft_attach import load_adapter
 from erniekit.checkpoint.model_shape import model_config
+from erniekit.checkpoint.peft_attach import load_adapter
 from erniekit.config import Config
 from erniekit.generation.load import PreparedChatModel
 from erniekit.hub import resolve_model

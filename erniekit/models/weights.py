@@ -311,6 +311,19 @@ def projection_shapes(config: ModelConfig) -> dict[str, Shape]:
     return {name: shape for name, shape in our_shapes(config).items() if _PROJECTION.fullmatch(name)}
 
 
+def layer_matrices(config: ModelConfig) -> dict[str, Shape]:
+    """The same of every parameter with the role PROJECTION (nn/roles.py), also of the vision part and of multi-token
+    prediction: all matrices but embedding, head and routers. For what must not import Paddle; a test compares both.
+    """
+    return {
+        name: shape
+        for name, shape in our_shapes(config).items()
+        if len(shape) >= 2
+        and name.endswith(".weight")
+        and name.split(".")[-2] not in ("embed_tokens", "lm_head", "gate")
+    }
+
+
 def num_parameters(config: ModelConfig) -> int:
     """Trainable numbers of the whole model, however it is divided; correction biases are state."""
     return sum(math.prod(logical.shape) for logical in logical_tensors(config) if not logical.is_state)

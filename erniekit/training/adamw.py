@@ -11,7 +11,8 @@ from erniekit.config.schema import Config
 from erniekit.models.decoder import CausalLM
 from erniekit.nn.roles import Component, Role, named_components, named_roles
 from erniekit.parallel.zero import ShardedParameters
-from erniekit.training.moments import MOMENTS, MomentDtype, store_of
+from erniekit.training.moment_codes import MOMENTS
+from erniekit.training.moments import MomentDtype, store_of
 from erniekit.training.state_home import OnDevice, StateHome
 
 # Fields of the state that are a single number for each parameter.

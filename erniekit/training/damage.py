@@ -1,4 +1,4 @@
-"""Finds checkpoints whose files a disk, a copy or a quota has cut short, so that a run can go back to an earlier one."""
+"""Finds checkpoints whose files a disk, a copy or a quota has cut short, so that a run can go back before them."""
 
 from pathlib import Path
 

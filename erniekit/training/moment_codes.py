@@ -24,9 +24,9 @@ import numpy as np
 
 from erniekit.checkpoint.dtypes import STORAGE, num_bytes
 from erniekit.models.weights import Shape
-from erniekit.training.moments import MOMENTS
 from erniekit.utils.errors import CheckpointError
 
+MOMENTS = ("moment1", "moment2")
 _LEAST_INPUTS = 32
 _SCALE, _LOWEST, _HIGHEST = "moment1_scale", "moment2_lowest", "moment2_highest"
 _BOTH = "moments"  # 4 bits: the ratio's code + 8 in the high half of a byte, the root's in the low one

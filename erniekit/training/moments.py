@@ -20,7 +20,6 @@ import paddle
 from erniekit.parallel.memory import MOMENT_BLOCK, is_stored_in_blocks
 
 MomentDtype = Literal["fp32", "bf16", "8bit"]
-MOMENTS = ("moment1", "moment2")
 Fields = MutableMapping[str, paddle.Tensor]
 
 

@@ -129,6 +129,11 @@ class OutputDir:
     def _check_keys(self) -> None:
         """Check the keys for contradictions, and check the requested checkpoint."""
         here = self.path.resolve()
+        if here == here.parent:
+            raise ConfigError(
+                f"output_dir: {self.path} is the root of the file system; perhaps a variable in it is empty. Name a "
+                "directory for this run."
+            )
         for key, value in (("model_name_or_path", self.cfg.model_name_or_path), ("lora_path", self.cfg.lora_path)):
             if value and Path(value).expanduser().exists() and Path(value).expanduser().resolve() == here:
                 raise ConfigError(

@@ -20,8 +20,7 @@ from erniekit.config.schema import Config
 from erniekit.models.weights import Shape
 from erniekit.nn.shard import WHOLE
 from erniekit.training.adamw import POWERS, AdamW
-from erniekit.training.moment_codes import CODES, Field, MomentCode, Rounding
-from erniekit.training.moments import MOMENTS
+from erniekit.training.moment_codes import CODES, MOMENTS, Field, MomentCode, Rounding
 from erniekit.utils.errors import CheckpointError
 from erniekit.utils.user_files import JsonObject, read_json_object
 

@@ -5,6 +5,7 @@ which `remove_leftovers` deletes at the next start.
 """
 
 import contextlib
+import hashlib
 import json
 import os
 import re
@@ -17,6 +18,7 @@ from typing import Any
 from erniekit.utils import log
 
 # Temporary names begin with a dot and end in .tmp, so that no reader of the directory uses them.
+_LONGEST_NAME = 255  # bytes, on all file systems in use
 _TEMPORARY = re.compile(r"\.(?P<name>.+)\.(new|removed)(-\d+-\d+)?\.tmp$")
 
 
@@ -34,7 +36,7 @@ def new_file(path: Path) -> Iterator[Path]:
     """A context with a temporary path next to `path`. On success the file is forced to disk and renamed to `path`, on
     an error it is removed. OSErrors are raised as they are.
     """
-    temporary = path.with_name(f".{path.name}.new-{os.getpid()}-{threading.get_ident()}.tmp")
+    temporary = _temporary(path, f"new-{os.getpid()}-{threading.get_ident()}")
     try:
         yield temporary
         with open(temporary, "rb") as file:
@@ -65,7 +67,7 @@ def shared_temporary(path: Path) -> Path:
     """A temporary name of `path` that is the same in all processes that write it together. A lock, or ownership of the
     directory, must exclude other writers.
     """
-    return path.with_name(f".{path.name}.new.tmp")
+    return _temporary(path, "new")
 
 
 def replace_tree(temporary: Path, target: Path) -> None:
@@ -93,7 +95,15 @@ def remove_tree(directory: Path) -> None:
 
 
 def _doomed(path: Path) -> Path:
-    return path.with_name(f".{path.name}.removed-{os.getpid()}-{threading.get_ident()}.tmp")
+    return _temporary(path, f"removed-{os.getpid()}-{threading.get_ident()}")
+
+
+def _temporary(path: Path, what: str) -> Path:
+    """A temporary name beside `path`; a hash stands for a name that would become too long for a file system."""
+    name = f".{path.name}.{what}.tmp"
+    if len(os.fsencode(name)) > _LONGEST_NAME:
+        name = f".{hashlib.blake2b(os.fsencode(path.name), digest_size=16).hexdigest()}.{what}.tmp"
+    return path.with_name(name)
 
 
 def _delete(path: Path) -> None:

@@ -1,24 +1,23 @@
 """Checks the output directory: its present content, and whether the checkpoints fit on its disk."""
 
 import math
-import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
+from erniekit.checkpoint.dtypes import num_bytes
 from erniekit.cli import launch
 from erniekit.cli.check.data import Steps
 from erniekit.cli.check.model import ModelFacts
 from erniekit.cli.check.report import Report, Section, count_of
 from erniekit.config import Config
 from erniekit.models.config import ModelConfig
-from erniekit.models.weights import Shape, num_parameters, our_shapes
+from erniekit.models.weights import Shape, layer_matrices, num_parameters, our_shapes
+from erniekit.training.moment_codes import CODES
 from erniekit.utils.directory_lock import require_usable
 
 FP32_BYTES = 4
 MOMENT_BYTES = 8  # AdamW's two moments, which files hold in fp32, whatever moment_dtype
-_PROJECTION = re.compile(r"layers\..*_proj\.weight$")  # what Muon updates
-_CODED_INPUTS = 32  # of a matrix that ckpt_quant_stage codes, at least; in 4 bits as many share a scale
 
 
 def inspect(report: Report, cfg: Config, facts: ModelFacts, steps: Steps) -> None:
@@ -105,7 +104,10 @@ def _trained(cfg: Config, model: ModelConfig) -> tuple[int, int, int]:
         # PEFT's files have a tied matrix under both names.
         return trained, saved if model.tie_word_embeddings else 0, trained * MOMENT_BYTES
     trained = num_parameters(model)
-    fewer = sum(math.prod(shape) * MOMENT_BYTES - _moment_bytes(cfg, name, shape) for name, shape in shapes.items())
+    of_muon = layer_matrices(model) if cfg.optim == "muon" else {}
+    fewer = sum(
+        math.prod(shape) * MOMENT_BYTES - _moment_bytes(cfg, shape, name in of_muon) for name, shape in shapes.items()
+    )
     return trained, 0, trained * MOMENT_BYTES - fewer
 
 
@@ -125,15 +127,14 @@ def _max_checkpoints(cfg: Config, steps: Steps) -> int | None:
     return limit if written is None else min(limit, written)
 
 
-def _moment_bytes(cfg: Config, name: str, shape: Shape) -> int:
+def _moment_bytes(cfg: Config, shape: Shape, of_muon: bool) -> int:
     """What a checkpoint has of one parameter's moments: Muon's one, codes in 8 or 4 bits (docs/resuming.md), or two."""
-    size = math.prod(shape)
-    if cfg.optim == "muon" and _PROJECTION.search(name):
-        return size * FP32_BYTES
-    if cfg.ckpt_quant_stage == "O0" or len(shape) < 2 or shape[-2] < _CODED_INPUTS:
-        return size * MOMENT_BYTES
-    groups = 1 if cfg.ckpt_quant_stage == "O1" else -(-shape[-2] // _CODED_INPUTS)
-    return size * (2 if cfg.ckpt_quant_stage == "O1" else 1) + 3 * FP32_BYTES * groups * size // shape[-2]
+    if of_muon:
+        return math.prod(shape) * FP32_BYTES
+    code = CODES.get(cfg.ckpt_quant_stage)
+    if code is None or not code.applies(shape):
+        return math.prod(shape) * MOMENT_BYTES
+    return sum(num_bytes(*field) for field in code.fields(shape).values())
 
 
 def _is_saved_whole(cfg: Config, name: str) -> bool:

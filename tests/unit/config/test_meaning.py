@@ -72,6 +72,7 @@ def test_evaluation_follows_from_its_strategy():
     [
         ({"lr_scheduler_type": "wsd:"}, "lr_scheduler_type: wsd takes the step up to which the rate is steady"),
         ({"lr_scheduler_type": "wsd:-1"}, "lr_scheduler_type: wsd takes the step up to which the rate is steady"),
+        ({"loss_type": "apo_zero", "stage": "KTO"}, "kto_loss_type: expected one of kto, apo_zero_unpaired"),
         ({"lr_scheduler_type": "cosine:5"}, "lr_scheduler_type: expected one of"),
         ({"lr_scheduler_type": "cosine:5"}, "lr_scheduler_type: expected one of linear, cosine"),
         ({"lr_scheduler": "cosin"}, "lr_scheduler_type: expected one of"),
@@ -171,6 +172,13 @@ def test_checks_over_several_keys(given, expected):
 def test_text_has_no_questions_to_answer(given, expected):
     text = message("eval", **{"eval_dataset_path": "e", "predict_with_generate": True, **given})
     assert text.startswith("predict_with_generate: ") and expected in text
+
+
+def test_trls_name_of_kto_s_loss():
+    given = cfg(stage="KTO", loss_type="apo_zero_unpaired")
+    assert given.kto_loss_type == "apo_zero_unpaired" and given.loss_type == "sigmoid"
+    assert any(note.startswith("loss_type: read as kto_loss_type, as stage: KTO means") for note in given.notes)
+    assert load(None, [f"{k}={v}" for k, v in TRAIN.items()] + ["stage=kto", "loss_type=kto"]).kto_loss_type == "kto"
 
 
 def test_formats_that_a_command_does_not_read_are_not_its_business():

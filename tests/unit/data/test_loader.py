@@ -324,3 +324,12 @@ def test_segments_never_mix_documents(data):
             tokens = zip(batch.position_ids.tolist(), batch.segment_ids.tolist(), strict=True)
             for (p, s), (q, t) in pairwise(tokens):
                 assert (t == s and q == p + 1) or (t == s + 1 and q == 0)
+
+
+def test_epochs_of_less_than_a_sample_are_refused(tmp_path):
+    path = write(tmp_path / "a.jsonl", [{"src": "q", "tgt": "a"}] * 40)
+    with (
+        build(path, num_train_epochs=0.01) as loader,
+        pytest.raises(DataError, match=r"num_train_epochs: 0.01: that is none of the 40 samples of an epoch"),
+    ):
+        loader.rows_left()

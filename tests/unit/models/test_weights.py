@@ -7,15 +7,20 @@ import paddle
 import pytest
 from parity.support import CASES, paddle_file_tensors, read_fixture
 from safetensors.numpy import load_file
+from support.tiny_models import tiny_model
+from support.tiny_vision import CONFIG as VISION_CONFIG
 
 from erniekit.models.config import ModelConfig
+from erniekit.models.decoder import CausalLM
 from erniekit.models.weights import (
     detect_format,
     export_tensors,
+    layer_matrices,
     logical_tensors,
     match_names,
     our_shapes,
 )
+from erniekit.nn.roles import matrix_names
 from erniekit.utils.errors import CheckpointError
 
 
@@ -206,3 +211,19 @@ def test_bfloat16_parameters_come_out_as_float32():
     for name, value in export_tensors(model):
         assert value.dtype == np.float32
         np.testing.assert_allclose(value, before[name], rtol=2**-8)
+
+
+@pytest.mark.parametrize("kind", ["dense", "moe", "multi-token prediction", "untied with biases", "vision"])
+def test_the_matrices_of_the_table_are_the_projections_of_the_model(kind):
+    """`erniekit check`, which does not import Paddle, counts by the table what Muon updates by roles."""
+    if kind == "vision":
+        model = CausalLM(ModelConfig.from_dict(VISION_CONFIG))
+    elif kind == "multi-token prediction":
+        model = tiny_model("moe", num_nextn_predict_layers=1)
+    elif kind == "untied with biases":
+        model = tiny_model("dense", use_bias=True, tie_word_embeddings=False)
+    else:
+        model = tiny_model(kind)
+    names = matrix_names(model)
+    assert set(layer_matrices(model.config)) == set(names)
+    assert all(our_shapes(model.config)[name] == tuple(dict(model.named_parameters())[name].shape) for name in names)

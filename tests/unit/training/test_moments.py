@@ -5,7 +5,8 @@ import paddle
 import pytest
 
 from erniekit.parallel.memory import moment_bytes
-from erniekit.training.moments import MOMENTS, store_of
+from erniekit.training.moment_codes import MOMENTS
+from erniekit.training.moments import store_of
 
 FORMATS = ("fp32", "bf16", "8bit")
 # Largest relative error of a number of at least a hundredth of the largest: one step of what can be stored.

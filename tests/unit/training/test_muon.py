@@ -17,7 +17,8 @@ from erniekit.parallel.memory import state_bytes
 from erniekit.parallel.mesh import Mesh
 from erniekit.parallel.zero import ShardedParameters
 from erniekit.training.adamw import POWERS, AdamW, ParamRule, parameter_rules
-from erniekit.training.moments import MOMENTS, MomentDtype
+from erniekit.training.moment_codes import MOMENTS
+from erniekit.training.moments import MomentDtype
 from erniekit.training.muon import MatrixLayout, Muon, MuonOptions, matrix_layouts, orthogonalised
 
 LR, MOMENTUM = 1e-2, 0.9

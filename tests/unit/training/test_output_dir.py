@@ -158,6 +158,11 @@ def test_overwriting_what_the_run_starts_from(cfg_of):
     assert "would remove model_name_or_path" in refused(cfg_of(**base), ConfigError)
 
 
+def test_the_root_of_the_file_system(cfg_of):
+    for name in ("/", "//tmp/.."):
+        assert "is the root of the file system" in refused(cfg_of(output_dir=name), ConfigError)
+
+
 def test_a_run_that_is_not_to_resume_does_not_replace_its_own_model(cfg_of):
     put_run(cfg_of(), ())
     assert "overwrite_output_dir" in refused(cfg_of(resume_from_checkpoint="none"), CheckpointError)

@@ -58,3 +58,15 @@ def test_a_directory_takes_the_place_of_another_or_of_a_link_to_nothing(tmp_path
     atomic.replace_tree(tmp_path / "target", tmp_path / "link")
     assert (tmp_path / "link" / "file").read_text() == "1"
     assert [path.name for path in tmp_path.iterdir()] == ["link"]
+
+
+@pytest.mark.parametrize("name", ["a" * 255, "字" * 85], ids=["letters", "characters of three bytes"])
+def test_the_longest_names_have_temporary_ones_too(tmp_path, name):
+    atomic.write_text(tmp_path / name, "one")
+    atomic.write_text(tmp_path / name, "two")
+    (tmp_path / "whole").mkdir()
+    temporary = atomic.shared_temporary(tmp_path / name)
+    (tmp_path / "whole").rename(temporary)
+    assert atomic.leftovers(tmp_path) == [temporary] and len(os.fsencode(temporary.name)) <= 255
+    atomic.replace_tree(temporary, tmp_path / name)
+    assert [p.name for p in tmp_path.iterdir()] == [name] and (tmp_path / name).is_dir()
