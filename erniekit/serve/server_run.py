@@ -10,7 +10,7 @@ from starlette.requests import Request as HttpRequest
 from erniekit.generation.guided import grammar_error
 from erniekit.generation.request import Event
 from erniekit.serve.server_engine import Answering, Job
-from erniekit.serve.server_errors import ApiError
+from erniekit.serve.server_errors import ApiError, closing
 from erniekit.serve.server_state import Served
 from erniekit.serve.server_text import AnswerReader, Piece, Reading
 from erniekit.utils import log
@@ -116,8 +116,10 @@ def _require_answer(answer: Answering, end: Event) -> None:
     """Raises ApiError for an answer that ended because it has failed."""
     if answer.generation is not None and answer.generation.error:
         raise ApiError(500, answer.generation.error, code="answer_failed")
-    if end.stop in ("error", "cancelled"):
-        raise ApiError(500, end.error or "the server is closing.", code="engine_failed", repeats=False)
+    if end.stop == "cancelled":
+        raise closing()
+    if end.stop == "error":
+        raise ApiError(500, end.error, code="engine_failed", repeats=False)
     if problem := grammar_error(answer.request):
         raise ApiError(500, problem, code="grammar_failed")
 
