@@ -322,8 +322,20 @@ def test_a_client_that_leaves_ends_its_answer(server: Asking, stream: bool):
 
         await app(scope, receive, send)
 
+    before = aborted(server)
     server.http.portal.call(ask)
     wait_until_idle(server)
+    assert [now - then for now, then in zip(aborted(server), before, strict=True)] == [
+        1,
+        len(server.served.chat_model.template.prompt_ids(QUESTION)),
+    ]
+
+
+def aborted(server: Asking) -> list[float]:
+    """How many answers were aborted, and how many tokens of prompts were read."""
+    lines = [line.split() for line in server.http.get("/metrics").text.splitlines()]
+    names = ('request_success_total{finished_reason="abort"', "prompt_tokens_total{")
+    return [sum(float(line[1]) for line in lines if line[0].startswith(f"erniekit:{name}")) for name in names]
 
 
 def test_an_engine_that_fails_says_so(model_dir: Path, model: ChatModel, monkeypatch: pytest.MonkeyPatch):
