@@ -66,8 +66,8 @@ def prepare(cfg: Config, chat_model: ChatModel, keys: tuple[bytes, ...] = ()) ->
 
 
 class HttpServer(uvicorn.Server):
-    """Serves a model over HTTP. When it is told to end, answers have GRACE seconds; those that have not ended by then
-    get an error, so that their clients learn why.
+    """Serves a model over HTTP. On Ctrl-C or SIGTERM, answers have GRACE seconds; those that have not ended by then get
+    an error, so that their clients learn why.
     """
 
     def __init__(self, served: "Served") -> None:

@@ -148,6 +148,7 @@ def test_schemathesis_finds_no_defect(address: str):
     command = [sys.executable, "-c", "from schemathesis.cli import schemathesis; schemathesis()", "run"]
     command += [f"{address}/openapi.json", "-H", f"Authorization: Bearer {KEY}", "--checks", "not_a_server_error,"
                 "status_code_conformance,content_type_conformance,response_schema_conformance",
-                "--max-examples", "20", "--seed", "1", "--generation-deterministic"]  # fmt: skip
+                "--max-examples", "20", "--request-timeout", "120",
+                "--seed", "1", "--generation-deterministic"]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
