@@ -12,6 +12,7 @@ from typing import Any
 
 from erniekit.generation.engine import Engine
 from erniekit.generation.request import Event, Generation, Request
+from erniekit.serve.server_errors import closing
 from erniekit.serve.server_wait import Inbox
 from erniekit.utils import log
 from erniekit.utils.errors import UserError
@@ -137,7 +138,11 @@ class EngineThread:
             self._call(lambda: self._cancel(open_ones))
 
     async def run(self, function: Callable[[], Any]) -> Any:
-        """The result of a function that uses the model, called in the engine's thread between two steps."""
+        """The result of a function that uses the model, called in the engine's thread between two steps. Raises
+        ApiError after `end`.
+        """
+        if self.is_closing:
+            raise closing()
         future: Future[Any] = Future()
 
         def call() -> None:

@@ -19,6 +19,7 @@ from erniekit.config import load
 from erniekit.generation.load import ChatModel
 from erniekit.serve.server import serve
 from erniekit.serve.server_access import is_loopback, key_digests
+from erniekit.serve.server_errors import ApiError
 from erniekit.utils.errors import CheckpointError, ConfigError
 
 JSON = {"content-type": "application/json"}
@@ -375,6 +376,15 @@ def test_a_server_that_ends_tells_its_clients(model_dir: Path, monkeypatch: pyte
         error = json.loads(text if status == 503 else events[-2].removeprefix("data: "))["error"]
         assert (error["code"], error["message"]) == ("server_closing", "the server is closing.")
     assert "Traceback" not in capfd.readouterr().err
+
+
+def test_after_its_end_an_engine_keeps_nobody_waiting(model_dir: Path, model: ChatModel):
+    with client(model_dir, model) as ending:
+        ending.served.thread.end()
+        with pytest.raises(ApiError, match="the server is closing"):
+            ending.http.portal.call(ending.served.thread.run, lambda: 1)
+        assert ending.bad(status=503)["code"] == "server_closing"
+        assert error_of(ending.http.get("/health"), 503)["code"] == "server_closing"
 
 
 @pytest.mark.parametrize("package", ["starlette", "uvicorn", "prometheus_client"])
