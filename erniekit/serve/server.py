@@ -3,7 +3,9 @@
 One process, one port. It is for checking and using a model beside its training, on one machine.
 """
 
+import asyncio
 import socket
+from typing import Any
 
 from erniekit.config import Config
 from erniekit.generation.load import ChatModel
@@ -29,6 +31,7 @@ except ModuleNotFoundError as error:
     raise UserError(f"`erniekit server` needs {missing}: pip install 'erniekit[serve]'.") from None
 
 KEY_VARIABLE = "ERNIEKIT_API_KEY"
+GRACE = 3  # seconds
 
 
 def serve(cfg: Config) -> None:
@@ -43,16 +46,7 @@ def serve(cfg: Config) -> None:
     try:
         served = prepare(cfg, open_with_adapters(cfg), keys)
         _say(served, listening)
-        server = uvicorn.Server(
-            uvicorn.Config(
-                make_app(served),
-                log_level="warning",
-                access_log=False,
-                timeout_graceful_shutdown=3,
-                server_header=False,
-            )
-        )
-        server.run(sockets=[listening])
+        HttpServer(served).run(sockets=[listening])
     finally:
         listening.close()
 
@@ -69,6 +63,22 @@ def prepare(cfg: Config, chat_model: ChatModel, keys: tuple[bytes, ...] = ()) ->
     thread = EngineThread(engine_of(cfg, chat_model), cfg.max_waiting_requests)
     name = name_of(cfg, chat_model)
     return Served(cfg, chat_model, context, chat_model.limits(cfg), name, thread, Metrics(thread, name), keys)
+
+
+class HttpServer(uvicorn.Server):
+    """Serves a model over HTTP. On Ctrl-C or SIGTERM, answers have GRACE seconds; those that have not ended by then get
+    an error, so that their clients learn why.
+    """
+
+    def __init__(self, served: "Served") -> None:
+        quiet: Any = {"log_level": "warning", "access_log": False, "server_header": False}
+        super().__init__(uvicorn.Config(make_app(served), timeout_graceful_shutdown=GRACE + 3, **quiet))
+        self._thread = served.thread
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Called by uvicorn."""
+        asyncio.get_running_loop().call_later(GRACE, self._thread.end)
+        await super().shutdown(sockets)
 
 
 def _say(served: "Served", listening: socket.socket) -> None:

@@ -96,9 +96,8 @@ def _described(served: Served, name: str) -> dict[str, Any]:
 
 
 async def _health(request: HttpRequest, served: Served) -> Response:
-    if served.thread.is_alive:
-        return json_response({"status": "ok"})
-    raise ApiError(503, "the engine has ended; start the server again.", code="engine_failed")
+    served.require_engine()
+    return json_response({"status": "ok"})
 
 
 async def _version(request: HttpRequest, served: Served) -> Response:

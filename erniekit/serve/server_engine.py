@@ -12,6 +12,7 @@ from typing import Any
 
 from erniekit.generation.engine import Engine
 from erniekit.generation.request import Event, Generation, Request
+from erniekit.serve.server_errors import closing
 from erniekit.serve.server_wait import Inbox
 from erniekit.utils import log
 from erniekit.utils.errors import UserError
@@ -68,14 +69,14 @@ class EngineThread:
         self._wake = threading.Condition()
         self._calls: deque[Callable[[], None]] = deque()
         self._answers: dict[int, Answering] = {}  # by id of the generation; belongs to the thread
-        self._is_closing = False
+        self.is_closing = False
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
     @property
     def is_alive(self) -> bool:
         """Whether requests are answered."""
-        return self._thread.is_alive() and not self.failure
+        return self._thread.is_alive() and not self.failure and not self.is_closing
 
     @property
     def num_waiting(self) -> int:
@@ -92,13 +93,17 @@ class EngineThread:
         self._loop = loop
         self._thread.start()
 
+    def end(self) -> None:
+        """Answer no more: answers that have not ended are cancelled, and so are later ones."""
+        with self._wake:
+            self.is_closing = True
+            self._wake.notify()
+
     def close(self) -> None:
-        """End the thread; answers that have not ended are cancelled."""
+        """End the thread."""
         if self.engine.drafting is not None and self.engine.drafting.num_drafts:
             log.info(self.engine.drafting.line)
-        with self._wake:
-            self._is_closing = True
-            self._wake.notify()
+        self.end()
         self._thread.join(timeout=30)
 
     def reserve(self, count: int) -> None:
@@ -120,7 +125,10 @@ class EngineThread:
         job = Job()
         job.answers = [Answering(request, index, job) for index, request in enumerate(requests)]
         self._open += len(requests)
-        self._call(lambda: self._add(job.answers))
+        if self.is_closing:
+            self._deliver([(answer, Event(stop="cancelled")) for answer in job.answers])
+        else:
+            self._call(lambda: self._add(job.answers))
         return job
 
     def cancel(self, answers: Sequence[Answering]) -> None:
@@ -130,7 +138,11 @@ class EngineThread:
             self._call(lambda: self._cancel(open_ones))
 
     async def run(self, function: Callable[[], Any]) -> Any:
-        """The result of a function that uses the model, called in the engine's thread between two steps."""
+        """The result of a function that uses the model, called in the engine's thread between two steps. Raises
+        ApiError after `end`.
+        """
+        if self.is_closing:
+            raise closing()
         future: Future[Any] = Future()
 
         def call() -> None:
@@ -150,14 +162,14 @@ class EngineThread:
     def _run(self) -> None:
         while True:
             with self._wake:
-                while not (self._calls or self._is_closing) and (self.failure or self.engine.is_idle):
+                while not (self._calls or self.is_closing) and (self.failure or self.engine.is_idle):
                     self._wake.wait()
-                calls, self._calls = self._calls, deque()
+                calls, self._calls, is_last = self._calls, deque(), self.is_closing
             try:
                 for call in calls:
                     call()
                 self._count()
-                if self._is_closing:
+                if is_last:
                     return self._end_all(Event(stop="cancelled"))
                 if not self.failure:
                     advanced = self.engine.step()

@@ -44,6 +44,11 @@ class ApiError(Exception):
         return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
 
 
+def closing() -> ApiError:
+    """The error of a request to a server that is being ended."""
+    return ApiError(503, "the server is closing.", code="server_closing", repeats=False)
+
+
 def to_json(body: Any) -> bytes:
     """JSON as bytes of UTF-8."""
     return json.dumps(body, ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode()

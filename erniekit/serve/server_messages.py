@@ -29,7 +29,8 @@ _FIELDS = {
     "system": ("role", "content", "name"),
     "user": ("role", "content", "name"),
     "assistant": (
-        "role content name tool_calls reasoning_content reasoning thoughts refusal audio annotations function_call"
+        "role content name tool_calls reasoning_content reasoning thoughts refusal audio annotations function_call "
+        "parsed"  # what OpenAI's client has read from `content`, and sends back with it
     ).split(),
     "tool": ("role", "content", "tool_call_id", "name"),
 }

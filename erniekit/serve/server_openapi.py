@@ -40,6 +40,7 @@ _STATUSES = {
     "413": "The body is too large.",
     "429": "The queue is full.",
     "500": "The engine, or this answer, has failed.",
+    "503": "The engine has ended, or the server is closing.",
 }
 
 
@@ -101,7 +102,4 @@ def _get(summary: str, *statuses: str, kind: str = "application/json") -> dict[s
 
 def _errors(*statuses: str) -> dict[str, Any]:
     content = {"application/json": {"schema": {"$ref": "#/components/schemas/Error"}}}
-    return {
-        status: {"description": _STATUSES.get(status, "The engine has ended."), "content": content}
-        for status in statuses
-    }
+    return {status: {"description": _STATUSES[status], "content": content} for status in statuses}

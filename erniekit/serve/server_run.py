@@ -10,7 +10,7 @@ from starlette.requests import Request as HttpRequest
 from erniekit.generation.guided import grammar_error
 from erniekit.generation.request import Event
 from erniekit.serve.server_engine import Answering, Job
-from erniekit.serve.server_errors import ApiError
+from erniekit.serve.server_errors import ApiError, closing
 from erniekit.serve.server_state import Served
 from erniekit.serve.server_text import AnswerReader, Piece, Reading
 from erniekit.utils import log
@@ -62,6 +62,9 @@ class Run:
         finally:
             self.job.events.close()
             self.served.thread.cancel(self.job.answers)
+            for index, reader in enumerate(self.readers):
+                if not reader.is_over:
+                    self._measure_end(index)
 
     async def _next(self) -> tuple[int, Event]:
         """The next event; (-1, an empty one) where none comes for a while."""
@@ -92,7 +95,8 @@ class Run:
 
     def _measure_end(self, index: int) -> None:
         metrics, reader, answer = self.served.metrics, self.readers[index], self.job.answers[index]
-        metrics.ended(reader.finish_reason or "")
+        has_failed = self.served.thread.failure or (answer.generation and answer.generation.error)
+        metrics.ended(reader.finish_reason or ("error" if has_failed else "abort"))
         now, began = time.monotonic(), answer.generation.began if answer.generation else 0.0
         metrics.e2e_latency.observe(now - self.job.came)
         if began and answer.read:
@@ -102,11 +106,12 @@ class Run:
             metrics.inference_time.observe(now - began)
         metrics.generation_tokens.inc(reader.num_tokens)
         metrics.request_generation_tokens.observe(reader.num_tokens)
-        metrics.prompt_tokens.inc(len(answer.request.prompt))
-        metrics.request_prompt_tokens.observe(len(answer.request.prompt))
         metrics.request_params_max_tokens.observe(answer.request.limits.max_new_tokens)
-        metrics.prefix_cache_queries.inc(len(answer.request.prompt))
-        metrics.prefix_cache_hits.inc(answer.num_reused)
+        metrics.request_prompt_tokens.observe(len(answer.request.prompt))
+        if began:  # one that was cancelled in the queue has not been read
+            metrics.prompt_tokens.inc(len(answer.request.prompt))
+            metrics.prefix_cache_queries.inc(len(answer.request.prompt))
+            metrics.prefix_cache_hits.inc(answer.num_reused)
         if reader.num_unreadable:
             metrics.tool_calls_unreadable.inc(reader.num_unreadable)
             log.info(f"{reader.num_unreadable} calls of the model could not be read, and stay in its text")
@@ -116,8 +121,10 @@ def _require_answer(answer: Answering, end: Event) -> None:
     """Raises ApiError for an answer that ended because it has failed."""
     if answer.generation is not None and answer.generation.error:
         raise ApiError(500, answer.generation.error, code="answer_failed")
-    if end.stop in ("error", "cancelled"):
-        raise ApiError(500, end.error or "the server is closing.", code="engine_failed", repeats=False)
+    if end.stop == "cancelled":
+        raise closing()
+    if end.stop == "error":
+        raise ApiError(500, end.error, code="engine_failed", repeats=False)
     if problem := grammar_error(answer.request):
         raise ApiError(500, problem, code="grammar_failed")
 

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 from erniekit.data.records.errors import BadRecord
 from erniekit.serve.served_model import ServedModel
 from erniekit.serve.server_engine import EngineThread, QueueFull
-from erniekit.serve.server_errors import ApiError
+from erniekit.serve.server_errors import ApiError, closing
 from erniekit.serve.server_metrics import Metrics
 from erniekit.utils.errors import UserError
 
@@ -32,12 +32,18 @@ class Served(ServedModel):
         """The largest body of a request."""
         return self.cfg.max_request_mb << 20
 
+    def require_engine(self) -> None:
+        """Raises ApiError with the status 503 where requests are not answered any more."""
+        if self.thread.is_closing:
+            raise closing()
+        if not self.thread.is_alive:
+            raise ApiError(503, "the engine has ended; start the server again.", code="engine_failed")
+
     def reserve(self, count: int) -> None:
         """Take places in the queue. Raises ApiError with the status 429 where it is full, 400 where it is too small for
         the request even when nothing is in it, 503 without an engine.
         """
-        if not self.thread.is_alive:
-            raise ApiError(503, "the engine has ended; start the server again.", code="engine_failed")
+        self.require_engine()
         room = self.cfg.max_num_seqs + self.cfg.max_waiting_requests
         if count > room:
             raise ApiError(

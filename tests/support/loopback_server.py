@@ -7,13 +7,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import uvicorn
-
 from erniekit import config
 from erniekit.serve.served_adapters import open_with_adapters
-from erniekit.serve.server import prepare
+from erniekit.serve.server import HttpServer, prepare
 from erniekit.serve.server_access import key_digests
-from erniekit.serve.server_app import make_app
 from erniekit.serve.server_socket import listen
 
 KEY = "a-secret-key-of-the-server"
@@ -25,12 +22,12 @@ def serving(model: Path, **keys: Any) -> Iterator[str]:
     values = {"model_name_or_path": str(model), "compute_type": "fp32", "temperature": 0.5, "top_p": 0.5}
     cfg = config.load(None, values | keys, "server")
     listening = listen("127.0.0.1", 0)
-    app = make_app(prepare(cfg, open_with_adapters(cfg), key_digests(None, KEY)))
-    server = uvicorn.Server(uvicorn.Config(app, log_level="error"))
+    server = HttpServer(prepare(cfg, open_with_adapters(cfg), key_digests(None, KEY)))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
     thread.start()
     try:
         while not server.started:
+            assert thread.is_alive(), "the server has not started"
             time.sleep(0.01)
         yield f"http://127.0.0.1:{listening.getsockname()[1]}/v1"
     finally:

@@ -5,10 +5,13 @@ import hashlib
 import json
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
+import httpx
 import numpy as np
 import pytest
+from support.loopback_server import KEY, serving
 from support.tiny_directories import model_directory
 from support.tiny_server import CHAT, COMPLETIONS, QUESTION, Asking, client, error_of, opened
 
@@ -16,9 +19,11 @@ from erniekit.config import load
 from erniekit.generation.load import ChatModel
 from erniekit.serve.server import serve
 from erniekit.serve.server_access import is_loopback, key_digests
+from erniekit.serve.server_errors import ApiError
 from erniekit.utils.errors import CheckpointError, ConfigError
 
 JSON = {"content-type": "application/json"}
+KEY_HEADER = {"Authorization": f"Bearer {KEY}"}
 
 
 @pytest.fixture(scope="module")
@@ -244,13 +249,14 @@ def test_a_full_queue_is_said_with_the_time_to_come_back(model_dir: Path, model:
 
 
 def test_time_limits(model_dir: Path, model: ChatModel, monkeypatch: pytest.MonkeyPatch):
-    with client(model_dir, model, max_num_seqs=1, queue_timeout=0.2, request_timeout=1.0) as slow:
+    with client(model_dir, model, max_num_seqs=1, request_timeout=3.0) as slow:
         step = slow.served.thread.engine.step
         monkeypatch.setattr(slow.served.thread.engine, "step", lambda: (time.sleep(0.05), step())[1])
         busy = threading.Thread(target=lambda: slow.bad(status=408, max_tokens=4000, ignore_eos=True))
         busy.start()
-        while not slow.served.thread.num_running:
+        while busy.is_alive() and not slow.served.thread.num_running:
             time.sleep(0.01)
+        slow.served.cfg = replace(slow.served.cfg, queue_timeout=0.2)
         assert slow.bad(status=408, stream=True)["code"] == "queue_timeout"
         busy.join()
         wait_until_idle(slow)
@@ -317,8 +323,20 @@ def test_a_client_that_leaves_ends_its_answer(server: Asking, stream: bool):
 
         await app(scope, receive, send)
 
+    before = aborted(server)
     server.http.portal.call(ask)
     wait_until_idle(server)
+    assert [now - then for now, then in zip(aborted(server), before, strict=True)] == [
+        1,
+        len(server.served.chat_model.template.prompt_ids(QUESTION)),
+    ]
+
+
+def aborted(server: Asking) -> list[float]:
+    """How many answers were aborted, and how many tokens of prompts were read."""
+    lines = [line.split() for line in server.http.get("/metrics").text.splitlines()]
+    names = ('request_success_total{finished_reason="abort"', "prompt_tokens_total{")
+    return [sum(float(line[1]) for line in lines if line[0].startswith(f"erniekit:{name}")) for name in names]
 
 
 def test_an_engine_that_fails_says_so(model_dir: Path, model: ChatModel, monkeypatch: pytest.MonkeyPatch):
@@ -327,6 +345,46 @@ def test_an_engine_that_fails_says_so(model_dir: Path, model: ChatModel, monkeyp
         assert "ZeroDivisionError" in dying.bad(status=500)["message"]
         assert error_of(dying.http.get("/health"), 503)["code"] == "engine_failed"
         assert dying.bad(status=503)["code"] == "engine_failed", "later requests do not wait for ever"
+
+
+def test_a_server_that_ends_tells_its_clients(model_dir: Path, monkeypatch: pytest.MonkeyPatch, capfd):
+    """Requests that take longer than the server waits, streamed and whole, running and in the queue."""
+    monkeypatch.setattr("erniekit.serve.server.GRACE", 0.2)
+    said: list[tuple[int, str]] = []
+
+    def ask(url: str, stream: bool) -> None:
+        body = {"model": "m", "messages": QUESTION, "stream": stream, "ignore_eos": True, "max_tokens": 4000}
+        answer = httpx.post(f"{url}/chat/completions", json=body, headers=KEY_HEADER, timeout=60)
+        said.append((answer.status_code, answer.text))
+
+    with serving(model_dir, max_num_seqs=4) as url:
+        asking = [threading.Thread(target=ask, args=(url, bool(number % 2)), daemon=True) for number in range(8)]
+        for thread in asking:
+            thread.start()
+        metrics = f"{url.removesuffix('/v1')}/metrics"
+        for _ in range(500):
+            if 'num_requests_waiting{model_name="m"} 4.0' in httpx.get(metrics, headers=KEY_HEADER).text:
+                break
+            time.sleep(0.01)
+    for thread in asking:
+        thread.join(20)
+    statuses = [status for status, _ in said]  # a stream has its status from its first chunk on
+    assert len(said) == 8 and set(statuses) <= {200, 503} and statuses.count(503) >= 4
+    for status, text in said:
+        events = text.removesuffix("\n\n").split("\n\n")
+        assert status == 503 or (events[0].startswith("data: {") and events[-1] == "data: [DONE]")
+        error = json.loads(text if status == 503 else events[-2].removeprefix("data: "))["error"]
+        assert (error["code"], error["message"]) == ("server_closing", "the server is closing.")
+    assert "Traceback" not in capfd.readouterr().err
+
+
+def test_after_its_end_an_engine_keeps_nobody_waiting(model_dir: Path, model: ChatModel):
+    with client(model_dir, model) as ending:
+        ending.served.thread.end()
+        with pytest.raises(ApiError, match="the server is closing"):
+            ending.http.portal.call(ending.served.thread.run, lambda: 1)
+        assert ending.bad(status=503)["code"] == "server_closing"
+        assert error_of(ending.http.get("/health"), 503)["code"] == "server_closing"
 
 
 @pytest.mark.parametrize("package", ["starlette", "uvicorn", "prometheus_client"])
