@@ -23,6 +23,9 @@ except ImportError as missing:
 av.logging.set_level(None)  # damaged frames are reported by us, with the row's place
 
 
+_LONGEST = 30 * 86400.0  # seconds of a video
+
+
 @dataclass(frozen=True)
 class VideoInfo:
     """What a video says of itself: its size in pixels as it is shown, its number of frames and frames a second.
@@ -96,10 +99,13 @@ def _is_steady(times: np.ndarray, rate: float) -> bool:
 
 
 def _own_times(rate: float, times: np.ndarray) -> tuple[float, np.ndarray | None]:
-    """The frames a second, and the seconds of all frames where they do not follow from it."""
-    if np.isnan(times).any() or times[-1] == times[0] or (rate and _is_steady(times, rate)):
+    """The frames a second, and the seconds of all frames where they do not follow from it. The header alone counts
+    where a packet says no time, or the file is damaged: all at one time, or far from one another.
+    """
+    span = float(times[-1] - times[0])
+    if not 0 < span < _LONGEST or (rate and _is_steady(times, rate)):
         return rate, None
-    mean = (len(times) - 1) / float(times[-1] - times[0])
+    mean = (len(times) - 1) / span
     return mean, None if _is_steady(times, mean) else times - times[0]
 
 
