@@ -47,10 +47,7 @@ def probe(file: BinaryIO, name: str, max_frames: int, max_seconds: float) -> Vid
     """
     end = time.monotonic() + max_seconds
     with _container(file, name) as (container, stream):
-        codec = stream.codec_context  # None: of a kind that FFmpeg does not know
-        width, height = (codec.width, codec.height) if codec else (0, 0)
-        if not width or not height:
-            raise BadRecord(f"{name} does not say the size of its frames", "does FFmpeg read it?")
+        width, height = _stored_size(stream, name)
         rate, count = float(stream.average_rate or stream.guessed_rate or 0), stream.frames
         if _hides_frames(container, stream, rate):
             count = 0
@@ -72,6 +69,14 @@ def probe(file: BinaryIO, name: str, max_frames: int, max_seconds: float) -> Vid
     if not rate:
         raise BadRecord(f"{name} does not say how many frames a second it has", "convert it, or extract its frames")
     return VideoInfo(width, height, count, rate, turns, times)
+
+
+def _stored_size(stream: Any, name: str) -> tuple[int, int]:
+    """Width and height of the frames as they are stored."""
+    codec = stream.codec_context  # None: of a kind that FFmpeg does not know
+    if not codec or not codec.width or not codec.height:
+        raise BadRecord(f"{name} does not say the size of its frames", "does FFmpeg read it?")
+    return codec.width, codec.height
 
 
 def _hides_frames(container: Any, stream: Any, rate: float) -> bool:
