@@ -35,6 +35,10 @@ _FIELDS = {
     "tool": ("role", "content", "tool_call_id", "name"),
 }
 _UNSHOWN = ("name", "annotations")  # accepted, and not part of a prompt; the name of a tool is
+_OPTIONS = frozenset(
+    "detail min_pixels max_pixels fps video_fps min_frames max_frames target_frames num_frames time_stamps "
+    "resized_width resized_height".split()
+)
 _THOUGHTS = ("reasoning_content", "reasoning", "thoughts")
 _IMAGES = ("data:image/png", "data:image/jpeg", "data:image/jpg", "data:image/webp", "data:image/bmp")
 
@@ -157,6 +161,7 @@ class Messages:
             raise _wrong(f"{name}.type", f"expected text, {' or '.join(kinds)}, got {str(kind)[:40]!r}")
         self._count_picture(name)
         result = self._medium(part, kind, name)
+        _report_unread(part, kind)
         self.places[id(result)] = f"{name}.{kind}"
         return result
 
@@ -217,6 +222,20 @@ def _report_unshown(message: dict[str, Any], role: str) -> None:
     for field in _UNSHOWN:
         if message.get(field) and not (field == "name" and role == "tool"):
             log.once(f"{field} in messages: no effect: chat templates are not given it, so the model does not see it")
+
+
+def _report_unread(part: dict[str, Any], kind: str) -> None:
+    """A line about fields of a picture or video that change nothing. A client's own words are not logged: each would
+    be a line.
+    """
+    inner = part[kind] if isinstance(part[kind], dict) else {}
+    given = {key for fields in (part, inner) for key, value in fields.items() if value is not None}
+    unread = given - {"type", kind, "url", "uuid", "cache_control"}
+    if inner.get("detail") == "auto":
+        unread.discard("detail")
+    if unread:
+        names = ", ".join(sorted(unread & _OPTIONS)) or "fields that are not known"
+        log.once(f"{names} of {kind} in messages: no effect: pictures and videos are read as the server's keys say")
 
 
 def _is_file(url: Any) -> bool:

@@ -120,7 +120,7 @@ class MediaDecoder:
                     self._free.put(worker)
                 self._pool = ThreadPoolExecutor(self._num_workers, "erniekit-decode")
             # The queue goes with the task: a thread that begins one while stop() runs finds the ended workers there,
-            # whose answer is an error. In an empty new queue it would wait for ever, and the process with it.
+            # whose answer is an error. In an empty new queue it would wait forever, and the process with it.
             return self._pool.map(partial(_ask_worker, self._free), plans)
 
     def _with_patches(self, batch: PackedBatch, results: Iterator[Decoded]) -> PackedBatch:

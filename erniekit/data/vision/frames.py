@@ -94,14 +94,20 @@ def time_text(seconds: float) -> str:
     return f"time: {hours:02d}:{minutes:02d}:{rest:05.2f}"
 
 
-def draw_time(frame: np.ndarray, seconds: float) -> np.ndarray:
-    """A frame uint8 [H, W, 3] with its time in the upper left corner, black with a white outline."""
-    height = int(min(frame.shape[:2]) * _TEXT_SHARE)
-    if height < 1:
+def text_height(width: int, height: int) -> int:
+    """The height in pixels of the time on frames of this size; BadRecord where there is no room for it."""
+    result = int(min(width, height) * _TEXT_SHARE)
+    if result < 1:
         raise BadRecord(
-            f"frames of {frame.shape[1]} x {frame.shape[0]} pixels are too small to draw the time on",
+            f"frames of {width} x {height} pixels are too small to draw the time on",
             "leave the row out, or set render_timestamp: false",
         )
+    return result
+
+
+def draw_time(frame: np.ndarray, seconds: float) -> np.ndarray:
+    """A frame uint8 [H, W, 3] with its time in the upper left corner, black with a white outline."""
+    height = text_height(frame.shape[1], frame.shape[0])
     image = Image.fromarray(frame)
     ImageDraw.Draw(image).text(
         (0, 0),

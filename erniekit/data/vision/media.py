@@ -5,21 +5,22 @@ import io
 import os
 import stat
 import tarfile
-import urllib.error
 import urllib.request
 import zipfile
 import zlib
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from http.client import HTTPException
 from pathlib import Path
 from typing import Any, BinaryIO
-from urllib.parse import unquote, unquote_to_bytes, urlsplit
+from urllib.parse import quote, unquote, unquote_to_bytes, urlsplit
 
 from erniekit.data.records.errors import BadRecord
 from erniekit.data.records.values import kind_of
 from erniekit.utils.errors import DataError
 from erniekit.utils.user_files import open_regular
+from erniekit.utils.version import __version__
 
 MAX_IMAGE_BYTES = 256 << 20
 MAX_VIDEO_BYTES = 8 << 30
@@ -31,6 +32,8 @@ SOURCES = ("bytes", "url", "path", "image", "video", "image_url", "video_url", "
 _BASE64_HEADS = ("iVBORw0KGgo", "/9j/4", "R0lGODlh", "R0lGODdh", "UklGR")
 _MAX_MEMBERS = 4_000_000
 _SECONDS = 30.0  # that a server has for each read
+_OF_ADDRESSES = "%:/?#[]@!$&'()*+,;=-._~"  # characters that stay; others, such as Chinese ones and spaces, are encoded
+_USER_AGENT = f"erniekit/{__version__}"  # many servers refuse Python's own name
 
 
 @dataclass(frozen=True)
@@ -100,7 +103,7 @@ class MediaReader:
         return _bounded(_archives.read(archive, member, limit), limit, str(path))
 
     def _open_url(self, url: str, limit: int) -> BinaryIO:
-        scheme = urlsplit(url).scheme.lower()
+        scheme = url.partition(":")[0].lower()
         if scheme not in ("http", "https"):
             raise BadRecord(f"media cannot be read from {scheme}: addresses", "use a path, http, https or a data URI")
         if not self.allow_urls:
@@ -109,10 +112,15 @@ class MediaReader:
                 "download the files and give their paths, or set allow_urls: true",
             )
         try:
-            with urllib.request.urlopen(url, timeout=_SECONDS) as answer:
-                return _bounded(answer.read(limit + 1), limit, url[:100])
-        except (OSError, ValueError, urllib.error.URLError) as error:
-            raise BadRecord(f"{url[:100]} cannot be downloaded: {error}", "check the address") from None
+            request = urllib.request.Request(quote(url, safe=_OF_ADDRESSES), headers={"User-Agent": _USER_AGENT})
+            with urllib.request.urlopen(request, timeout=_SECONDS) as answer:
+                content = answer.read(limit + 1)
+                if answer.length and len(content) <= limit:
+                    raise OSError(f"the server sent {len(content):,} bytes, and {answer.length:,} are missing")
+        except (OSError, ValueError, HTTPException) as error:
+            reason = " ".join(str(error).split())
+            raise BadRecord(f"{url[:100]} cannot be downloaded: {reason}", "check the address") from None
+        return _bounded(content, limit, url[:100])
 
 
 def kind_of_file(path: Path) -> str:

@@ -9,6 +9,7 @@ import numpy as np
 from erniekit.data.packed_batch import Modality
 from erniekit.data.records.errors import BadRecord
 from erniekit.data.records.fields import Notes
+from erniekit.data.vision.frames import text_height
 from erniekit.data.vision.images import image_size, load_picture, patchify, resize
 from erniekit.data.vision.media import MediaReader, describe, unwrap
 from erniekit.data.vision.processor_files import ProcessorSettings
@@ -97,6 +98,8 @@ def plan_media(
         if part["type"] == "video":
             video = open_video(part, reader, options, notes)
             width, height, frames = video.width, video.height, len(video.times)
+            if options.choice.draw_time:
+                text_height(width, height)  # before training: decoding would say it in the middle of a run
         else:
             width, height = image_size(part["image"], reader, options.images)
         limits = _limits(part, settings.images if frames is None else settings.videos)

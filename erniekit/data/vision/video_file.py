@@ -23,6 +23,9 @@ except ImportError as missing:
 av.logging.set_level(None)  # damaged frames are reported by us, with the row's place
 
 
+_LONGEST = 30 * 86400.0  # seconds of a video
+
+
 @dataclass(frozen=True)
 class VideoInfo:
     """What a video says of itself: its size in pixels as it is shown, its number of frames and frames a second.
@@ -44,10 +47,7 @@ def probe(file: BinaryIO, name: str, max_frames: int, max_seconds: float) -> Vid
     """
     end = time.monotonic() + max_seconds
     with _container(file, name) as (container, stream):
-        codec = stream.codec_context  # None: of a kind that FFmpeg does not know
-        width, height = (codec.width, codec.height) if codec else (0, 0)
-        if not width or not height:
-            raise BadRecord(f"{name} does not say the size of its frames", "does FFmpeg read it?")
+        width, height = _stored_size(stream, name)
         rate, count = float(stream.average_rate or stream.guessed_rate or 0), stream.frames
         if _hides_frames(container, stream, rate):
             count = 0
@@ -69,6 +69,14 @@ def probe(file: BinaryIO, name: str, max_frames: int, max_seconds: float) -> Vid
     if not rate:
         raise BadRecord(f"{name} does not say how many frames a second it has", "convert it, or extract its frames")
     return VideoInfo(width, height, count, rate, turns, times)
+
+
+def _stored_size(stream: Any, name: str) -> tuple[int, int]:
+    """Width and height of the frames as they are stored."""
+    codec = stream.codec_context  # None: of a kind that FFmpeg does not know
+    if not codec or not codec.width or not codec.height:
+        raise BadRecord(f"{name} does not say the size of its frames", "does FFmpeg read it?")
+    return codec.width, codec.height
 
 
 def _hides_frames(container: Any, stream: Any, rate: float) -> bool:
@@ -96,10 +104,13 @@ def _is_steady(times: np.ndarray, rate: float) -> bool:
 
 
 def _own_times(rate: float, times: np.ndarray) -> tuple[float, np.ndarray | None]:
-    """The frames a second, and the seconds of all frames where they do not follow from it."""
-    if np.isnan(times).any() or times[-1] == times[0] or (rate and _is_steady(times, rate)):
+    """The frames a second, and the seconds of all frames where they do not follow from it. The header alone counts
+    where a packet says no time, or the file is damaged: all at one time, or far from one another.
+    """
+    span = float(times[-1] - times[0])
+    if not 0 < span < _LONGEST or (rate and _is_steady(times, rate)):
         return rate, None
-    mean = (len(times) - 1) / float(times[-1] - times[0])
+    mean = (len(times) - 1) / span
     return mean, None if _is_steady(times, mean) else times - times[0]
 
 

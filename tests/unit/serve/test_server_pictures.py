@@ -15,6 +15,7 @@ from support.vision_directories import vision_model_directory
 from erniekit.config import load
 from erniekit.serve.conversation import Conversation
 from erniekit.serve.typed_media import Medium, picture_part
+from erniekit.utils import log
 
 
 @pytest.fixture(scope="module")
@@ -136,3 +137,20 @@ def test_a_picture_whose_shape_cannot_be_used_is_named_by_its_place(server: Aski
     place = "messages[0].content[1].image_url"
     assert error["param"] == place
     assert error["message"].startswith(f"{place}: a picture of ") and "cannot be resized" in error["message"]
+
+
+def test_options_of_one_picture_that_are_not_read_are_said_once(server: Asking, monkeypatch: pytest.MonkeyPatch):
+    said: list[str] = []
+    monkeypatch.setattr(log, "warning", said.append)
+    log.once.cache_clear()
+
+    def answer(detail: str, **beside: object) -> dict:
+        part = {"type": "image_url", "image_url": {"url": data_uri(png(pixels())), "detail": detail}, **beside}
+        return server.chat(messages=[{"role": "user", "content": [part]}], max_tokens=4)["choices"][0]["message"]
+
+    plain = answer("auto", uuid="a")
+    assert not said
+    assert answer("low", max_pixels=784) == answer("low", max_pixels=784) == plain
+    assert len(said) == 1 and said[0].startswith("detail, max_pixels of image_url in messages: no effect")
+    answer("auto", word_of_a_client=1)
+    assert len(said) == 2 and "word_of_a_client" not in said[1]

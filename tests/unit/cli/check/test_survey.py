@@ -301,7 +301,7 @@ def test_unusual_pictures_are_read(given, tmp_path, kind):
     picture.save(tmp_path / name, "PNG" if kind == "wrong suffix" else None, **options)
     args = given([GOOD[0], row("<image>?", images=[name])])
     assert findings(args, "error", DECODE) == []
-    assert any("only its first frame" in text for text in findings(args, "warning", DECODE)) == (kind == "animated")
+    assert any("only the first one" in text for text in findings(args, "warning", DECODE)) == (kind == "animated")
 
 
 def test_pictures_on_a_model_of_text_are_one_error(given):

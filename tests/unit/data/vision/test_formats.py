@@ -1,7 +1,6 @@
 """Records with pictures in every form that people have become one form of sample; wrong ones are placed and counted."""
 
 import json
-import re
 
 import numpy as np
 import pytest
@@ -358,39 +357,6 @@ class TestBoxes:
         record["objects"] |= {"bbox_type": "norm1", "bbox": [[0.1, 0.25, 1, 1], [0, 0, 0.5, 0.5]]}
         sample, _ = parse("messages", record, options)
         assert sample.messages[1]["content"] == "[100, 250, 1000, 1000] and [0, 0, 500, 500]"
-
-    def test_boxes_of_objects_are_converted_once(self, options):
-        """ms-swift's form for Qwen3-VL; the numbers of other records are in pixels, too."""
-        record = {
-            "messages": [{"role": "user", "content": "<image>Where?"}, answer('[{"bbox_2d": <bbox>}]')],
-            "images": ["a.png"],  # 200 x 100
-            "objects": {"bbox": [[20, 10, 200, 100]]},
-        }
-        for objects in (record["objects"], json.dumps(record["objects"])):
-            sample, notes = parse("messages", record | {"objects": objects}, options, boxes="pixels")
-            assert sample.messages[1]["content"] == '[{"bbox_2d": [100, 100, 1000, 1000]}]'
-            assert not notes.doubts
-
-    @pytest.mark.parametrize(
-        ("text", "convention", "doubt"),
-        [
-            ('{"bbox": [0.1, 0.2, 0.5, 0.9]}', "relative", "look like fractions.*box_coordinates: fraction"),
-            ('{"bbox_2d": [0.1, 0.2, 0.5, 1]}', "relative", "look like fractions"),
-            ("It is at [0.133, 0.234, 0.453, 0.732].", "relative", "look like fractions"),
-            ('{"bbox": [120, 40, 1480, 260]}', "relative", "look like pixels.*box_coordinates: pixels"),
-            ('{"bbox": [12, 4, 148, 60]}', "pixels", 'converts the boxes after "bbox_2d" alone'),
-            ('{"bbox_2d": [12, 4, 148, 60], "point_2d": [3, 4]}', "pixels", "other coordinates stay"),
-            ("<|box_start|>(12,4),(148,60)<|box_end|>", "pixels", "other coordinates stay"),
-            ('{"bbox_2d": [12, 4, 148, 60]}', "pixels", None),
-            ('{"bbox_2d": [12, 4, 148, 60]}', "relative", None),
-            ('{"bbox": [12, 4, 148, 60]} [1, 2, 3]', "relative", None),
-            ("[0, 0, 1, 1]", "relative", None),
-        ],
-    )
-    def test_coordinates_that_look_as_if_nothing_converts_them(self, options, text, convention, doubt):
-        record = {"messages": [*TALK[:1], answer(text)], "images": ["a.png"]}
-        _, notes = parse("messages", record, options, boxes=convention)
-        assert (doubt is None and not notes.doubts) or re.search(doubt, " ".join(notes.doubts))
 
     def test_which_picture_a_box_is_in(self, options):
         record = {

@@ -1,6 +1,7 @@
 """Which frames of a video are used, and the time on them."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,6 +10,10 @@ from support.pictures import blocks
 from erniekit.data.records.errors import BadRecord
 from erniekit.data.vision import frames
 from erniekit.data.vision.frames import FrameOptions, choose_frames, draw_time, time_text
+from erniekit.data.vision.media import MediaReader
+from erniekit.data.vision.plan import plan_media
+from erniekit.data.vision.processor_files import ProcessorSettings
+from erniekit.data.vision.video import VideoOptions
 from erniekit.utils.errors import DataError
 
 OPTIONS = FrameOptions()
@@ -65,6 +70,11 @@ def test_the_time_stands_in_the_upper_left_corner():
 def test_frames_too_small_for_a_time():
     with pytest.raises(BadRecord, match="9 x 40 pixels are too small"):
         draw_time(blocks(9, 40), 0)
+    part = {"type": "video", "video": np.zeros((2, 40, 9, 3), np.uint8), "fps": 1}
+    with pytest.raises(BadRecord, match="9 x 40 pixels are too small"):  # before anything is decoded
+        plan_media([part], MediaReader(Path()), ProcessorSettings(), VideoOptions())
+    [plan] = plan_media([part], MediaReader(Path()), ProcessorSettings(), VideoOptions(FrameOptions(draw_time=False)))
+    assert plan.pixels().shape[0] == 2
 
 
 def test_without_its_font_nothing_is_drawn_in_silence(monkeypatch, tmp_path):

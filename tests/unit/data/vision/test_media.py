@@ -4,7 +4,9 @@ import base64
 import io
 import os
 import tarfile
+import threading
 import zipfile
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 from support.pictures import blocks, encoded
@@ -138,6 +140,46 @@ def test_bounds_and_kinds_of_files(reader, tmp_path):
 def test_a_server_that_does_not_answer_is_a_bad_row(tmp_path):
     with pytest.raises(BadRecord, match="cannot be downloaded"):
         MediaReader(tmp_path, allow_urls=True).open("http://127.0.0.1:1/a.png")
+
+
+class _Answers(BaseHTTPRequestHandler):
+    """A picture for addresses as browsers write them, and two kinds of broken answers."""
+
+    def do_GET(self):
+        if self.path == "/broken":
+            self.wfile.write(b"no HTTP\r\n\r\n")
+            return
+        refused = "Python" in self.headers["User-Agent"] or self.path not in ("/a%20b/%E5%9B%BE.png?x=%2F", "/short")
+        self.send_response(403 if refused else 200)
+        self.send_header("Content-Length", "7")
+        self.end_headers()
+        self.wfile.write(b"pict" if self.path == "/short" else b"picture")
+
+    def log_message(self, *arguments):
+        """Nothing."""
+
+
+@pytest.fixture
+def address():
+    with ThreadingHTTPServer(("127.0.0.1", 0), _Answers) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+def test_addresses_with_spaces_and_chinese_characters(tmp_path, address):
+    """As browsers and other toolkits read them; some servers refuse the name of Python's own client."""
+    reader = MediaReader(tmp_path, allow_urls=True)
+    assert content(reader, f"{address}/a b/图.png?x=%2F") == b"picture"
+
+
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [("/broken", "no HTTP"), ("/short", "4 bytes, and 3 are missing"), ("/other", "403"), ("]:x[/", "cannot be")],
+)
+def test_answers_that_are_no_picture_are_bad_rows(tmp_path, address, path, message):
+    with pytest.raises(BadRecord, match=f"cannot be downloaded: .*{message}|{message} downloaded"):
+        MediaReader(tmp_path, allow_urls=True).open(address + path)
 
 
 def test_short_names():

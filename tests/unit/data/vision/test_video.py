@@ -148,6 +148,11 @@ class TestFiles:
         assert np.allclose(opened.times, [i / 5 for i in range(13)], atol=2e-3)
         assert brightness(opened) == [16 * i for i in range(13)]
 
+    def test_times_that_cannot_be(self, reader, tmp_path):
+        """Of a damaged file: the rate in its header counts."""
+        write_video(tmp_path / "a.mkv", frames=4, times=[0, 0.1, 1e9, 1e9 + 0.1])
+        assert open_video(video("a.mkv"), reader, options()).times[-1] < 10
+
     @pytest.mark.parametrize("rate", ["30000/1001", "24", "12.5"])
     @pytest.mark.parametrize("name", ["a.mkv", "a.mp4"])
     def test_a_steady_rate_has_the_times_of_the_training_code(self, reader, tmp_path, name, rate):
