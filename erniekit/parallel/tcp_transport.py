@@ -126,6 +126,8 @@ class _Peer:
                     self._sock.sendall(data)
             except OSError as error:
                 self._error = error
+            # Before flush() returns: while this thread waits for the next message, it would keep a tensor's memory.
+            del data
             self._queue.task_done()
 
     def flush(self) -> None:

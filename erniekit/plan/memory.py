@@ -7,11 +7,12 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from erniekit.models.decoder import CausalLM
-from erniekit.parallel.buckets import item_bytes
+from erniekit.parallel.buckets import Bucket, item_bytes
 from erniekit.parallel.grad_sync import IN_FLIGHT
 from erniekit.parallel.mesh import Mesh, rank_lists
 from erniekit.plan.activations import StageActivations, stage_activations
 from erniekit.plan.job import Job
+from erniekit.plan.operations import FP32
 from erniekit.plan.tensors import RankTensors, rank_tensors
 
 # What a plan leaves free of a device: its context, the workspaces of kernels, and blocks that the allocator cannot use.
@@ -148,9 +149,58 @@ def _exchange(job: Job, tensors: RankTensors) -> tuple[float, float]:
         default=0.0,
     )
     after = max(2 * largest, 3 * gathered)
+    if job.on_cpu and job.zero_stage < 2:
+        return max(_sent_at_end(tensors.buckets), _published(tensors.buckets, job.zero_stage)), 0.0
+    if job.on_cpu and job.zero_stage == 2 and job.element_bytes == FP32 and job.degrees.pipeline == 1:
+        sent = _sent_after_pass(tensors.buckets, job.num_microbatches == 1)
+        return max(sent, _published(tensors.buckets, job.zero_stage)), 0.0
     if job.on_cpu or job.zero_stage == 3:
         return after, 2 * largest if job.zero_stage >= 2 else 0.0
     return after, (IN_FLIGHT + 1 if job.zero_stage == 2 else 1) * largest
+
+
+# The next three follow parallel/grad_sync.py and zero.py on a CPU, where gradients are fp32. All give the most bytes
+# beyond the gradients that are counted anyway: whole ones, or in ZeRO stage 2 the chunks that a rank keeps.
+
+
+def _sent_at_end(buckets: Sequence[Bucket]) -> float:
+    """All buckets are sent before the first one is taken: a bucket takes the place of its gradients, beside which it is
+    put together; chunks arrive beside both.
+    """
+    most = arrived = 0.0
+    for bucket in buckets:
+        ranks = bucket.placement.shard.size
+        most = max(most, arrived + FP32 * bucket.width * ranks)
+        arrived += FP32 * bucket.width if ranks > 1 else 0
+    return max(most, arrived)
+
+
+def _sent_after_pass(buckets: Sequence[Bucket], is_first: bool) -> float:
+    """Stage 2: the whole gradients of a backward pass exist until its buckets are sent, one after another. `is_first`:
+    nothing is kept from an earlier pass, and what arrives takes its place.
+    """
+    divided = [bucket for bucket in buckets if bucket.placement.shard.size > 1]
+    most, beyond = 0.0, float(sum(FP32 * bucket.width * bucket.placement.shard.size for bucket in divided))
+    beyond -= sum(FP32 * bucket.width for bucket in divided) if is_first else 0
+    for bucket in buckets:
+        size = FP32 * bucket.width * bucket.placement.shard.size
+        most = max(most, beyond + size)
+        if bucket in divided:
+            beyond += (FP32 * bucket.width if is_first else 0) - size
+    return most
+
+
+def _published(buckets: Sequence[Bucket], zero_stage: int) -> float:
+    """The updated chunks of all parameters, and one bucket that is gathered and then taken apart. Of the gradients
+    only the chunks are left by then.
+    """
+    divided = [bucket for bucket in buckets if bucket.placement.shard.size > 1 and not bucket.unit]
+    if not divided:
+        return 0.0
+    updated = sum(bucket.columns * item_bytes(bucket.entries[0].dtype) for bucket in divided)
+    whole = [bucket.columns * bucket.placement.shard.size * item_bytes(bucket.entries[0].dtype) for bucket in divided]
+    gone = sum(FP32 * bucket.width * (bucket.placement.shard.size - 1) for bucket in divided) if zero_stage < 2 else 0
+    return max(0.0, float(updated + 2 * max(whole) - gone))
 
 
 def _communicators(mesh: Mesh) -> int:

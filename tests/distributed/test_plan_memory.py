@@ -1,5 +1,5 @@
 """The plan against what Paddle's allocator counts on each rank: exact for parameters, gradients and state, and within
-5 % for the peak of activations, but where an exchange makes it. tools/plan_truth.py prints the same layouts as a table.
+5 % for the peak of activations and of the exchange behind them. tools/plan_truth.py prints the same layouts as a table.
 """
 
 from pathlib import Path
@@ -10,9 +10,7 @@ from support.memory_truth import LAYOUTS, Layout, measure, prepare, run_keys
 from support.worlds import World
 
 EXACT = ("parameters", "gradients", "state", "reference")
-# Here the exchange after a backward pass makes the peak, when activations are gone and all gradients are whole.
-EXCHANGE_AT_PEAK = {"dense of 100 M, 512 tokens, recompute, stage 2"}
-QUICK = {"dense, recompute", "moe, 2 expert ranks, stage 1", "dense, 2 stages"}
+QUICK = {"dense, recompute", "dense, 64 tokens, stage 2", "moe, 2 expert ranks, stage 1", "dense, 2 stages"}
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +37,4 @@ def test_a_rank_takes_what_is_planned(layout: Layout, directory: Path, request: 
     for rank, found in enumerate(ranks_of(layout, directory, request)):
         measured, planned = found["measured"], found["planned"]
         assert {kind: measured[kind] for kind in EXACT} == {kind: planned[kind] for kind in EXACT}, rank
-        least = most = planned["activations"]
-        if layout.name in EXCHANGE_AT_PEAK:  # the plan has the buckets under way beside the activations
-            most += planned["exchange"]
-        assert least <= 1.05 * measured["activations"] and most >= 0.95 * measured["activations"], rank
+        assert abs(planned["activations"] / measured["activations"] - 1) <= 0.05, rank

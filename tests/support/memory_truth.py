@@ -61,6 +61,11 @@ _100M = {
     "hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 12, "num_attention_heads": 12,
     "num_key_value_heads": 4, "head_dim": 64, "vocab_size": 32000, "max_seq_len": 1024,
 }  # fmt: skip
+# The exchange of gradients and weights takes more than activations.
+_FEW_TOKENS = {
+    "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 6, "num_attention_heads": 4,
+    "num_key_value_heads": 4, "head_dim": 64, "vocab_size": 16000, "max_seq_len": 64, "recompute": True,
+}  # fmt: skip
 _VISION = {
     "stage": "VL-SFT", "train_dataset_type": "messages", "train_dataset_path": "pictures.jsonl", "packing": False,
     "max_seq_len": 768,
@@ -102,6 +107,10 @@ LAYOUTS = (
     Layout("dense, 2 stages of 2 chunks", 2, "tiny-dense", _LONG | _FOUR_LAYERS | {"virtual_pp_degree": 2}),
     Layout("dense, stage 1", 2, "tiny-dense", _LONG | {"data_parallel_degree": 2, "sharding": "stage1"}),
     Layout("dense, stage 2", 2, "tiny-dense", _LONG | {"data_parallel_degree": 2, "sharding": "stage2"}),
+    Layout("dense, 64 tokens, stage 1", 2, "tiny-dense",
+           _FEW_TOKENS | {"data_parallel_degree": 2, "sharding": "stage1"}),
+    Layout("dense, 64 tokens, stage 2", 2, "tiny-dense",
+           _FEW_TOKENS | {"data_parallel_degree": 2, "sharding": "stage2"}),
     Layout("dense, stage 3", 2, "tiny-dense", _LONG | {"data_parallel_degree": 2, "sharding": "stage3"}),
     Layout("moe, stage 3, average of weights", 2, "tiny-moe",
            _LONG | {"data_parallel_degree": 2, "sharding": "stage3", "ema_decay": 0.9}),
@@ -290,11 +299,12 @@ def _planned(cfg: Any, model: Any, mesh: Any) -> dict[str, int]:
     job = make_job(cfg, model, cluster, picture_tokens=pictures, supervised_share=share)
     tensors = stage_tensors(job, mesh.pipe)
     parts = dict(plan_memory(job, 0.0, outline_stage, [mesh.pipe]).stages[0].parts)
+    # Where weights of blocks are divided, buckets are under way in the backward pass, and not at its peak.
+    exchange = 0.0 if job.zero_stage == 3 else parts.get("exchange", 0.0)
     return {
         "parameters": tensors.parameters + tensors.average + tensors.copies,
         "gradients": tensors.gradients,
         "state": tensors.state,
         "reference": tensors.reference,
-        "activations": round(parts["activations"]),
-        "exchange": round(parts.get("exchange", 0.0)),
+        "activations": round(parts["activations"] + exchange),
     }

@@ -76,6 +76,20 @@ def test_a_message_larger_than_every_buffer_leaves_the_sender_free_and_arrives_b
         closing.join()
 
 
+def test_an_exchanged_buffer_is_not_kept():
+    """It is a tensor's memory, which would not be free before the next message."""
+
+    def swap(links: Links, peer: int) -> None:
+        data, received = bytearray(1 << 24), bytearray(1 << 24)
+        with memoryview(data) as view, memoryview(received) as into:
+            links.exchange("host", [(peer, view)], [(peer, into)])
+        data.clear()  # BufferError while anything refers to it
+
+    with _linked(2) as (a, b), ThreadPoolExecutor(2) as pool:
+        for call in [pool.submit(swap, a, 1), pool.submit(swap, b, 0)]:
+            call.result()
+
+
 @pytest.mark.parametrize("meet", [connect, roll_call])
 def test_ranks_that_do_not_come_are_named_to_all_who_came(meet: Callable):
     endpoints = _endpoints(4)
