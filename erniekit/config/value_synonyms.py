@@ -35,7 +35,7 @@ _INSTEAD: dict[str, dict[str, str]] = {
         "qlora": "it is LoRA with a quantised base (compute_type, docs/low-bit.md)",
         "dora": "it is LoRA with use_dora: true",
     },
-    "optim": {name: "it is adamw" for name in ("adamw_torch", "adamw_torch_fused", "adamw_hf")},
+    "optim": dict.fromkeys(("adamw_torch", "adamw_torch_fused", "adamw_hf"), "it is adamw"),
     "train_dataset_type": {"openai": "it is messages"},
     "eval_dataset_type": {"openai": "it is messages"},
 }
