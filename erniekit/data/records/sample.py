@@ -71,10 +71,10 @@ def sharegpt_keys(turns: Any) -> tuple[str, str]:
     in type messages where its first turn has those (many data sets have `conversations` of them).
     """
     first = turns[0] if isinstance(turns, list) and turns else None
-    return ("role", "content") if isinstance(first, dict) and "role" in first and "from" not in first else FROM_VALUE
+    openai = isinstance(first, dict) and "role" in first and "from" not in first
+    return ("role", "content") if openai else ("from", "value")
 
 
-FROM_VALUE = ("from", "value")
 TurnReader = Callable[[Any, str, tuple[str, str], Notes], dict[str, Any]]  # as turn_of
 
 
@@ -160,13 +160,17 @@ def _role(turn: Any, name: str, keys: tuple[str, str], notes: Notes) -> str:
     check_fields(fields, (*keys, *openai), MESSAGE, DECISIVE_IN_MESSAGES, notes)
     notes.unused.update(f"{key!r} of {MESSAGE}" for key in idle)
     if role is None:
-        if "from" in turn and keys[0] == "role" and given is None:
-            raise BadRecord(
-                f"{name} has 'from' and 'value', which messages of type sharegpt have",
-                "set the dataset type to sharegpt, with the field 'conversations', or rename them",
-            )
-        raise BadRecord(f"{name} has the role {given!r}", f"the roles are {', '.join(ROLES)}")
+        raise _no_role(turn, name, given)
     return role
+
+
+def _no_role(turn: dict[str, Any], name: str, given: Any) -> BadRecord:
+    if given is None and "from" in turn:
+        return BadRecord(
+            f"{name} has 'from' and 'value', which messages of type sharegpt have",
+            "set the dataset type to sharegpt, with the field 'conversations', or rename them",
+        )
+    return BadRecord(f"{name} has the role {given!r}", f"the roles are {', '.join(ROLES)}")
 
 
 def check_order(turns: list[dict[str, Any]], name: str) -> None:
