@@ -227,6 +227,8 @@ def test_our_numbers_agree_with_math_verify():
         ("exact", "ｆｕｌｌ", "full", 1.0),
         ("exact", "<think>no</think>\n\nyes", ["yes", "y"], 1.0),
         ("choice", "B", "B", 1.0),
+        ("choice", "答案：\uff22", "B", 1.0),
+        ("choice", "\uff22", "\uff22", 1.0),
         ("choice", "The answer is (B).", "B", 1.0),
         ("choice", "A, B, C and D", "B", 0.0),
         ("choice", "\\boxed{A, C}", "AC", 1.0),
