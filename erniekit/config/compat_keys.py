@@ -102,7 +102,7 @@ _NO_EFFECT: dict[str, str] = {
         "pad_to_max_seqlen padding padding_free base_seq_length"
     ),
     "`packing` decides": "in_tokens_batching",
-    "every step is a full one, made of the one stream of rows": "dataloader_drop_last",
+    "no row is dropped: the last step has the rows that remain": "dataloader_drop_last",
     "the end of an answer is always trained": "mask_out_eos_token",
     "there is no reward model": "use_cls",
     "a record of preference data has two answers": "num_comparisons",

@@ -9,10 +9,14 @@ import typing
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from erniekit.config import value_synonyms
 from erniekit.config.paths import expand
 from erniekit.config.values import Scalar, shown, split_list, split_numbers, to_bool, to_float, to_int
 
 _NULL = {"none", "null", ""}
+_CLOSE = (
+    0.8  # from this difflib ratio on, a value counts as a typo of another; sapo and gspo have 0.75, ppo and DPO 0.67
+)
 _FLAT_LIST = "a flat list"
 
 
@@ -128,7 +132,7 @@ def _item(field: "dataclasses.Field[Any]", value: Any) -> Any:
     if kind is float:
         return _within(field, to_float(value))
     text = _scalar(value, _FLAT_LIST).strip()
-    return _chosen(field.metadata["choices"], expand(text) if field.metadata["path"] else text)
+    return _chosen(field, expand(text) if field.metadata["path"] else text)
 
 
 def _text(field: "dataclasses.Field[Any]", value: Any) -> str:
@@ -138,22 +142,25 @@ def _text(field: "dataclasses.Field[Any]", value: Any) -> str:
     choices = field.metadata["choices"]
     text = _scalar(_only(value), f"one of {_named(choices)}" if choices else "text")
     text = words.get(text.lower(), text)
-    return _chosen(choices, expand(text) if path else text)
+    return _chosen(field, expand(text) if path else text)
 
 
 def _named(choices: Sequence[str]) -> str:
     return ", ".join(choice or "'' (nothing)" for choice in choices)
 
 
-def _chosen(choices: Sequence[str], text: str) -> str:
+def _chosen(field: "dataclasses.Field[Any]", text: str) -> str:
+    choices = field.metadata["choices"]
     for choice in choices:
         if text.lower() == choice.lower():
             return choice
     if not choices:
         return text
-    near = difflib.get_close_matches(text.lower(), [choice.lower() for choice in choices], n=1)
-    hint = "".join(f"; did you mean {choice}?" for choice in choices if choice.lower() in near)
-    raise ValueError(f"expected one of {_named(choices)}, got {shown(text)}{hint}")
+    hint = value_synonyms.hint(field.name, text)
+    if not hint:
+        near = difflib.get_close_matches(text.lower(), [choice.lower() for choice in choices], n=1, cutoff=_CLOSE)
+        hint = "".join(f"did you mean {choice}?" for choice in choices if choice.lower() in near)
+    raise ValueError(f"expected one of {_named(choices)}, got {shown(text)}{'; ' if hint else ''}{hint}")
 
 
 def _only(value: Any) -> Any:

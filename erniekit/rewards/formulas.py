@@ -11,6 +11,7 @@ _LONGEST = 20_000  # characters at the end of an answer that are read
 _FORMULA = 200  # characters of a final answer that may be one formula
 _WORDS = re.compile(r"(?<![\\A-Za-z])[A-Za-z]{2,}|[\u4e00-\u9fff]")
 _THIN_SPACE = re.compile(r"(?<=\d)\\[,;! ](?=\d{3}(?!\d))")  # 1\,000, which it reads as 1 times 0
+_BESIDE_CHINESE = re.compile(r"(?<=[\u4e00-\u9fff])(?=[-\d.])|(?<=\d)(?=[\u4e00-\u9fff])")  # it needs a space there
 _COMMAND = re.compile(r"\\[A-Za-z]")
 
 
@@ -26,7 +27,7 @@ def math(sample: Sample, cfg: RewardArgs) -> float:
     # process is killed instead.
     logging.getLogger("math_verify").setLevel(logging.ERROR)
     configs = (LatexExtractionConfig(boxed_match_priority=0), ExprExtractionConfig())
-    text = _THIN_SPACE.sub("", compatible(sample.answer[-_LONGEST:]))
+    text = _BESIDE_CHINESE.sub(" ", _THIN_SPACE.sub("", compatible(sample.answer[-_LONGEST:])))
     found = [parse(text, configs, parsing_timeout=None)]
     final = final_answer(text).rstrip(AT_END)
     if "$" not in text and 0 < len(final) < _FORMULA:

@@ -52,14 +52,14 @@ _UNIT = re.compile(rf"{_WORD}(?:\s?/\s?{_WORD}|\s{_WORD})?")
 _OPERATION = r"\\(?:sqrt|pi|times|cdot|div|pm|log|ln|sin|cos|tan|[dt]?frac)(?![A-Za-z])"
 # What makes the number before or behind it a part of a formula, a pair or a time, which has another value.
 _GOES_ON = re.compile(
-    rf"\s*{_OPERATION}|\s*[\^_]|\s*[+*/]\s*[\w\\(]|\s*-\s*\d|[:.,]\d|[xyzi](?![A-Za-z])|\s*[)\]}}]\s*\^"
+    rf"\s*{_OPERATION}|\s*[\^_]|\s*[+*]\s*[\w\\(]|\s*/\s*[\d\\(]|\s*-\s*\d|[:.,]\d|[xyzi](?![A-Za-z])|\s*[)\]}}]\s*\^"
 )
 _BEGAN = re.compile(rf"(?:[\^_{{*/±]|{_OPERATION}|(?<![A-Za-z])[A-Za-z]\s+-|[\w)}}]\s*\+|[\d)}}]\s+-)\s*$|\d[,.:]$")
 _IN_A_LIST = re.compile(r"[(\[{][^()\[\]{}]*,\s*$")
 _SEVERAL = re.compile(r"=[^=]*(?:[,;，；、或和]|\bor\b|\band\b)")
 _LATEX = re.compile(
     r"\\(?:text|textbf|textit|mathrm|mathbf|mathit|boldsymbol|mbox)\s*\{([^{}]*)\}|\\[,;:!\s$]|\\left(?![A-Za-z])"
-    r"|\\right(?![A-Za-z])|\\\(|\\\)|\\\[|\\\]|[$*`]"
+    r"|\\right(?![A-Za-z])|\\\(|\\\)|\\\[|\\\]|[$`]|\*(?!(?:(?<=[\d)]\*)|(?<=[\d)] \*))\s?[\d(])"  # not 2*3
 )
 _BLANKS = re.compile(r"\s+")  # long runs would take the square of their length
 _DEGREES = re.compile(r"\^\s*(?:\{\s*\\circ\s*\}|\\circ|°)|\\degree")

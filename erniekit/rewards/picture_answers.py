@@ -6,6 +6,7 @@ that the answer chooses, any other text by its edit distance (ANLS).
 
 import json
 import re
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeGuard
@@ -124,10 +125,11 @@ def f1_of_boxes(found: Boxes, expected: Boxes) -> float:
 def option_of(text: str) -> str | None:
     """The letter, A to H, that an answer chooses; None if it names none or it is not clear which.
 
-    An answer may be the letter alone, also a small one, begin with it ("B. a cup"), or say "the answer is B" or
-    "答案是 B" somewhere; else the one letter that stands by itself counts, unless there are several different ones.
-    "A" before another word is the article.
+    An answer may be the letter alone, also a small one or one of full width, begin with it ("B. a cup"), or say "the
+    answer is B" or "答案是 B" somewhere; else the one letter that stands by itself counts, unless there are several
+    different ones. "A" before another word is the article.
     """
+    text = unicodedata.normalize("NFKC", text)
     whole = _OPTION_ALONE.fullmatch(text.strip().strip("*"))
     if whole:
         return whole[1].upper()

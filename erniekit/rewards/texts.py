@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import unicodedata
 from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any
@@ -51,6 +52,7 @@ def right_letters(sample: Sample, cfg: RewardArgs) -> set[str]:
 
 
 def _letters(text: str) -> set[str]:
+    text = unicodedata.normalize("NFKC", text)
     match = _LETTERS.fullmatch(text)
     return set(re.findall("[A-H]", text)) if match else set()
 

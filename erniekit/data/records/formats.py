@@ -20,6 +20,7 @@ from erniekit.data.records.sample import (
     alpaca_prompt,
     conversation,
     label_of,
+    sharegpt_keys,
     system_messages,
     turns_of,
 )
@@ -156,7 +157,7 @@ def _messages(record: dict[str, Any], notes: Notes) -> Sample:
 
 
 def _sharegpt(record: dict[str, Any], notes: Notes) -> Sample:
-    turns = turns_of(record, "conversations", ("from", "value"), notes)
+    turns = turns_of(record, "conversations", sharegpt_keys(record.get("conversations")), notes)
     return conversation(record, system_messages(record) + turns, "conversations", notes)
 
 

@@ -18,6 +18,7 @@ from erniekit.data.records.sample import (
     TurnReader,
     alpaca_prompt,
     check_order,
+    sharegpt_keys,
     system_messages,
     turn_of,
     turns_of,
@@ -116,7 +117,8 @@ def pair_of_messages(record: dict[str, Any], notes: Notes, turns: TurnsReader) -
 
 def pair_of_sharegpt(record: dict[str, Any], notes: Notes, turns: TurnsReader) -> Sample:
     """The pair of a record of the type `sharegpt`."""
-    return _conversations(record, ("conversations", "prompt"), system_messages(record), ("from", "value"), notes, turns)
+    keys = sharegpt_keys(next(filter(None, map(record.get, ("conversations", "chosen"))), None))
+    return _conversations(record, ("conversations", "prompt"), system_messages(record), keys, notes, turns)
 
 
 def _conversations(

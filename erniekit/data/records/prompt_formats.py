@@ -16,7 +16,7 @@ from typing import Any, NamedTuple, TypeVar
 
 from erniekit.data.records.errors import BadRecord
 from erniekit.data.records.fields import DECISIVE, Notes, has_content, misspelt
-from erniekit.data.records.sample import ROLES, Sample
+from erniekit.data.records.sample import ROLES, Sample, sharegpt_keys
 from erniekit.data.records.values import kind_of, list_of, text_of, texts_of
 
 RL_SUFFIX = " (RL)"  # distinguishes these types from those of whole conversations
@@ -116,7 +116,8 @@ def _messages(record: dict[str, Any]) -> Closed:
 
 
 def _sharegpt(record: dict[str, Any]) -> Closed:
-    return _of_turns(record, "conversations", list_of(record, "conversations"), ("from", "value"))
+    turns = list_of(record, "conversations")
+    return _of_turns(record, "conversations", turns, sharegpt_keys(turns))
 
 
 def _of_turns(record: dict[str, Any], name: str, turns: Sequence[Any], keys: tuple[str, str]) -> Closed:

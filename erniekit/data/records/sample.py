@@ -66,6 +66,15 @@ class Format(NamedTuple):
     keeps_fields: bool = False
 
 
+def sharegpt_keys(turns: Any) -> tuple[str, str]:
+    """The names of role and content in a conversation of type sharegpt: `from` and `value`, or `role` and `content` as
+    in type messages where its first turn has those (many data sets have `conversations` of them).
+    """
+    first = turns[0] if isinstance(turns, list) and turns else None
+    openai = isinstance(first, dict) and "role" in first and "from" not in first
+    return ("role", "content") if openai else ("from", "value")
+
+
 TurnReader = Callable[[Any, str, tuple[str, str], Notes], dict[str, Any]]  # as turn_of
 
 
@@ -151,8 +160,17 @@ def _role(turn: Any, name: str, keys: tuple[str, str], notes: Notes) -> str:
     check_fields(fields, (*keys, *openai), MESSAGE, DECISIVE_IN_MESSAGES, notes)
     notes.unused.update(f"{key!r} of {MESSAGE}" for key in idle)
     if role is None:
-        raise BadRecord(f"{name} has the role {given!r}", f"the roles are {', '.join(ROLES)}")
+        raise _no_role(turn, name, given)
     return role
+
+
+def _no_role(turn: dict[str, Any], name: str, given: Any) -> BadRecord:
+    if given is None and "from" in turn:
+        return BadRecord(
+            f"{name} has 'from' and 'value', which messages of type sharegpt have",
+            "set the dataset type to sharegpt, with the field 'conversations', or rename them",
+        )
+    return BadRecord(f"{name} has the role {given!r}", f"the roles are {', '.join(ROLES)}")
 
 
 def check_order(turns: list[dict[str, Any]], name: str) -> None:

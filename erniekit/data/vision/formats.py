@@ -15,7 +15,7 @@ from erniekit.data.records.fields import DECISIVE, Notes, check_fields, has_cont
 from erniekit.data.records.formats import ALIASES, VISION_TYPE
 from erniekit.data.records.formats import FORMATS as TEXT_FORMATS
 from erniekit.data.records.prompt_formats import CLOSERS, PROMPT_NAMES, RL_SUFFIX, read_prompt
-from erniekit.data.records.sample import Sample, alpaca_prompt, check_order, label_of, system_messages
+from erniekit.data.records.sample import Sample, alpaca_prompt, check_order, label_of, sharegpt_keys, system_messages
 from erniekit.data.records.tool_calls import match_calls, tools_of
 from erniekit.data.records.values import kind_of, list_of, text_of
 from erniekit.data.vision.boxes import convert_arguments, convert_text, doubt_about
@@ -94,7 +94,7 @@ def _messages(record: dict[str, Any], options: FormatOptions, notes: Notes) -> S
 
 
 def _sharegpt(record: dict[str, Any], options: FormatOptions, notes: Notes) -> Sample:
-    return _of_turns(record, "conversations", ("from", "value"), options, notes)
+    return _of_turns(record, "conversations", sharegpt_keys(record.get("conversations")), options, notes)
 
 
 def _of_turns(record: dict[str, Any], name: str, keys: tuple[str, str], options: FormatOptions, notes: Notes) -> Sample:

@@ -51,6 +51,12 @@ def _waiting(numbers: dict[str, Any]) -> str:
     )
 
 
+def _left_out(data: dict[str, Any]) -> str:
+    """How many samples were not trained on as they are; their first ones have had warnings."""
+    counts = [f"{data[name]} samples {name}" for name in ("dropped", "cut") if data.get(name)]
+    return "".join(f", {count}" for count in counts)
+
+
 def _plain(value: Any) -> Any:
     """Converts NaN and infinity, which JSON lacks, to null."""
     return None if isinstance(value, float) and not math.isfinite(value) else value
@@ -96,7 +102,7 @@ class Summary(Callback):
             log.info(
                 f"{end}: {numbers['steps']} steps, loss {numbers['final_loss']:.4f}, {numbers['num_tokens']} tokens, "
                 f"{numbers['tokens_per_second']:.0f} tokens/s, "
-                f"{_waiting(numbers)}, "
+                f"{_waiting(numbers)}{_left_out(numbers.get('data', {}))}, "
                 f"peak memory {numbers['peak_memory_mb']:.0f} MB; "
                 f"see loss.png, {METRICS_FILE} and summary.json in {self._run.output_dir}"
             )

@@ -2,7 +2,7 @@
 
 import pytest
 
-from erniekit.config import dialects, load, schema, synonyms
+from erniekit.config import dialects, load, schema, synonyms, value_synonyms
 from erniekit.config.compat_keys import RULES
 from erniekit.utils.errors import ConfigError
 
@@ -68,3 +68,36 @@ def test_a_file_of_llama_factory_is_sent_to_its_page():
 def test_a_bare_no_is_not_another_word_for_no():
     assert not [note for note in load(None, ["save_strategy=no"], "version").notes if note.startswith("save_strategy")]
     assert load(None, ["save_strategy=False"], "version").notes[0].startswith("save_strategy: False: read as no")
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ("stage=ppo", "got 'ppo'; stage: RL with rl_algorithm: ppo"),
+        ("stage=orpo", "got 'orpo'; stage: DPO with loss_type: orpo"),
+        ("loss_type=dpo", "got 'dpo'; DPO's loss is sigmoid"),
+        ("loss_type=apo_zero_unpaired", "stage: KTO, with kto_loss_type: apo_zero_unpaired"),
+        ("kto_loss_type=apo_zero", "judged answers have apo_zero_unpaired"),
+        ("scale_rewards=true", "got 'true'; TRL's true is group"),
+        ("optim=adamw_torch", "got 'adamw_torch'; it is adamw"),
+        ("loss_type=sigmoyd", "did you mean sigmoid?"),
+    ],
+)
+def test_values_of_other_toolkits_are_named(given: str, said: str):
+    with pytest.raises(ConfigError) as error:
+        load(None, [given])
+    assert said in str(error.value)
+
+
+@pytest.mark.parametrize("given", ["loss_type=cpo", "loss_type=aot", "loss_type=bco_pair", "rl_loss_type=sapo"])
+def test_another_method_is_no_typo(given: str):
+    with pytest.raises(ConfigError, match="expected one of") as error:
+        load(None, [given])
+    assert "did you mean" not in str(error.value)
+
+
+def test_each_value_of_other_toolkits_belongs_to_a_key_and_is_none_here():
+    fields = schema.fields()
+    for key, values in value_synonyms.table().items():
+        choices = {choice.lower() for choice in fields[key].metadata["choices"]}
+        assert choices and not choices & set(values), key

@@ -237,6 +237,19 @@ def test_a_failed_run_has_a_summary_with_the_error(tmp_path: Path, messages: lis
     assert not any(message.startswith("done") for message in messages)
 
 
+def test_the_last_line_counts_samples_that_were_left_out(tmp_path: Path, messages: list[str]):
+    play([MetricsFile(), Summary()], run_info(tmp_path), range(1, 3), {"data": {"dropped": 32, "cut": 0}})
+    play([MetricsFile(), Summary()], run_info(tmp_path), range(3, 5), {"data": {"dropped": 0, "cut": 3}})
+    play([MetricsFile(), Summary()], run_info(tmp_path), range(5, 7), {"data": {"dropped": 0}})
+    ends = [message for message in messages if message.startswith("done")]
+    assert [("32 samples dropped" in end, "3 samples cut" in end) for end in ends] == [
+        (True, False),
+        (False, True),
+        (False, False),
+    ]
+    assert "samples" not in ends[2]
+
+
 def test_the_end_of_a_run_that_never_began_raises_nothing(tmp_path: Path):
     for callback in build_callbacks(Config()):
         callback.on_end({"error": "no space"})

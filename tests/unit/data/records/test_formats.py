@@ -356,3 +356,20 @@ def test_a_null_beside_a_field_is_no_second_field():
 def test_a_prompt_with_one_answer_is_told_where_they_belong(kind, answer):
     with pytest.raises(DataError, match=r"field 'prompt' does not belong.* are 'instruction' and 'output'.*'messages'"):
         parse_record({"prompt": "q", answer: "a"}, kind)
+
+
+@pytest.mark.parametrize("type_name", ["sharegpt", "sharegpt (RL)", "sharegpt (KTO)", "sharegpt (DPO)"])
+def test_a_conversation_of_sharegpt_may_have_the_names_of_openai(type_name: str):
+    question, answer = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
+    more = {"sharegpt (RL)": {"answer": "1"}, "sharegpt (KTO)": {"label": True}}.get(type_name, {})
+    record = {"system": "s", "conversations": [question, answer], **more}
+    other = {"system": "s", "conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}], **more}
+    if type_name == "sharegpt (DPO)":
+        record |= {"conversations": [question], "chosen": answer, "rejected": {"role": "assistant", "content": "b"}}
+        other = {"system": "s", "conversations": [{"from": "human", "value": "q"}], "chosen": "a", "rejected": "b"}
+    assert parse_record(record, type_name) == parse_record(other, type_name)
+
+
+def test_from_and_value_in_messages_are_named():
+    with pytest.raises(DataError, match="'from' and 'value', which messages of type sharegpt have"):
+        parse_record({"messages": [{"from": "human", "value": "q"}]}, "messages")
