@@ -49,7 +49,11 @@ class TrainArgs:
     )
     load_best_model_at_end: bool = key(False, "The final model is the best checkpoint's, not the last step's.")
     metric_for_best_model: str | None = key(None, "Evaluation metric that ranks checkpoints; not given: loss.")
-    greater_is_better: bool | None = key(None, "Whether that metric should be high; null: not for loss and perplexity.")
+    greater_is_better: bool | None = key(
+        None,
+        "Whether that metric should be high; null: not for losses, perplexity, kl, truncated, reward_bad and "
+        "reward_rejected.",
+    )
     early_stopping_patience: int | None = key(
         None, "Stop after this many evaluations without a new best; null: never.", ge=1
     )

@@ -14,6 +14,8 @@ from erniekit.training.state import TrainState
 from erniekit.utils import log
 from erniekit.utils.errors import TrainError
 
+# metrics beside losses of which a smaller value is better
+_SMALLER = {"eval_perplexity", "eval_kl", "eval_truncated", "eval_reward_bad", "eval_reward_rejected"}
 # they affect training only: an evaluation reads in file order
 _OF_TRAINING = {"seed", "random_shuffle", "mix_strategy", "train_dataset_prob"}
 # they concern the data, or how the loss is computed
@@ -50,8 +52,7 @@ class BestModel:
     def greater_is_better(self) -> bool:
         """Whether a greater value of the metric is better."""
         given = self.cfg.greater_is_better
-        is_loss = self.metric.startswith("eval_loss") or self.metric == "eval_perplexity"
-        return not is_loss if given is None else given
+        return not (self.metric.startswith("eval_loss") or self.metric in _SMALLER) if given is None else given
 
     def measured_under(self) -> dict[str, Any]:
         """The conditions that must be equal for two evaluations to be comparable."""

@@ -58,14 +58,20 @@ def warmup_steps(cfg: Config, max_steps: int) -> int:
 
 
 def warn_of_long_warmup(cfg: Config, max_steps: int) -> None:
-    """Log a warning if the schedule of a run of `max_steps` steps ends within its warm-up; once, however often it is
-    planned.
+    """Log a warning if the schedule of a run of `max_steps` steps ends within its warm-up, or should decay within it;
+    once, however often it is planned.
     """
     warmup, end = warmup_steps(cfg, max_steps), cfg.decay_steps or max_steps
+    name, _, steady = cfg.lr_scheduler_type.partition(":")
     if warmup > end and cfg.lr_scheduler_type != "constant":
         log.once(
             f"warmup_steps: {warmup} steps of warm-up, but the schedule ends at step {end}: the learning rate does not "
             f"reach {cfg.learning_rate:g}"
+        )
+    elif name == "wsd" and warmup > int(steady or end):
+        log.once(
+            f"lr_scheduler_type: {cfg.lr_scheduler_type}: the decay counts from step {int(steady or end)}, as in "
+            f"ERNIEKit, so the learning rate drops when the {warmup} steps of warm-up end. Give a larger number"
         )
 
 

@@ -103,3 +103,11 @@ def test_a_run_that_ends_within_its_warm_up_is_warned_about_once(capsys):
         warn_of_long_warmup(Config(lr_scheduler_type="cosine", warmup_steps=20), 10)
     warn_of_long_warmup(Config(lr_scheduler_type="cosine", warmup_steps=10), 10)
     assert capsys.readouterr().err.count("warmup_steps: ") == 1
+
+
+def test_a_decay_that_begins_within_the_warm_up_is_warned_about(capsys):
+    log.once.cache_clear()
+    warn_of_long_warmup(Config(lr_scheduler_type="wsd:10", warmup_steps=10), 100)
+    assert not capsys.readouterr().err
+    warn_of_long_warmup(Config(lr_scheduler_type="wsd:5", warmup_steps=10), 100)
+    assert "the decay counts from step 5" in capsys.readouterr().err
