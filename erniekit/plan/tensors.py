@@ -40,8 +40,8 @@ class RankTensors:
     """What each rank of one pipeline stage keeps, in bytes; all ranks of a stage keep the same.
 
     `weights`: parameters and buffers by the part of the model that they belong to. `state`: of the optimizer, on the
-    device; `offloaded`: in host memory. `reference`: a preference loss's
-    second model. `average`: the weights' moving average. `copies`: what an adapter remembers of its base.
+    device; `offloaded`: in host memory. `reference`: a second model with which a loss compares, or the values of an
+    adapter before training. `average`: the weights' moving average. `copies`: what an adapter remembers of its base.
     `trained`, `total`: numbers of parameters on this rank. `buckets`: what gradients and updated parameters are sent
     in; `entries`: the trained parameters.
     """
@@ -93,7 +93,7 @@ def rank_tensors(job: Job, mesh: Mesh, model: CausalLM) -> RankTensors:
         gradients=gradient_bytes(entries.values(), job.zero_stage, job.cfg.amp_master_grad),
         state=_largest_state(job, entries) if waits else state,
         offloaded=state if waits else 0,
-        reference=sum(weights.values()) if job.has_second_model else 0,
+        reference=sum(weights.values()) if job.has_second_model else _start_bytes(job, model, trained, chunks),
         average=0 if job.cfg.ema_decay is None else _average_bytes(model, divided),
         copies=_copied_bytes(model),
         trained=sum(_size(p) for p in trained.values()),
@@ -101,6 +101,13 @@ def rank_tensors(job: Job, mesh: Mesh, model: CausalLM) -> RankTensors:
         entries=tuple(entries.values()),
         buckets=tuple(plan_buckets(list(entries.values()))),
     )
+
+
+def _start_bytes(job: Job, model: CausalLM, trained: Mapping[str, paddle.Tensor], chunks: Mapping[int, int]) -> int:
+    """The copy of the adapter of `lora_path` with which a loss compares (training/reference.py)."""
+    if not (job.has_reference and job.cfg.lora_path and lora.state_of(model) is not None):
+        return 0
+    return sum(chunks.get(id(parameter), _bytes(parameter)) for parameter in trained.values())
 
 
 def _num_held(model: CausalLM) -> int:

@@ -90,6 +90,7 @@ LAYOUTS = (
     Layout("dense, DoRA", 1, "tiny-dense", _LONG | _LORA | {"use_dora": True, "modules_to_save": "norm"}),
     Layout("dense, LoRA on 8 bits", 1, "tiny-dense", _LONG | _LORA | {"compute_type": "wint8"}),
     Layout("dense, DPO", 1, "tiny-dense", _DPO),
+    Layout("dense, DPO of an adapter", 1, "tiny-dense", _DPO | _LORA | {"lora_path": "adapter"}),
     Layout("moe", 1, "tiny-moe", _LONG),
     Layout("moe, LoRA", 1, "tiny-moe", _LONG | _LORA),
     Layout("moe, experts recomputed", 1, "tiny-moe", _LONG | {"recompute": True, "recompute_granularity": "moe"}),
@@ -148,7 +149,9 @@ LAYOUTS = (
 
 def prepare(directory: Path) -> None:
     """The models of LAYOUTS with weights, for adapters, and questions for the data file, which is opened, not read."""
+    from erniekit import lora
     from erniekit.checkpoint.model_io import save_model
+    from erniekit.checkpoint.peft_attach import save_adapter
     from erniekit.models.config import ModelConfig
     from erniekit.models.decoder import CausalLM
     from erniekit.models.init import init_weights
@@ -160,13 +163,17 @@ def prepare(directory: Path) -> None:
         model = CausalLM(ModelConfig.from_dir(directory / name))
         init_weights(model, 7)
         save_model(model, directory / name)
+        if name == "tiny-dense":
+            lora.attach(model, lora.LoraOptions(rank=8), tied=model.config.tie_word_embeddings)
+            save_adapter(model, directory / "adapter")
     write_lines(directory / "train.jsonl", [{"src": [f"{n}+{n}等于几？"], "tgt": [str(2 * n)]} for n in range(40)])
 
 
 def run_keys(layout: Layout, directory: Path) -> dict[str, Any]:
     """The keys of a layout's run."""
     keys = keys_of(directory / layout.model, directory / "train.jsonl", directory / "out", **layout.keys)
-    return keys | {"train_dataset_path": str(directory / keys["train_dataset_path"])}
+    paths = {key: str(directory / keys[key]) for key in ("train_dataset_path", "lora_path") if key in keys}
+    return keys | paths
 
 
 def measure(keys: dict[str, Any]) -> dict[str, dict[str, int]]:
