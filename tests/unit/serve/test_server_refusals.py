@@ -7,10 +7,12 @@ import threading
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import httpx
 import numpy as np
 import pytest
+from starlette.responses import PlainTextResponse
 from support.loopback_server import KEY, serving
 from support.tiny_directories import model_directory
 from support.tiny_server import CHAT, COMPLETIONS, QUESTION, Asking, client, error_of, opened
@@ -18,7 +20,7 @@ from support.tiny_server import CHAT, COMPLETIONS, QUESTION, Asking, client, err
 from erniekit.config import load
 from erniekit.generation.load import ChatModel
 from erniekit.serve.server import serve
-from erniekit.serve.server_access import is_loopback, key_digests
+from erniekit.serve.server_access import Gate, is_loopback, key_digests
 from erniekit.serve.server_errors import ApiError
 from erniekit.utils.errors import CheckpointError, ConfigError
 
@@ -155,6 +157,24 @@ def test_other_paths_methods_kinds_and_sizes(server: Asking):
 def test_a_page_whose_name_points_here_is_refused(server: Asking, host: str):
     for path in ("/v1/models", "/health"):
         assert error_of(server.http.get(path, headers={"host": host}), 403)["code"] == "host_not_allowed"
+
+
+@pytest.mark.parametrize(("path", "status"), [("/health", 200), ("/v1/models", 400)])
+def test_health_alone_is_told_without_a_host(path: str, status: int):
+    """HAProxy's and other health checks ask by HTTP/1.0."""
+    sent: list[dict[str, Any]] = []
+
+    async def send(message: dict[str, Any]) -> None:
+        sent.append(message)
+
+    scope = {"type": "http", "method": "GET", "path": path, "headers": []}
+    gate = Gate(PlainTextResponse("ok"), host="127.0.0.1", allowed_hosts=(), keys=())
+    asyncio.run(gate(scope, _nothing, send))
+    assert sent[0]["status"] == status
+
+
+async def _nothing() -> dict[str, Any]:
+    return {"type": "http.request", "body": b"", "more_body": False}
 
 
 def test_names_of_this_machine_are_answered(server: Asking, model_dir: Path, model: ChatModel):
