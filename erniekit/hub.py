@@ -68,6 +68,12 @@ def _find(name: str, key: str, kind: str, patterns: list[str], error_type: type[
     """The local path; None if the text may be a Hub name."""
     path = local_path(name)
     if path is not None:
+        snapshots = sorted(path.glob("snapshots/*/")) if path.name.startswith(f"{kind}s--") else []
+        if snapshots:
+            raise error_type(
+                f"{key}: {path} is the Hugging Face Hub's cache of all versions. Hint: name one of them: "
+                f"{', '.join(map(str, snapshots))}"
+            )
         return path
     if not _NAME.fullmatch(name) or (
         kind == "dataset" and Path(name).suffix.lower() in {pattern[1:] for pattern in patterns}

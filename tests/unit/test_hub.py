@@ -107,3 +107,12 @@ def test_a_failed_download_names_the_hub_that_was_asked(other_hubs, monkeypatch)
     sys.modules["aistudio_sdk.snapshot_download"].snapshot_download = refused
     with pytest.raises(CheckpointError, match=r"not be downloaded from AI Studio .ValueError: no such repository"):
         resolve_model("owner/name", "aistudio")
+
+
+def test_the_cache_of_the_hub_is_not_taken_for_a_model(tmp_path):
+    for revision in ("ab12", "cd34"):
+        (tmp_path / "models--owner--name" / "snapshots" / revision).mkdir(parents=True)
+    with pytest.raises(CheckpointError, match="name one of them: .*snapshots/ab12, .*snapshots/cd34"):
+        resolve_model(str(tmp_path / "models--owner--name"))
+    snapshot = tmp_path / "models--owner--name" / "snapshots" / "cd34"
+    assert resolve_model(str(snapshot)) == snapshot
