@@ -112,7 +112,7 @@ def test_a_failed_download_names_the_hub_that_was_asked(other_hubs, monkeypatch)
 def test_the_cache_of_the_hub_is_not_taken_for_a_model(tmp_path):
     for revision in ("ab12", "cd34"):
         (tmp_path / "models--owner--name" / "snapshots" / revision).mkdir(parents=True)
-    with pytest.raises(CheckpointError, match="name one of them: .*snapshots/ab12, .*snapshots/cd34"):
+    with pytest.raises(CheckpointError, match=r"name one of them: .*snapshots/ab12, .*snapshots/cd34"):
         resolve_model(str(tmp_path / "models--owner--name"))
     snapshot = tmp_path / "models--owner--name" / "snapshots" / "cd34"
     assert resolve_model(str(snapshot)) == snapshot
