@@ -158,6 +158,7 @@ class ModelReader:
         if dtype not in FLOATS or shape != expected.shape:
             return False
         rounded = to_fp32(convert(expected, "F32", dtype), dtype)
+        # Within what computing them in that type, and not only storing them in it, may lose: a few units of 8 bits.
         coarse = dtype in ("F16", "BF16")
         return np.allclose(self.reader.read(name, as_fp32=True), rounded, rtol=1e-2 if coarse else 1e-4, atol=1e-7)
 

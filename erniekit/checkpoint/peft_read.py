@@ -222,9 +222,9 @@ class _Reading:
                 + (f", {experts} experts" if experts > 1 else "")
             )
             return
-        told = self.content.rank_of(self._path(key))
-        if key not in self.scales and rank != told:  # those of experts one by one have another rank together
-            self.misshapen.append(f"{self._path(key)}: rank {rank}, and {ADAPTER_CONFIG_FILE} says {told}")
+        expected = self.content.rank_of(self._path(key))
+        if key not in self.scales and rank != expected:  # those of experts one by one have another rank together
+            self.misshapen.append(f"{self._path(key)}: rank {rank}, and {ADAPTER_CONFIG_FILE} says {expected}")
             return
         scaling = self.scales.get(key) or self.content.scaling(self._path(key), rank)
         slots.setdefault(module, {})[part] = Slot(rank, scaling)

@@ -16,9 +16,9 @@ from erniekit.checkpoint.quantised_codecs import Codec, PackQuantized, Unpacked
 from erniekit.checkpoint.safetensors_read import Reader
 from erniekit.precision.codes import FP8_BLOCK, FP8_CHANNEL, FP8_TENSOR, CodeSpec, full_range
 
-# Those of compressed-tensors whose tensors are read; "mixed-precision" says that each group has a format of its own.
-_COMPRESSED_FORMATS = (
-    *(None, "dense", "pack-quantized", "int-quantized", "float-quantized", "naive-quantized", "mixed-precision"),
+# The formats of compressed-tensors whose tensors are read; "mixed-precision": each group has its own.
+_COMPRESSED_FORMATS = tuple(
+    "dense pack-quantized int-quantized float-quantized naive-quantized mixed-precision".split()
 )
 
 
@@ -102,7 +102,7 @@ def _groups_of(settings: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
 def _unsupported_settings(settings: Mapping[str, Any]) -> Iterator[str]:
     """What the settings of compressed-tensors say of weights in a form that is not read here."""
     for where, said in {"quantization_config": settings, **_groups_of(settings)}.items():
-        if said.get("format") not in _COMPRESSED_FORMATS:
+        if said.get("format") is not None and said["format"] not in _COMPRESSED_FORMATS:
             yield f"{where}: format: {said.get('format')!r:.40}"
     for name, group in _groups_of(settings).items():
         weights = group.get("weights")

@@ -222,10 +222,8 @@ def _layouts(cfg: Config, degrees: ParallelDims) -> tuple[Layout, ...]:
             continue
         # A degree of 1 or -1 needs no override: either nothing is sharded, or it is over all data ranks.
         sharding = math.gcd(cfg.sharding_parallel_degree, batch) if cfg.sharding_parallel_degree > 1 else 1
-        overrides, note = (
-            [f"--data_parallel_degree={batch // sharding}"],
-            f"{data} data ranks instead of {degrees.data}",
-        )
+        overrides = [f"--data_parallel_degree={batch // sharding}"]
+        note = f"{data} data ranks instead of {degrees.data}"
         if accumulates:
             overrides.append(f"--gradient_accumulation_steps={batches // batch}")
             note += (

@@ -14,9 +14,7 @@ from erniekit.config.paths import expand
 from erniekit.config.values import Scalar, shown, split_list, split_numbers, to_bool, to_float, to_int
 
 _NULL = {"none", "null", ""}
-_CLOSE = (
-    0.8  # from this difflib ratio on, a value counts as a typo of another; sapo and gspo have 0.75, ppo and DPO 0.67
-)
+_CLOSE = 0.8  # from this difflib ratio on, a value counts as a typo; sapo and gspo, two methods, have 0.75
 _FLAT_LIST = "a flat list"
 
 

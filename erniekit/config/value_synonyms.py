@@ -11,7 +11,7 @@ _INSTEAD: dict[str, dict[str, str]] = {
     "stage": {
         **{name: _STAGE_OF_POLICY.format(name) for name in ("grpo", "gspo", "dapo", "cispo", "ppo")},
         **{name: _STAGE_OF_LOSS.format(name) for name in ("orpo", "simpo", "ipo")},
-        "rlhf": "stage: RL",
+        "rlhf": "stage: DPO for pairs, KTO for judged answers, RL for rewards",
         "reward": "stage: RM",
         "cpt": "stage: PT",
     },

@@ -133,7 +133,7 @@ class MoELayer(nn.Layer):
         self.gate = Gate(sizes.hidden_size, sizes.num_experts, modalities, sizes.init_std)
         self.moe_statics = RouterStatics(modalities, sizes.num_experts)
         self.ranks: ExpertRanks | None = None  # set by parallelize() where the experts are sharded over processes
-        self.on_routing: OnRouting | None = None  # told of each choice of experts, where it is set
+        self.on_routing: OnRouting | None = None  # called with each choice of experts, where it is set
         widths = sizes.intermediate_sizes
         self.experts = Experts(sizes.num_local_experts, sizes.hidden_size, widths[TEXT], sizes.init_std)
         if modalities == 2:

@@ -203,14 +203,14 @@ class LLM:
                 None if num is None else self._prompt_scores(wanted.requests[0], num)
                 for (wanted, _, _), num in zip(plans, scores, strict=True)
             ]
-            told = [_Answer(AnswerReader(tokenizer, how)) for wanted, how, _ in plans for _ in wanted.requests]
+            pending = [_Answer(AnswerReader(tokenizer, how)) for wanted, how, _ in plans for _ in wanted.requests]
             generations: list[Generation] = []
             try:
                 with _as_user_errors():
                     for wanted, _, _ in plans:
                         generations += [self._engine.add(request) for request in wanted.requests]
-                    ends = self._answers(dict(zip(map(id, generations), told, strict=True)))
-                    for _ in track(ends, len(told), "answers") if shows else ends:
+                    ends = self._answers(dict(zip(map(id, generations), pending, strict=True)))
+                    for _ in track(ends, len(pending), "answers") if shows else ends:
                         pass
             finally:
                 for generation in generations:
@@ -221,7 +221,7 @@ class LLM:
             results, first = [], 0
             for (wanted, _, text), scored in zip(plans, prompt_scores, strict=True):
                 last = first + len(wanted.requests)
-                results.append(self._result(wanted, text, scored, told[first:last], generations[first:last]))
+                results.append(self._result(wanted, text, scored, pending[first:last], generations[first:last]))
                 first = last
         return results
 
@@ -233,12 +233,12 @@ class LLM:
             log.warning(f"prompt_logprobs: a prompt of {len(request.prompt)} tokens has none: {error}")
             return None
 
-    def _answers(self, told: dict[int, "_Answer"]) -> Iterator[None]:
+    def _answers(self, pending: dict[int, "_Answer"]) -> Iterator[None]:
         """Runs the engine, and gives something for each answer that has ended."""
         while not self._engine.is_idle:
             for generation in self._engine.step():
                 for event in generation.new_events():
-                    if told[id(generation)].push(event):
+                    if pending[id(generation)].push(event):
                         self._engine.cancel(generation)  # a text of `stop` may have come
                         yield
                         break
@@ -248,7 +248,7 @@ class LLM:
         wanted: Plan,
         text: str | None,
         scored: Sequence[TokenScore | None] | None,
-        told: Sequence["_Answer"],
+        pending: Sequence["_Answer"],
         generations: Sequence[Generation],
     ) -> RequestOutput:
         ids, self._num_requests = list(wanted.requests[0].prompt), self._num_requests + 1
@@ -265,7 +265,7 @@ class LLM:
             prompt_logprobs=prompt_logprobs,
             outputs=[
                 self._output(index, answer, generation)
-                for index, (answer, generation) in enumerate(zip(told, generations, strict=True))
+                for index, (answer, generation) in enumerate(zip(pending, generations, strict=True))
             ],
             num_cached_tokens=generations[0].num_reused,
         )

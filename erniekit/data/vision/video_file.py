@@ -53,13 +53,13 @@ def probe(file: BinaryIO, name: str, max_frames: int, max_seconds: float) -> Vid
             count = 0
         if count > max_frames:
             raise _too_long(name, count, max_frames)
-        is_told = count > 0 and rate > 0 and _header_is_steady(stream, rate)
+        header_suffices = count > 0 and rate > 0 and _header_is_steady(stream, rate)
         first = next(_frames(container, stream, name, end), None)
         turns = 0 if first is None else _quarter_turns(first)
         if turns % 2:
             width, height = height, width
     times = None
-    if not is_told:
+    if not header_suffices:
         shown = _shown_times(file, name, end)
         if len(shown) >= count:  # a file that breaks off has fewer: decoding will say so
             count = len(shown)

@@ -87,7 +87,7 @@ class Board(Callback):
         """Open the log: a resumed run's own, if its id is known. Raises TrainError if that fails."""
         cfg = self._cfg
         ids = _ids(run.output_dir) if run.start_step else {}
-        told = TrackedRun(
+        tracked = TrackedRun(
             directory=cfg.logging_dir or str(run.output_dir / "runs"),
             start_step=run.start_step,
             project=cfg.project or DEFAULT_PROJECT,
@@ -96,14 +96,14 @@ class Board(Callback):
             run_id=ids.get(self._name),
         )
         try:
-            self._tracker = self._open(told)
+            self._tracker = self._open(tracked)
         except Exception as error:  # any error of the package
             raise TrainError(
                 f"report_to: {self._name} cannot start ({type(error).__name__}: {error}). Correct its settings, or "
                 f"remove {self._name} from report_to."
             ) from error
         if self._tracker.run_id is not None:
-            if run.start_step and told.run_id is None:
+            if run.start_step and tracked.run_id is None:
                 log.info(f"report_to: {self._name}: no id of the resumed run in {IDS_FILE}: a new run begins there")
             _keep_id(run.output_dir, self._name, self._tracker.run_id, ids)
 

@@ -160,7 +160,7 @@ def test_a_page_whose_name_points_here_is_refused(server: Asking, host: str):
 
 
 @pytest.mark.parametrize(("path", "status"), [("/health", 200), ("/v1/models", 400)])
-def test_health_alone_is_told_without_a_host(path: str, status: int):
+def test_health_alone_is_answered_without_a_host(path: str, status: int):
     """HAProxy's and other health checks ask by HTTP/1.0."""
     sent: list[dict[str, Any]] = []
 

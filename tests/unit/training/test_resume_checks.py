@@ -299,18 +299,23 @@ def test_state_that_was_saved_and_is_gone_is_an_error_with_the_cure(fit):
 
 
 @pytest.mark.parametrize(
-    ("file", "content", "words"),
+    ("file", "content", "words", "cure"),
     [
-        ("trainer_state.json", b'{"step": 2', "trainer_state.json.*not JSON"),
-        ("model.safetensors", b"half", "too short for the header"),
-        ("optimizer/model.safetensors", b"half", "optimizer/model.safetensors: 4 bytes, too short"),
+        ("trainer_state.json", b'{"step": 2', "trainer_state.json.*not JSON", "Resume from an older checkpoint"),
+        ("model.safetensors", b"half", "too short for the header", r"resume_from_checkpoint=.*checkpoint-1\.$"),
+        (
+            "optimizer/model.safetensors",
+            b"half",
+            "optimizer/model.safetensors: 4 bytes, too short",
+            "ignore_load_lr_and_optim: true .*resume_from_checkpoint=.*-1",
+        ),
     ],
 )
-def test_a_run_goes_back_from_a_damaged_checkpoint_and_keeps_it(fit, said, file, content, words):
+def test_a_run_goes_back_from_a_damaged_checkpoint_and_keeps_it(fit, said, file, content, words, cure):
     whole = [fit(max_steps=step) for step in (1, 2)][-1]
     (fit.out / "checkpoint-2" / file).write_bytes(content)
-    with pytest.raises(CheckpointError, match=rf"resume_from_checkpoint=.*checkpoint-1\.$|{words}"):
-        fit(max_steps=3, resume_from_checkpoint=str(fit.out / "checkpoint-2"))  # what the user names is not passed over
+    with pytest.raises(CheckpointError, match=cure):
+        fit(max_steps=3, resume_from_checkpoint=str(fit.out / "checkpoint-2"))  # the user's choice is not replaced
     if file.startswith("optimizer"):
         assert fit(max_steps=2) == []  # the run has ended
         (fit.out / "model.safetensors").unlink()
@@ -324,6 +329,15 @@ def test_a_run_goes_back_from_a_damaged_checkpoint_and_keeps_it(fit, said, file,
     with pytest.raises(
         CheckpointError, match=r"none of the checkpoints .*checkpoint-2: .*; nor are checkpoint-1\. Set"
     ):
+        fit(max_steps=3)
+
+
+def test_an_optimizer_state_that_is_gone_is_an_error_with_the_cure(fit):
+    """No damage of a disk: users delete it from runs that have ended."""
+    for step in (1, 2):
+        fit(max_steps=step)
+    (fit.out / "checkpoint-2" / "optimizer" / "model.safetensors").unlink()
+    with pytest.raises(CheckpointError, match=r"ignore_load_lr_and_optim: true .*resume_from_checkpoint=.*-1"):
         fit(max_steps=3)
 
 
