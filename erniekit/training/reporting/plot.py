@@ -38,10 +38,15 @@ def draw(records: list[dict[str, Any]], path: Path, title: str) -> None:
 
     steps, rewards = column(records, "reward_margin")
     has_rewards = len(steps) > 0
-    figure = Figure(figsize=(9, 8 if has_rewards else 6), dpi=120, layout="constrained")
+    height = 8 if has_rewards else 6
+    figure = Figure(figsize=(9, height), dpi=120)
     FigureCanvasAgg(figure)
     heights = [3, 2, 1] if has_rewards else [3, 1]
     panels = figure.subplots(len(heights), 1, sharex=True, height_ratios=heights)
+    # Fixed margins: a layout engine draws everything several times to measure it.
+    figure.subplots_adjust(
+        left=0.09, right=0.92 if has_rewards else 0.985, top=1 - 0.33 / height, bottom=0.55 / height, hspace=0.12
+    )
     upper, lower = panels[0], panels[-1]
     _draw_train(upper, *column(records, "loss"), _TRAIN, "train")
     _draw_modalities(upper, records)
@@ -121,6 +126,7 @@ class LossPlot(Callback):
 
     def __init__(self) -> None:
         self._directory: Path | None = None
+        self._num_drawn = 0
 
     def on_start(self, run: RunInfo) -> None:
         """Remember the run's directory."""
@@ -140,9 +146,10 @@ class LossPlot(Callback):
         path = self._directory / "loss.png"
         try:
             records = list(read_metrics(self._directory / FILE_NAME))
-            if not any(record.get("loss") is not None for record in records):
+            if len(records) == self._num_drawn or not any(record.get("loss") is not None for record in records):
                 return
             with atomic.new_file(path) as temporary:
                 draw(records, temporary, self._directory.name)
+            self._num_drawn = len(records)
         except Exception as error:  # any error of the drawing library: a plot must not end a run
             log.warning(f"{path}: not drawn ({type(error).__name__}: {error}); the numbers are in {FILE_NAME}")
