@@ -20,7 +20,7 @@ FETCH = "utils/device_sums.py:fetch"  # losses, metrics, norms, routers' numbers
 EXPERTS = "moe/layer.py:_start"  # the choice of experts, which gives the sizes of the dropless products
 SPARSE_LAYERS = 3  # of the model "moe"
 LORA = {"fine_tuning": "LoRA", "lora_rank": 4, "continue_training": True}
-LABELS, PAIRS = 3, 4  # uploads of a microbatch's labels: places, labels, weights; of a set of answers
+LABELS, PAIRS = 3, 3  # uploads of a microbatch's labels: places, labels, weights; of a set of answers
 
 
 @pytest.fixture(scope="module")
