@@ -57,6 +57,12 @@ def test_a_sparse_layer_adds_one_read_and_one_upload(directory: Path, method: di
     }
 
 
+def test_a_layer_of_two_modalities_adds_two_reads_and_what_finds_them_is_uploaded_once(directory: Path):
+    found = step(directory, "vl", rows=4)
+    assert found["reads"] == {FETCH: 1, EXPERTS: 2 * SPARSE_LAYERS * 2}
+    assert found["uploads"]["moe/layer.py"] == 3 * 2
+
+
 def test_recomputation_and_prediction_ahead(directory: Path):
     found = step(directory, "moe", rows=2, recompute=True)
     assert found["reads"] == {FETCH: 1, EXPERTS: 2 * SPARSE_LAYERS * 4}
