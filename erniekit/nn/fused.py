@@ -49,6 +49,11 @@ def enable(enabled: bool) -> None:
     _enabled = enabled
 
 
+def are_enabled() -> bool:
+    """Whether fused operators are used where they apply."""
+    return _enabled
+
+
 def applies(operator: Operator, x: paddle.Tensor) -> bool:
     """Whether `operator` computes with x: it is on a GPU, and the kernel has its element type."""
     return _enabled and x.place.is_gpu_place() and str(x.dtype).removeprefix("paddle.") in operator.dtypes

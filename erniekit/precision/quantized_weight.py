@@ -100,6 +100,8 @@ class KernelMatrix(Matrix):
 
     def times(self, x: paddle.Tensor) -> paddle.Tensor:
         """See Matrix."""
+        if not fused.are_enabled():
+            return super().times(x)
         major, minor = fused.compute_capability() or _CAPABILITIES[0]
         return weight_only_linear(
             x,

@@ -121,6 +121,12 @@ def test_the_gpu_kernel_gets_codes_and_scales_of_every_group(
     assert gpu == [scheme.name]
     close(y.numpy(), x @ dense)
     close(x_t.grad.numpy(), upstream @ dense.T)
+    fused.enable(False)
+    try:
+        close(held(x_t).numpy(), x @ dense)
+    finally:
+        fused.enable(True)
+    assert gpu == [scheme.name], "plain operations call no kernel"
     plain = dequantise(*quantise(weight, scheme), scheme, 192)
     step = np.abs(weight).reshape(-1, scheme.group or 192, 128).max(axis=1).repeat(scheme.group or 192, axis=0)
     assert (np.abs(dense - plain) <= step * (2**-8 + 1.01 / scheme.levels[-1])).all()
