@@ -199,15 +199,19 @@ def _training_precision(cfg: Config, device: str | None) -> Policy:
     here = device or paddle.get_device()
     fp8 = choose_fp8(cfg, here, is_assumed=device is not None)
     emulates = cfg.emulate_precision and (fp8 is None or here == "cpu")
-    return dataclasses.replace(policy.choose(cfg.compute_type, here, emulates), fp8=fp8, qat=choose_qat(cfg))
+    precision = policy.choose(cfg.compute_type, here, emulates)
+    if device is None:
+        policy.computable(precision, cfg.compute_type)
+    return dataclasses.replace(precision, fp8=fp8, qat=choose_qat(cfg))
 
 
 def inference_options(cfg: Config, adapter_dir: Path | None = None, random_start: bool = False) -> ModelOptions:
     """The options with which evaluation and generation build the model that `erniekit train` starts from, or has
     trained, with the same configuration.
     """
+    precision = policy.computable(policy.choose(cfg.compute_type, paddle.get_device()), cfg.compute_type)
     return ModelOptions(
-        precision=dataclasses.replace(policy.choose(cfg.compute_type, paddle.get_device()), qat=choose_qat(cfg)),
+        precision=dataclasses.replace(precision, qat=choose_qat(cfg)),
         random_start=random_start,
         seed=cfg.seed,
         overrides=overrides_of(cfg),
