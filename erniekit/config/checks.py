@@ -368,6 +368,8 @@ def _precision(cfg: Config) -> Iterator[str]:
             f"emulate_precision: it is for compute_type: bf16 or fp16, which a CPU lacks, not for {cfg.compute_type}. "
             "Remove it, or set compute_type: bf16"
         )
+    elif cfg.emulate_precision and cfg.fp8 == "none" and rl_keys.generates(cfg):  # with fp8 a GPU emulates, too
+        yield rl_keys.no_generation(cfg)
 
 
 def _fp8(cfg: Config) -> Iterator[str]:

@@ -12,7 +12,7 @@ from support.tiny_directories import model_directory, write_lines
 from support.tiny_sizes import MOE
 
 from erniekit import build, lora
-from erniekit.build import ModelOptions, Overrides, load_model, prepare_model
+from erniekit.build import ModelOptions, load_model, prepare_model
 from erniekit.checkpoint.model_reader import ModelReader
 from erniekit.checkpoint.peft_attach import save_adapter
 from erniekit.config import Config, load
@@ -21,6 +21,7 @@ from erniekit.evaluate.run import evaluate
 from erniekit.export.export import export
 from erniekit.generation.load import find_model, open_model
 from erniekit.models.config import ModelConfig
+from erniekit.models.overrides import Overrides
 from erniekit.parallel.mesh import Mesh
 from erniekit.precision.policy import Policy
 from erniekit.training.build import build_run
