@@ -312,6 +312,11 @@ def _training(cfg: Config) -> Iterator[str]:
         strategy = cfg.evaluation_strategy
         reason = "do_eval: True" if strategy == "no" else f"evaluation_strategy: {strategy}"
         yield f"eval_dataset_path: needed with {reason}"
+    if cfg.elastic and cfg.batch_size_warmup_steps and cfg.method.reads("batch_size_warmup_steps"):
+        yield (
+            f"elastic: not with batch_size_warmup_steps: {cfg.batch_size_warmup_steps}: a smaller job could not keep "
+            "the same growing batch. Leave one of the two out"
+        )
 
 
 def shape_given(cfg: Config) -> dict[str, int | float | bool]:

@@ -8,7 +8,7 @@ from erniekit.config.schema import Config
 from erniekit.models.config import ModelConfig
 from erniekit.models.config_rope import scaled_positions
 from erniekit.utils import log
-from erniekit.utils.errors import ConfigError
+from erniekit.utils.errors import CheckpointError, ConfigError
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,9 @@ class Overrides:
     score_head: bool | None = None
 
     def apply(self, model_config: ModelConfig) -> ModelConfig:
-        """The model's configuration with these changes, each of which is logged."""
+        """The model's configuration with these changes, each of which is logged. ConfigError where it cannot have
+        them.
+        """
         changes: dict[str, Any] = {}
         if self.rope_theta is not None and self.rope_theta != model_config.rope_theta:
             before = f"{model_config.rope_theta:g}"
@@ -54,7 +56,12 @@ class Overrides:
                 changes["moe_group_experts"] = True
         if self.score_head is not None and self.score_head != model_config.has_score_head:
             changes |= _with_score_head(model_config)
-        return dataclasses.replace(model_config, **changes)
+        changed = dataclasses.replace(model_config, **changes)
+        try:
+            changed.check("the keys and the model's config.json do not go together", "Leave the key out")
+        except CheckpointError as error:
+            raise ConfigError(str(error)) from None
+        return changed
 
     def _scaling(self, model_config: ModelConfig) -> dict[str, Any]:
         """The change that `rope_scaling` makes; none where the model's positions are scaled so already."""

@@ -14,6 +14,7 @@ from erniekit.parallel.mesh import Mesh, ParallelDims
 from erniekit.training.freezing import check_frozen
 from erniekit.training.methods import method_of
 from erniekit.utils import log
+from erniekit.utils.errors import UserError
 
 
 def check(cfg: Config, directory: Path, tokenizer: Path, model_config: ModelConfig, degrees: ParallelDims) -> None:
@@ -39,6 +40,13 @@ def _check(cfg: Config, directory: Path, tokenizer: Path, model_config: ModelCon
     for stage, chunks in enumerate(cut_layers(cfg, prepared.config, degrees.pipeline)):
         mesh = Mesh.outline(degrees, stage * degrees.data * degrees.tensor)
         build.outline(prepared.config, options, mesh, chunks, prepared.adapter)
-    teacher = cfg.teacher_model_name_or_path
-    if teacher is None or hub.find_model(teacher) is not None:  # what is not here is not downloaded
+    if not _is_downloaded(cfg.teacher_model_name_or_path):
         method_of(cfg).check(cfg, prepared, load_tokenizer(tokenizer), degrees)
+
+
+def _is_downloaded(model: str | None) -> bool:
+    """Whether the run downloads a model, which is not looked into before that."""
+    try:
+        return model is not None and hub.find_model(model) is None
+    except UserError:
+        return False  # the run says what is wrong with the name
