@@ -233,6 +233,7 @@ class PreparedModel:
         if isinstance(adapter, AdapterDirectory):
             assert self.adapter is not None
             attach_stored(model, self.adapter, adapter.dropout)
+            load_product_state(model, self.adapter.path)  # trained with the adapter, such as the ranges of qat
         elif adapter is not None:
             tied = self.config.tie_word_embeddings
             lora.attach(model, adapter, our_shapes(self.config), tied, share=model.shard.share)
