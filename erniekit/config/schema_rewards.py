@@ -32,9 +32,7 @@ RIGHT_OR_WRONG = ("accuracy", "math", "exact", "choice")  # what the reward cosi
 
 @dataclass(frozen=True, kw_only=True)
 class RewardArgs:
-    """Which functions score a completion, and what is done where one fails (docs/rewards.md). Read only with stage:
-    RL.
-    """
+    """Which functions score a completion, and what is done where one fails (docs/rewards.md)."""
 
     group: ClassVar[str] = "rewards"
 

@@ -80,8 +80,11 @@ def inspect(report: Report, cfg: Config, command: str, facts: ModelFacts, wishes
         elif cfg.method.records is Records.PROMPTS:
             from erniekit.cli.check import prompts  # imports Paddle
 
-            found = prompts.inspect(report, section, cfg, split, facts)
-            steps.total = steps.total or found
+            found, counted = prompts.inspect(report, section, cfg, split, facts)
+            steps.total = steps.total or counted
+            if found is not None and (wishes.preview or not report.count("error")):
+                count = wishes.preview or 1
+                tiles += prompts.show(report, found, tokenizer, cfg.answer_key, split, count, wishes.first, written)
         else:
             tiles += _rows(report, section, cfg, split, facts, wishes, steps, opened, written)
     _draw(report, tiles, wishes)
@@ -119,8 +122,11 @@ def _rows(
                 _steps(section, cfg, loader, ranks, steps)
             if split == "eval" and usable and report.command == "train":
                 require_metric(cfg, loader)
+    feeds = _record_feeds(feed, split)
+    if feed is not None and not feeds and (wishes.preview or written is not None):
+        section.add("note", "token files hold no records, so there are none to show")
     if wishes.preview or not report.count("error"):
-        for name, part in _record_feeds(feed, split):
+        for name, part in feeds:
             count = wishes.preview or 1
             tiles += preview.inspect(report, part, tokenizer, name, count, wishes.first, written)
     return tiles

@@ -29,7 +29,7 @@ def test_version_takes_no_arguments():
 
 
 def test_help_takes_the_name_of_one_command():
-    with pytest.raises(ConfigError, match="takes the name of one command, but got: train learning_rate"):
+    with pytest.raises(ConfigError, match="takes the name of one command or key, but got: train learning_rate"):
         info.help(["train", "learning_rate"])
 
 
@@ -96,5 +96,13 @@ def test_help_of_a_command_without_keys_lists_its_options():
 
 
 def test_help_of_a_misspelt_command_names_the_nearest():
-    with pytest.raises(ConfigError, match=r"no command named 'trian' \(did you mean train\?\)"):
+    with pytest.raises(ConfigError, match=r"no command and no key named 'trian' \(did you mean train\?\)"):
         info.usage("trian")
+
+
+def test_help_of_a_key_says_what_it_means_and_who_reads_it():
+    text = " ".join(info.usage("learning_rate").split())
+    assert text.startswith("learning_rate (5e-05; at least 0): Highest learning rate. Read by: train.")
+    assert text.endswith("Default with stage RL or VL-RL: 1e-06.")
+    assert "Read by: train, eval, chat, server." in info.usage("max_pixels")
+    assert all("Read by: " in info.usage(name) for name in schema.fields())

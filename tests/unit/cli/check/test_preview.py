@@ -98,3 +98,27 @@ def test_a_preview_of_a_wrong_number(given):
     for wrong in ("some", "-1", "100000"):
         with pytest.raises(ConfigError, match=f"preview={wrong}: expected a number of records from 0 to 1000"):
             check.run([*given, f"preview={wrong}"])
+
+
+def test_prompts_of_reinforcement_learning_are_shown_too(tmp_path, capsys):
+    lines = [{"src": [f"{number}+1="], "answer": f"{number + 1}"} for number in range(4)]
+    values = {
+        "model_name_or_path": REPOSITORY / "examples/models/tiny-dense",
+        "continue_training": False,
+        "stage": "RL",
+        "reward_funcs": "exact",
+        "train_dataset_path": write_lines(tmp_path / "prompts.jsonl", lines),
+        "max_completion_length": 8,
+        "output_dir": tmp_path / "out",
+    }
+    words = [f"{name}={value}" for name, value in values.items()]
+    assert check.run([*words, "preview=2", "first=3", f"records={tmp_path}/out.json"]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    third, fourth = said.split("train prompt 3 as the model gets it")[1].split("train prompt 4 as the model gets it")
+    assert "prompts.jsonl:3: " in third and "2+1=" in third and "answer: '3'" in third and "answer: '4'" in fourth
+    written = json.loads((tmp_path / "out.json").read_text())
+    assert [record["where"].rpartition(":")[2] for record in written] == ["3", "4"]
+    tokens = written[0]["documents"][0]["tokens"]
+    assert "2+1=" in "".join(text for text, _, _ in tokens) and not any(trained for _, trained, _ in tokens)
+    assert check.run(words) == 0
+    assert "the first train prompt as the model gets it" in " ".join(capsys.readouterr().out.split())
