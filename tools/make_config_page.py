@@ -36,7 +36,7 @@ DEFAULTS = """
 
 With these stages, keys that are not given have other values than the tables above say.
 
-| key | default | stage |
+| stage | key | default |
 | --- | --- | --- |
 """
 
@@ -128,7 +128,7 @@ def _theirs(name: str) -> str:
 
 
 def _defaults() -> Iterable[str]:
-    return (_line([f"`{key}`", f"`{value}`", stages]) for key, value, stages in reference.method_defaults())
+    return (_line([stages, f"`{key}`", f"`{value}`"]) for key, value, stages in reference.method_defaults())
 
 
 def _aliases() -> Iterable[str]:

@@ -78,4 +78,4 @@ def test_defaults_of_methods_are_in_the_page_and_in_help():
     assert ("top_p", "1.0", "GKD, RL or VL-RL") in reference.method_defaults()
     page, text = tool.page(), info.usage("train")
     for key, value, stages in reference.method_defaults():
-        assert f"| `{key}` | `{value}` | {stages} |" in page and f"  {key}: {value} with stage: {stages}" in text
+        assert f"| {stages} | `{key}` | `{value}` |" in page and f"  {key}: {value} with stage: {stages}" in text
