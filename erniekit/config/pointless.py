@@ -329,12 +329,8 @@ _MODEL_RULES = [
         lambda c, f: not c.attention_probs_dropout_prob,
         "attention_probs_dropout_prob is 0",
     ),
-    Rule(
-        _names(ShapeArgs),
-        always,
-        "`{command}` reads the model's config.json",
-        ("eval", "chat", "server", "export", "split"),
-    ),
+    Rule(_names(ShapeArgs), always, "`{command}` reads the model's config.json", ("export", "split")),
+    Rule(_names(ShapeArgs), lambda c, f: c.continue_training, "`{command}` reads the model's config.json", USE),
     Rule(_names(MoEArgs), lambda c, f: f.num_experts == 0, "the model has no experts"),
     Rule(
         "moe_use_aux_free_update_coef",

@@ -33,7 +33,13 @@ _QAT = "qat apply_hadamard hadamard_block_size quantization_group_size"
 _SAMPLING = "max_new_tokens temperature top_p top_k repetition_penalty enable_thinking"
 
 # What an evaluation of stage RL reads of the other groups of reinforcement learning.
-_COMPLETIONS = "max_completion_length soft_max_length soft_cache_length difficulty_metric"
+_COMPLETIONS = "max_completion_length soft_max_length soft_cache_length difficulty_metric rollout_max_running"
+
+# What an export with quantization_eval reads of the keys of `eval`; others are read as there, and seldom needed.
+_MEASURED = (
+    "stage compute_type batch_size eval_dataset_type eval_dataset_path max_evaluate_steps predict_with_generate "
+    "max_new_tokens temperature"
+)
 
 # Command -> (the groups of keys that it reads, further single keys that it reads).
 KEYS: dict[str, tuple[str, str]] = {
@@ -44,21 +50,23 @@ KEYS: dict[str, tuple[str, str]] = {
         _SAMPLING,
     ),
     "eval": (
-        "data,vision,model,preference,reward model,judged answers,rewards,tools in rollouts,generation,evaluation",
+        "data,vision,model,preference,reward model,judged answers,rewards,tools in rollouts,shape,generation,"
+        "evaluation",
         f"{_QAT} {_COMPLETIONS} output_dir batch_size max_evaluate_steps seed lora_path moe_group_experts disable_tqdm "
-        f"{_RANKS} data_parallel_degree sharding_parallel_degree",
+        f"{_RANKS} data_parallel_degree sharding_parallel_degree balance_pictures",
     ),
     "chat": (
-        "vision,model,generation,chat",
+        "vision,model,shape,generation,chat",
         f"{_QAT} checkpoint output_dir lora_path chat_template max_seq_len seed moe_group_experts {_RANKS}",
     ),
     "server": (
-        "vision,model,generation,server",
+        "vision,model,shape,generation,server",
         "checkpoint output_dir lora_path chat_template max_seq_len seed moe_group_experts",
     ),
     "export": (
         "export,quantization",
-        "qat model_name_or_path download_hub checkpoint output_dir lora_path chat_template overwrite_output_dir",
+        "qat model_name_or_path download_hub checkpoint output_dir lora_path chat_template overwrite_output_dir "
+        f"tokenizer_name_or_path seed max_seq_len rope_theta rope_scaling moe_group_experts {_MEASURED}",
     ),
     "split": ("", "checkpoint output_dir overwrite_output_dir max_shard_size copy_tokenizer"),
 }

@@ -236,6 +236,7 @@ CASES: list[tuple[str, dict[str, Any], dict[str, Any], dict[str, Any] | None]] =
     ("export", {"quantization_eval": True}, {"eval_dataset_path": "e"}, {**W4, "eval_dataset_path": "e"}),
     ("export", {"temperature": 0.5, "predict_with_generate": True}, W4, MEASURED),
     ("eval", {"max_new_tokens": 9}, EVAL, {**EVAL, "predict_with_generate": True}),
+    ("eval", {"num_hidden_layers": 1, "moe_k": 2}, EVAL, {**EVAL, "continue_training": False}),
     ("eval", {"temperature": 0.5, "top_k": 5}, {**EVAL, **RL}, {**EVAL, "predict_with_generate": True}),
     ("eval", {"max_new_tokens": 9}, {**EVAL, **RL, "max_completion_length": 8}, {**EVAL, **RL}),
     ("eval", {"repetition_penalty": 1.1, "enable_thinking": True}, EVAL, {**EVAL, **RL}),
