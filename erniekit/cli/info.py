@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import erniekit
-from erniekit.cli.commands import COMMANDS
+from erniekit.cli.commands import ALIASES, COMMANDS
 from erniekit.utils.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ def help(args: list[str]) -> int:
     """Print the general usage, the usage of the command named in `args`, or the meaning of the key named there."""
     if len(args) > 1:
         raise ConfigError(f"`erniekit help` takes the name of one command or key, but got: {' '.join(args)}")
-    print(usage(args[0]) if args else usage())
+    print(usage(ALIASES.get(args[0], args[0])) if args else usage())
     return 0
 
 

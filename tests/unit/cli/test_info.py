@@ -76,6 +76,11 @@ def test_help_needs_no_paddle():
     subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, check=True, capture_output=True)
 
 
+def test_help_knows_the_other_name_of_a_command(capsys: pytest.CaptureFixture[str]):
+    assert info.help(["serve"]) == 0
+    assert capsys.readouterr().out.startswith("erniekit server: ")
+
+
 def test_the_first_screen_says_what_this_is_not():
     assert "not Baidu's official ERNIEKit" in info.usage() and "Nothing here has run on a GPU" in info.usage()
 
