@@ -86,7 +86,8 @@ def inspect(report: Report, cfg: Config, command: str, facts: ModelFacts, wishes
                 count = wishes.preview or 1
                 tiles += prompts.show(report, found, tokenizer, cfg.answer_key, split, count, wishes.first, written)
         else:
-            tiles += _rows(report, section, cfg, split, facts, wishes, steps, opened, written)
+            feed = _rows(report, section, cfg, split, facts, wishes, steps, opened)
+            tiles += _show(report, section, feed, split, tokenizer, wishes, written)
     _draw(report, tiles, wishes)
     if wishes.records is not None:
         atomic.write_json(wishes.records, written)
@@ -103,12 +104,8 @@ def _rows(
     wishes: Wishes,
     steps: Steps,
     opened: dict[str, Dataset],
-    written: preview.Written | None,
-) -> list[Tile]:
-    """Check the rows of a split, and show some records -> their pictures. `written` takes what is to be written."""
-    tokenizer = _usable_tokenizer(cfg, facts)
-    assert tokenizer is not None
-    tiles: list[Tile] = []
+) -> Feed | None:
+    """Check the rows of a split -> where they come from; None where that cannot be opened."""
     feed: Feed | None = None
     with section.collecting():
         ranks = 1 if facts.degrees is None else facts.degrees.batch
@@ -122,6 +119,20 @@ def _rows(
                 _steps(section, cfg, loader, ranks, steps)
             if split == "eval" and usable and report.command == "train":
                 require_metric(cfg, loader)
+    return feed
+
+
+def _show(
+    report: Report,
+    section: Section,
+    feed: Feed | None,
+    split: str,
+    tokenizer: Tokenizer,
+    wishes: Wishes,
+    written: preview.Written | None,
+) -> list[Tile]:
+    """Show some records -> their pictures. `written` takes what is to be written."""
+    tiles: list[Tile] = []
     feeds = _record_feeds(feed, split)
     if feed is not None and not feeds and (wishes.preview or written is not None):
         section.add("note", "token files hold no records, so there are none to show")

@@ -10,7 +10,7 @@ from support.source_tree import REPOSITORY
 from support.tiny_directories import write_lines
 from support.vision_directories import vision_model_directory
 
-from erniekit.cli import check
+from erniekit.cli import check, tokenize
 from erniekit.utils.errors import ConfigError
 
 
@@ -122,3 +122,15 @@ def test_prompts_of_reinforcement_learning_are_shown_too(tmp_path, capsys):
     assert "2+1=" in "".join(text for text, _, _ in tokens) and not any(trained for _, trained, _ in tokens)
     assert check.run(words) == 0
     assert "the first train prompt as the model gets it" in " ".join(capsys.readouterr().out.split())
+
+
+def test_token_files_have_no_records_to_show(tmp_path, capsys):
+    model = REPOSITORY / "examples/models/tiny-dense"
+    text = write_lines(tmp_path / "text.jsonl", [{"text": f"{number}+1={number + 1}"} for number in range(40)])
+    tokenize.run([str(text), f"tokenizer={model}", f"output={tmp_path}/part", "workers=0"])
+    words = [f"model_name_or_path={model}", "continue_training=false", "dataset_type=pretrain", "max_seq_len=16"]
+    words += [f"input_dir={tmp_path}/part", "split=1,0,0", "max_steps=1", f"output_dir={tmp_path}/out"]
+    assert check.run([*words, "preview=2"]) == 0
+    assert "token files hold no records" in " ".join(capsys.readouterr().out.split())
+    assert check.run(words) == 0
+    assert "token files hold no records" not in " ".join(capsys.readouterr().out.split())
