@@ -57,13 +57,18 @@ def usage(name: str | None = None) -> str:
 
 
 def _key_usage(name: str) -> str:
-    from erniekit.config import reference, schema  # imported late, as below
+    from erniekit.config import reference, schema, synonyms  # imported late, as below
+    from erniekit.config.compat import Alias
+    from erniekit.config.compat_keys import RULES
 
     field = schema.fields().get(name)
     if field is None:
-        near = nearest(name)
-        hint = f" (did you mean {near}?)" if near else ""
-        raise ConfigError(f"there is no command and no key named {name!r}{hint}; `erniekit help` lists the commands")
+        rule, near = RULES.get(name), nearest(name)
+        hint = f"did you mean {near}?" if near else synonyms.hint(name, schema.fields())
+        if isinstance(rule, Alias):
+            hint = f"it is another name of {rule.to}"
+        in_brackets = f" ({hint})" if hint else ""
+        raise ConfigError(f"there is no command and no key named {name!r}{in_brackets}; `erniekit help` lists commands")
     listed = {command: reference.by_group(command) for command in reference.KEYS}
     readers = [
         command

@@ -1,5 +1,6 @@
 """`erniekit version`."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -103,6 +104,15 @@ def test_help_of_a_command_without_keys_lists_its_options():
 def test_help_of_a_misspelt_command_names_the_nearest():
     with pytest.raises(ConfigError, match=r"no command and no key named 'trian' \(did you mean train\?\)"):
         info.usage("trian")
+
+
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [("cutoff_len", "did you mean max_seq_len?"), ("tokenizer", "it is another name of tokenizer_name_or_path")],
+)
+def test_help_of_another_name_of_a_key_says_ours(name: str, hint: str):
+    with pytest.raises(ConfigError, match=f"no key named '{name}' \\({re.escape(hint)}\\)"):
+        info.usage(name)
 
 
 def test_help_of_a_key_says_what_it_means_and_who_reads_it():
