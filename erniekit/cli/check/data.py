@@ -80,7 +80,7 @@ def inspect(report: Report, cfg: Config, command: str, facts: ModelFacts, wishes
         elif cfg.method.records is Records.PROMPTS:
             from erniekit.cli.check import prompts  # imports Paddle
 
-            found, counted = prompts.inspect(report, section, cfg, split, facts)
+            found, counted = prompts.inspect(section, cfg, split, facts, wishes.decode)
             steps.total = steps.total or counted
             if found is not None and (wishes.preview or not report.count("error")):
                 count = wishes.preview or 1

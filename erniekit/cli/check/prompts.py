@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from erniekit.cli.check import preview
+from erniekit.cli.check import preview, survey
 from erniekit.cli.check.contact_sheet import Tile
 from erniekit.cli.check.model import ModelFacts
 from erniekit.cli.check.report import Report, Section, count_of
@@ -20,10 +20,10 @@ from erniekit.training.rl.prompts import check_records, prompt_options, tool_loo
 
 
 def inspect(
-    report: Report, section: Section, cfg: Config, split: str, facts: ModelFacts
+    section: Section, cfg: Config, split: str, facts: ModelFacts, decode: bool
 ) -> tuple[PromptSet | None, int | None]:
-    """Add what a split's prompts are. Returns them, None where they cannot be read, and the steps of num_train_epochs,
-    for training data.
+    """Add what a split's prompts are; with `decode` also what decoding every picture and video finds. Returns them,
+    None where they cannot be read, and the steps of num_train_epochs, for training data.
     """
     assert facts.tokenizer is not None and facts.template is not None
     context = DataContext(cfg, facts.tokenizer, facts.template, Mesh.single(), facts.vision)
@@ -42,6 +42,8 @@ def inspect(
             f"{count_of(len(prompts), 'prompt')}, median {int(np.median(lengths))} tokens, the longest "
             f"{int(lengths.max())}; {prompts.num_too_long} left out as longer than max_prompt_len",
         )
+        if decode and facts.vision is not None:
+            survey.decode(section, cfg, (_record(prompts[index]) for index in range(len(prompts))))
         with Scorer(cfg) as scorer:
             check_records(scorer, prompts)
             section.add("ok", f"rewards: {', '.join(scorer.names)}; every record has what they need")
@@ -74,18 +76,17 @@ def show(
         section = report.section(f"{which} as the model gets it")
         with section.collecting():
             prompt = prompts[number]
-            record = Encoded(prompt.place, [_document(prompt)])
-            tiles += preview.show(section, record, tokenizer, True, split, written)
+            tiles += preview.show(section, _record(prompt), tokenizer, True, split, written)
             section.add("ok", f"answer: {prompt.fields.get(answer_key)!r}")
     return tiles
 
 
-def _document(prompt: Prompt) -> Document:
-    """A prompt as a document of which nothing is trained."""
+def _record(prompt: Prompt) -> Encoded:
+    """A prompt as a record of one document, of which nothing is trained."""
     pictures = None
     if prompt.pictures is not None:
         found = prompt.pictures
         grid = np.array([plan.geometry.grid for plan in found.plans], np.int64).reshape(-1, 3)
         pictures = DocumentPictures(found.modality, found.positions, grid, found.first_tokens, found.plans)
     ids = np.array(prompt.ids, np.int32)
-    return Document(ids, np.full(len(ids), IGNORE, np.int32), pictures=pictures)
+    return Encoded(prompt.place, [Document(ids, np.full(len(ids), IGNORE, np.int32), pictures=pictures)])

@@ -134,3 +134,32 @@ def test_token_files_have_no_records_to_show(tmp_path, capsys):
     assert "token files hold no records" in " ".join(capsys.readouterr().out.split())
     assert check.run(words) == 0
     assert "token files hold no records" not in " ".join(capsys.readouterr().out.split())
+
+
+def test_pictures_of_prompts_are_decoded_and_shown(tmp_path, capsys):
+    vision_model_directory(tmp_path / "vl")
+    for name in ("whole", "broken"):
+        write_picture(tmp_path / f"{name}.png", 120, 60)
+    content = (tmp_path / "broken.png").read_bytes()
+    (tmp_path / "broken.png").write_bytes(content[: len(content) // 2])
+    asks = {"messages": [{"role": "user", "content": "<image>Where?"}], "answer": "there"}
+    values = {
+        "model_name_or_path": tmp_path / "vl",
+        "continue_training": False,
+        "stage": "VL-RL",
+        "reward_funcs": "exact",
+        "train_dataset_path": write_lines(
+            tmp_path / "prompts.jsonl", [asks | {"images": [f"{name}.png"]} for name in ("whole", "broken")]
+        ),
+        "train_dataset_type": "messages",
+        "max_seq_len": 200,
+        "max_completion_length": 8,
+        "output_dir": tmp_path / "out",
+    }
+    words = [f"{name}={value}" for name, value in values.items()]
+    assert check.run([*words, "preview=1", f"sheet={tmp_path}/sheet.png"]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "1: whole.png: 120 x 60 pixels -> 56 x 28, 2 tokens" in said and (tmp_path / "sheet.png").is_file()
+    assert check.run([*words, "decode=true"]) == 1
+    said = " ".join(capsys.readouterr().out.split())
+    assert "prompts.jsonl:2: " in said and "1 picture or video decoded" in said
