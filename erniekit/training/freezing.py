@@ -61,12 +61,12 @@ def _means(key: str, entry: str, name: str, component: Component) -> bool:
     return _WORDS[entry] is component if entry in _WORDS else re.fullmatch(entry, name) is not None
 
 
-def check_frozen(cfg: Config, config: ModelConfig) -> None:
-    """ConfigError where an entry names no parameter of a model of this configuration, or nothing is left to train. The
-    model is made without its weights.
+def check_frozen(cfg: Config, config: ModelConfig) -> set[str]:
+    """The frozen parameters of a model of this configuration, which is made without its weights. ConfigError where an
+    entry names none of them, or nothing is left to train.
     """
     if not cfg.freeze_config and not cfg.frozen_parameters:
-        return
+        return set()
     with paddle.LazyGuard():
         components = named_components(CausalLM(config))
     frozen = frozen_names(cfg, components)
@@ -77,6 +77,7 @@ def check_frozen(cfg: Config, config: ModelConfig) -> None:
             "freeze_config, frozen_parameters: every adapter belongs to a frozen part, so nothing is left to train. "
             "Freeze less, or name projections of other parts in lora_target_modules."
         )
+    return frozen
 
 
 def _trains_adapters(cfg: Config, config: ModelConfig, components: Mapping[str, Component]) -> bool:

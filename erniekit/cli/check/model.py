@@ -43,6 +43,7 @@ class ModelFacts:
     template: Template | None = None
     degrees: ParallelDims | None = None
     vision: VisionSpec | None = None
+    frozen: set[str] | None = None  # the parameters that are not trained
 
 
 def inspect(report: Report, cfg: Config, command: str) -> ModelFacts:
@@ -165,7 +166,7 @@ def _layout(section: Section, cfg: Config, facts: ModelFacts) -> None:
         check_layout(cfg, facts.degrees, facts.model_config)
         wide = cfg.fine_tuning == "LoRA" and cfg.lora_rank > _COMMON_RANKS
         if wide or cfg.lora_target_modules or cfg.modules_to_save or cfg.freeze_config or cfg.frozen_parameters:
-            _named_modules(section, cfg, facts.model_config)
+            facts.frozen = _named_modules(section, cfg, facts.model_config)
         if facts.degrees.world == 1:
             number = cfg.num_microbatches(data_ranks=1)
             rows = count_of(cfg.batch_size * number, "row")
@@ -185,8 +186,10 @@ def _layout_to_use(section: Section, cfg: Config, facts: ModelFacts, command: st
         section.add("ok", f"{count_of(degrees.world, 'process', 'processes')}{remark}")
 
 
-def _named_modules(section: Section, cfg: Config, model_config: ModelConfig) -> None:
-    """Checks that the model has the modules that are to be adapted or frozen, and no too large rank."""
+def _named_modules(section: Section, cfg: Config, model_config: ModelConfig) -> set[str] | None:
+    """Checks that the model has the modules that are to be adapted or frozen, and no too large rank. Returns the frozen
+    parameters.
+    """
     try:  # imports Paddle, which takes seconds
         from erniekit.build import check_lora
         from erniekit.training.freezing import check_frozen
@@ -195,9 +198,9 @@ def _named_modules(section: Section, cfg: Config, model_config: ModelConfig) -> 
             raise
         names = "lora_rank, lora_target_modules, modules_to_save, freeze_config, frozen_parameters"
         section.add("note", f"{names}: not compared with the model: PaddlePaddle is not installed here")
-        return
+        return None
     check_lora(cfg, model_config)
-    check_frozen(cfg, model_config)
+    return check_frozen(cfg, model_config)
 
 
 def _tokenizer(section: Section, cfg: Config, directory: Path, command: str, facts: ModelFacts) -> None:
