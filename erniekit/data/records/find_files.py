@@ -14,9 +14,14 @@ _DESCRIPTIONS = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json")
 # names of texts for people: README.txt, LICENSE-2.0.txt, requirements.txt
 _NAMES = "read[-_ ]?me|licen[cs]e|notice|copying|change[-_ ]?log|citation|authors|contributing|requirements"
 _FOR_PEOPLE = re.compile(rf"({_NAMES})([-_. ].*)?\.txt", re.IGNORECASE)
+FORM_BYTES = 64  # that tell a file of another form
 _LOOKED_AT = 65536  # bytes of a .txt file that are read to see whether its lines begin like JSON
 # first bytes of a compressed file, or one of another form -> (what it is, what to do)
 _OTHER_FORMS = {
+    b"version https://git-lfs": (
+        "a pointer of Git LFS in place of the file",
+        "run `git lfs pull` where it was cloned, or download it again",
+    ),
     b"\x1f\x8b": ("compressed with gzip", "unpack it first (gunzip)"),
     b"BZh": ("compressed with bzip2", "unpack it first (bunzip2)"),
     b"\xfd7zXZ\x00": ("compressed with xz", "unpack it first (unxz)"),
@@ -38,6 +43,13 @@ def find_files(
     """
     if not path.is_dir():
         _check_file(path, extensions)
+        if not with_prose and is_prose(path):
+            with open(path, "rb") as file:
+                check_form(path, file.read(FORM_BYTES))
+            raise DataError(
+                f"{path}: plain text, where one JSON object a line is expected. Hint: `erniekit tokenize` makes token "
+                'files of it (dataset_type: pretrain); or write lines {"text": ...}.'
+            )
         return [path], []
     everything = _walk(path)
     named = [p for p in everything if p.suffix.lower() in extensions and p.is_file() and not is_for_people(p)]
