@@ -247,12 +247,7 @@ def open_text(
     dataset = Dataset([Source(spec, split, on_bad_line, cfg.download_hub, inspection.every, vision) for spec in specs])
     sizes = ", ".join(f"{spec.path} ({size})" for spec, size in zip(specs, dataset.sizes, strict=True))
     log.info(f"{split} data: {len(dataset)} samples from {sizes}")
-    if split == "train" and len(dataset.judgements) == 1:
-        log.warning(
-            f"{path_key(split)}: every answer is judged {'good' if dataset.judgements.pop() else 'bad'}. stage: "
-            f"{cfg.method.name} learns what sets good answers apart from bad ones, so give it both (stage: SFT learns "
-            "from good ones alone)"
-        )
+    _warn_of_one_judgement(cfg, dataset, split)
     packer, window = _packer(cfg)
     if template is None and not _is_plain(specs):
         assert isinstance(tokenizer, text_tokenizer.Tokenizer), "other tokenizers are passed together with a template"
@@ -283,6 +278,16 @@ def open_text(
         identity["pictures"] = repr(vision)
     decoder = None if vision is None else MediaDecoder(cfg.dataloader_num_workers, cfg.on_bad_line)
     return RecordFeed(dataset, stream, service, extent, identity, decoder)
+
+
+def _warn_of_one_judgement(cfg: Config, dataset: Dataset, split: str) -> None:
+    """Warn if all answers to train on are judged alike."""
+    if split == "train" and len(dataset.judgements) == 1:
+        log.warning(
+            f"{path_key(split)}: every answer is judged {'good' if dataset.judgements.pop() else 'bad'}. stage: "
+            f"{cfg.method.name} learns what sets good answers apart from bad ones, so give it both (stage: SFT learns "
+            "from good ones alone)"
+        )
 
 
 def _is_plain(specs: list[SourceSpec]) -> bool:

@@ -42,14 +42,7 @@ def find_files(
     and, unless `with_prose`, .txt files of plain text.
     """
     if not path.is_dir():
-        _check_file(path, extensions)
-        if not with_prose and is_prose(path):
-            with open(path, "rb") as file:
-                check_form(path, file.read(FORM_BYTES))
-            raise DataError(
-                f"{path}: plain text, where one JSON object a line is expected. Hint: `erniekit tokenize` makes token "
-                'files of it (dataset_type: pretrain); or write lines {"text": ...}.'
-            )
+        _check_file(path, extensions, with_prose)
         return [path], []
     everything = _walk(path)
     named = [p for p in everything if p.suffix.lower() in extensions and p.is_file() and not is_for_people(p)]
@@ -65,12 +58,19 @@ def find_files(
     return data, [p for p in everything if p not in chosen]
 
 
-def _check_file(path: Path, extensions: Sequence[str]) -> None:
+def _check_file(path: Path, extensions: Sequence[str], with_prose: bool) -> None:
     check_regular(path)
     if path.suffix.lower() not in extensions:
         is_packed = path.suffix.lower() in (".gz", ".bz2", ".xz", ".zst", ".zip")
         hint = "unpack it first" if is_packed else "rename it after what it holds"
         raise DataError(f"{path}: a data file ends in {', '.join(extensions)}. Hint: {hint}.")
+    if not with_prose and is_prose(path):
+        with open(path, "rb") as file:
+            check_form(path, file.read(FORM_BYTES))
+        raise DataError(
+            f"{path}: plain text, where one JSON object a line is expected. Hint: `erniekit tokenize` makes token "
+            'files of it (dataset_type: pretrain); or write lines {"text": ...}.'
+        )
 
 
 def _walk(path: Path) -> list[Path]:

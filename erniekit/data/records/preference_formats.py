@@ -77,7 +77,7 @@ def _erniekit(record: dict[str, Any], notes: Notes) -> Sample:
 
 def _margin(record: dict[str, Any]) -> float | None:
     """How much better the chosen answer is, in TRL's field `margin`. None for anything but a number from 0 on, which is
-    no fault of the record: whether somebody reads it is not known here (dataset.Source).
+    no fault of the record: whether a key reads it is not known here (dataset.Source).
     """
     value = record.get(MARGIN)
     try:
