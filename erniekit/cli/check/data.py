@@ -258,17 +258,18 @@ def _steps(section: Section, cfg: Config, loader: Loader, data_ranks: int, steps
         section.add("ok", f"training: {cfg.max_steps} steps of samples drawn by mix_strategy: random")
         return
     counted = last_step(_counted(cfg), loader, data_ranks)
+    rows = cfg.batch_size * cfg.gradient_accumulation_steps * data_ranks
+    of_epoch = max(loader.rows_left() / _counted(cfg).num_train_epochs, 1.0)
     if cfg.max_steps > 0:
         steps.per_epoch, steps.total = counted, cfg.max_steps
+        epochs = steps.total * rows / of_epoch if rows > of_epoch else steps.total / max(counted, 1)
     else:
         steps.per_epoch, steps.total = math.ceil(counted / cfg.num_train_epochs), counted
+        epochs = cfg.num_train_epochs
     about = "" if loader.exact else "about "
-    epochs = steps.total / max(steps.per_epoch, 1)
     total = f"{'' if cfg.max_steps > 0 else about}{count_of(steps.total, 'step')}"
     section.add("ok", f"training: {total}; an epoch is {about}{count_of(steps.per_epoch, 'step')}: {epochs:.3g} epochs")
-    rows = cfg.batch_size * cfg.gradient_accumulation_steps * data_ranks
-    left = loader.rows_left()
-    if (rows if cfg.max_steps > 0 else min(rows, left)) >= 2 * left / _counted(cfg).num_train_epochs:
+    if min(rows, epochs * of_epoch) >= 2 * of_epoch:
         section.add("warning", repeats_line(rows))
     if epochs > _MANY_EPOCHS:
         section.add("warning", f"max_steps: {cfg.max_steps} reads the data {epochs:.0f} times")

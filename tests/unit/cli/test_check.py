@@ -250,16 +250,17 @@ def test_frozen_parameters_have_no_moments_on_the_disk(given):
 
 
 @pytest.mark.parametrize(
-    ("keys", "warns"),
+    ("keys", "epochs", "warns"),
     [
-        ({"gradient_accumulation_steps": 40}, False),  # the only step takes the 20 rows of the only epoch
-        ({"gradient_accumulation_steps": 40, "num_train_epochs": 2}, True),
-        ({"gradient_accumulation_steps": 20, "num_train_epochs": 2}, False),
-        ({"gradient_accumulation_steps": 40, "max_steps": 1}, True),
-        ({"gradient_accumulation_steps": 30, "max_steps": 1}, False),
+        ({"gradient_accumulation_steps": 40}, "1", False),  # the only step takes the 20 rows of the only epoch
+        ({"gradient_accumulation_steps": 40, "num_train_epochs": 2}, "2", True),
+        ({"gradient_accumulation_steps": 20, "num_train_epochs": 2}, "2", False),
+        ({"gradient_accumulation_steps": 40, "max_steps": 1}, "2", True),
+        ({"gradient_accumulation_steps": 30, "max_steps": 1}, "1.5", False),
     ],
 )
-def test_a_step_that_reads_the_data_several_times(given, keys, warns):
+def test_a_step_that_reads_the_data_several_times(given, keys, epochs, warns):
+    assert f"an epoch is 1 step: {epochs} epochs" in findings(given(**keys), "ok")
     line = f"a step takes up to {keys['gradient_accumulation_steps']} rows, and reads all of the training data several"
     assert (line in findings(given(**keys), "warning")) == warns
 
