@@ -45,17 +45,27 @@ def find_files(
         _check_file(path, extensions, with_prose)
         return [path], []
     everything = _walk(path)
+    of_arrow = {p.with_name("state.json") for p in everything if p.suffix == ".arrow"}
     named = [p for p in everything if p.suffix.lower() in extensions and p.is_file() and not is_for_people(p)]
-    data = [p for p in named if with_prose or not is_prose(p)]
+    data = [p for p in named if (with_prose or not is_prose(p)) and p not in of_arrow]
     if not data:
-        listing = f" (it has {', '.join(p.name for p in everything[:3])})" if everything else ""
-        hint = "`erniekit tokenize` makes token files of plain text" if named else "look for a typing mistake"
-        raise DataError(
-            f"{path}: no data file in this directory{listing}. Hint: a data file ends in {', '.join(extensions)} and "
-            f"holds records; {hint}."
-        )
+        raise _no_data(path, everything, extensions, bool(named), bool(of_arrow))
     chosen = set(data)
     return data, [p for p in everything if p not in chosen]
+
+
+def _no_data(
+    path: Path, everything: Sequence[Path], extensions: Sequence[str], has_prose: bool, has_arrow: bool
+) -> DataError:
+    """The error of a directory without data files, of what it has instead."""
+    hint = "`erniekit tokenize` makes token files of plain text" if has_prose else "look for a typing mistake"
+    if has_arrow:
+        hint = "what save_to_disk of `datasets` wrote is not read: write it with to_parquet or to_json instead"
+    listing = f" (it has {', '.join(p.name for p in everything[:3])})" if everything else ""
+    return DataError(
+        f"{path}: no data file in this directory{listing}. Hint: a data file ends in {', '.join(extensions)} and "
+        f"holds records; {hint}."
+    )
 
 
 def _check_file(path: Path, extensions: Sequence[str], with_prose: bool) -> None:

@@ -150,6 +150,14 @@ def test_a_directory_without_data_and_a_file_of_another_kind(tmp_path):
         open_source(tmp_path / "README.md")
 
 
+def test_a_data_set_that_was_saved_to_disk_as_arrow_is_named(tmp_path):
+    (tmp_path / "train").mkdir()
+    for name in ("dataset_dict.json", "train/dataset_info.json", "train/state.json", "train/data-00000-of-00001.arrow"):
+        (tmp_path / name).write_text('{"splits": ["train"]}')
+    with pytest.raises(DataError, match=r"no data file .* save_to_disk of `datasets` .* to_parquet or to_json"):
+        open_source(tmp_path)
+
+
 BAD_LINES = [
     '{"src": "a"',
     '{"src": "a"}',
