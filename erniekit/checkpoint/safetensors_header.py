@@ -87,11 +87,6 @@ def read_header(path: Path) -> tuple[dict[str, Entry], dict[str, str]]:
             size = os.fstat(file.fileno()).st_size
             prefix = file.read(8)
             length = int.from_bytes(prefix, "little")
-            if prefix == b"version ":
-                raise CheckpointError(
-                    f"{path}: a pointer of Git LFS in place of the file. Run `git lfs pull` where it was cloned, or "
-                    "download it again."
-                )
             if len(prefix) < 8 or length > min(_MAX_HEADER, size - 8):
                 raise bad(f"{size} bytes, too short for the header that it announces")
             content = file.read(length)

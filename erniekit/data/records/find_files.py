@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from erniekit.utils.errors import DataError
+from erniekit.utils.user_files import LFS_POINTER
 
 EXTENSIONS = (".json", ".jsonl", ".txt", ".csv", ".parquet")
 # description files of Hub data sets
@@ -18,7 +19,7 @@ FORM_BYTES = 64  # that tell a file of another form
 _LOOKED_AT = 65536  # bytes of a .txt file that are read to see whether its lines begin like JSON
 # first bytes of a compressed file, or one of another form -> (what it is, what to do)
 _OTHER_FORMS = {
-    b"version https://git-lfs": (
+    LFS_POINTER: (
         "a pointer of Git LFS in place of the file",
         "run `git lfs pull` where it was cloned, or download it again",
     ),
