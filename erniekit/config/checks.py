@@ -59,7 +59,6 @@ def problems(cfg: Config, command: str) -> list[str]:
             _qat_training(cfg),
             _expressions(cfg),
             _lora(cfg),
-            _scores_of_pairs(cfg),
             _preference(cfg),
             rl_keys.problems(cfg),
             _distillation(cfg),
@@ -445,13 +444,6 @@ def _lora(cfg: Config) -> Iterator[str]:
         )
 
 
-def _scores_of_pairs(cfg: Config) -> Iterator[str]:
-    types = {*cfg.train_dataset_type, *(cfg.eval_dataset_type if cfg.do_eval else ())}
-    for key in ("offset_alpha", "reward_margin"):
-        if cfg.method.reads(key) and vars(cfg)[key] and types - {"erniekit"}:
-            yield f"{key}: needs the scores (`sort`) that only data of type erniekit has"
-
-
 def _preference(cfg: Config) -> Iterator[str]:
     if not cfg.method.reads("loss_type"):
         return
@@ -488,6 +480,8 @@ def _best(cfg: Config) -> Iterator[str]:
     if cfg.load_best_model_at_end and cfg.save_strategy == "no":
         yield "load_best_model_at_end: needs checkpoints to choose from: set save_strategy to steps or epoch"
     metric = (cfg.metric_for_best_model or cfg.method.metric).removeprefix("eval_")
+    if cfg.evaluation_strategy != "no" and metric == "completion_length" and cfg.greater_is_better is None:
+        yield f"greater_is_better: needed with metric_for_best_model: {metric}, since longer may be better or worse"
     known = metrics_of(cfg)
     if cfg.evaluation_strategy != "no" and metric not in known:
         yield (

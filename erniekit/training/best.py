@@ -15,7 +15,14 @@ from erniekit.utils import log
 from erniekit.utils.errors import TrainError
 
 # metrics beside losses of which a smaller value is better
-_SMALLER = {"eval_perplexity", "eval_kl", "eval_truncated", "eval_reward_bad", "eval_reward_rejected"}
+_SMALLER = {
+    "eval_perplexity",
+    "eval_kl",
+    "eval_truncated",
+    "eval_reward_bad",
+    "eval_reward_rejected",
+    "eval_logp_rejected",
+}
 # they affect training only: an evaluation reads in file order
 _OF_TRAINING = {"seed", "random_shuffle", "mix_strategy", "train_dataset_prob"}
 # they concern the data, or how the loss is computed

@@ -62,12 +62,12 @@ def _means(key: str, entry: str, name: str, component: Component) -> bool:
     return _WORDS[entry] is component if entry in _WORDS else re.fullmatch(entry, name) is not None
 
 
-def check_frozen(cfg: Config, config: ModelConfig, adapter: StoredAdapter | None = None) -> None:
-    """ConfigError where an entry names no parameter of a model of this configuration, or nothing is left to train. The
-    model is made without its weights. `adapter`: the saved one whose training continues.
+def check_frozen(cfg: Config, config: ModelConfig, adapter: StoredAdapter | None = None) -> set[str]:
+    """The frozen parameters of a model of this configuration, which is made without its weights. ConfigError where an
+    entry names none of them, or nothing is left to train. `adapter`: the saved one whose training continues.
     """
     if not cfg.freeze_config and not cfg.frozen_parameters:
-        return
+        return set()
     with paddle.LazyGuard():
         components = named_components(CausalLM(config))
     frozen = frozen_names(cfg, components)
@@ -79,6 +79,7 @@ def check_frozen(cfg: Config, config: ModelConfig, adapter: StoredAdapter | None
             "freeze_config, frozen_parameters: every adapter belongs to a frozen part, so nothing is left to train. "
             f"Freeze less{cure}"
         )
+    return frozen
 
 
 def _trains_adapters(

@@ -19,7 +19,7 @@ from erniekit.moe.layer import MoELayer
 from erniekit.parallel import comm, pipeline
 from erniekit.parallel.grad_clip import clip_, global_norm, squared_norms
 from erniekit.parallel.mesh import Mesh
-from erniekit.training.batch_warmup import microbatches_at, warmup_steps
+from erniekit.training.batch_warmup import microbatches_at, repeats_line, warmup_steps
 from erniekit.training.build import Run
 from erniekit.training.callbacks import Callback, RunInfo, StepMetrics
 from erniekit.training.checkpointing import Saver
@@ -149,6 +149,7 @@ class Trainer:
             self._data_ended = True
             return False
         waited = time.perf_counter() - began
+        self._warn_of_repeats(self.run.loader.epochs_done - epochs)
         report = self.run.loader.report_step()
         metrics = self.train_step(batches)
         self._waits.after_step()
@@ -172,6 +173,12 @@ class Trainer:
         if is_best or self._is_due(self.cfg.save_strategy, self.cfg.save_steps, epoch_ended):
             self._save()
         return True
+
+    def _warn_of_repeats(self, times: int) -> None:
+        """Warn if one step has read the end of the data several times."""
+        if times > 1 and self.cfg.method.reads("gradient_accumulation_steps"):
+            rows = self.cfg.batch_size * self.cfg.gradient_accumulation_steps * self.run.mesh.degrees.batch
+            log.once(repeats_line(rows))
 
     def _next_batches(self) -> list[PackedBatch]:
         """This step's microbatches. While the batch still grows, the loader gives them one by one."""

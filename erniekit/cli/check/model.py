@@ -1,6 +1,6 @@
 """Checks the model's files, the tokenizer, the chat template, and how the ranks divide the model."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from erniekit import hub
@@ -44,6 +44,7 @@ class ModelFacts:
     template: Template | None = None
     degrees: ParallelDims | None = None
     vision: VisionSpec | None = None
+    frozen: set[str] = field(default_factory=set)  # the parameters that are not trained
 
 
 def inspect(report: Report, cfg: Config, command: str) -> ModelFacts:
@@ -166,7 +167,8 @@ def _layout(section: Section, cfg: Config, directory: Path | None, tokenizer: Pa
             return
         check_layout(cfg, facts.degrees, facts.model_config)
         if _is_compared_with_modules(cfg):
-            _named_modules(section, cfg, (directory, tokenizer or directory), facts.model_config, facts.degrees)
+            directories = directory, tokenizer or directory
+            facts.frozen = _named_modules(section, cfg, directories, facts.model_config, facts.degrees)
         if facts.degrees.world == 1:
             number = cfg.num_microbatches(data_ranks=1)
             rows = count_of(cfg.batch_size * number, "row")
@@ -196,8 +198,10 @@ def _is_compared_with_modules(cfg: Config) -> bool:
 
 def _named_modules(
     section: Section, cfg: Config, directories: tuple[Path, Path], model_config: ModelConfig, degrees: ParallelDims
-) -> None:
-    """Checks that the model has what is to be adapted, frozen or quantised, as the run does before it reads weights."""
+) -> set[str]:
+    """Checks that the model has what is to be adapted, frozen or quantised, as the run does before it reads weights.
+    Returns the frozen parameters.
+    """
     try:  # imports Paddle, which takes seconds
         from erniekit.cli.check import modules
     except ModuleNotFoundError as error:
@@ -205,8 +209,8 @@ def _named_modules(
             raise
         names = "lora_rank, use_dora, lora_path, lora_target_modules, modules_to_save, freeze_config, frozen_parameters"
         section.add("note", f"{names}, qat: not compared with the model: PaddlePaddle is not installed here")
-        return
-    modules.check(cfg, *directories, model_config, degrees)
+        return set()
+    return modules.check(cfg, *directories, model_config, degrees)
 
 
 def _tokenizer(section: Section, cfg: Config, directory: Path, command: str, facts: ModelFacts) -> None:

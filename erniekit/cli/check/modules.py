@@ -17,18 +17,20 @@ from erniekit.utils import log
 from erniekit.utils.errors import UserError
 
 
-def check(cfg: Config, directory: Path, tokenizer: Path, model_config: ModelConfig, degrees: ParallelDims) -> None:
-    """Raise the UserError of a training with this configuration, where adapters, frozen parts, quantisation or a
-    teacher do not fit the model in `directory`, which is `model_config` when it is trained. No weight is read.
+def check(cfg: Config, directory: Path, tokenizer: Path, model_config: ModelConfig, degrees: ParallelDims) -> set[str]:
+    """The frozen parameters. Raises the UserError of a training with this configuration, where adapters, frozen parts,
+    quantisation or a teacher do not fit the model in `directory`, which is `model_config` when it is trained. No weight
+    is read.
     """
     with log.captured() as lines:  # the other sections say what these say
-        _check(cfg, directory, tokenizer, model_config, degrees)
+        frozen = _check(cfg, directory, tokenizer, model_config, degrees)
     for is_warning, text in lines:
         if is_warning:
             log.warning(text)
+    return frozen
 
 
-def _check(cfg: Config, directory: Path, tokenizer: Path, model_config: ModelConfig, degrees: ParallelDims) -> None:
+def _check(cfg: Config, directory: Path, tokenizer: Path, model_config: ModelConfig, degrees: ParallelDims) -> set[str]:
     starts_at_random = not cfg.continue_training or not has_weights(directory)
     options = dataclasses.replace(
         build.training_options(cfg, "cpu"),
@@ -36,15 +38,16 @@ def _check(cfg: Config, directory: Path, tokenizer: Path, model_config: ModelCon
         vision_start=None if starts_at_random else vision_start(cfg, model_config),
     )
     prepared = build.prepare_model(directory, options, model_config if starts_at_random else None)
-    check_frozen(cfg, prepared.config, prepared.adapter)
+    frozen = check_frozen(cfg, prepared.config, prepared.adapter)
     for stage, chunks in enumerate(cut_layers(cfg, prepared.config, degrees.pipeline)):
         mesh = Mesh.outline(degrees, stage * degrees.data * degrees.tensor)
         build.outline(prepared.config, options, mesh, chunks, prepared.adapter)
-    if not _is_downloaded(cfg.teacher_model_name_or_path):
+    if not _must_be_downloaded(cfg.teacher_model_name_or_path):
         method_of(cfg).check(cfg, prepared, load_tokenizer(tokenizer), degrees)
+    return frozen
 
 
-def _is_downloaded(model: str | None) -> bool:
+def _must_be_downloaded(model: str | None) -> bool:
     """Whether the run downloads a model, which is not looked into before that."""
     try:
         return model is not None and hub.find_model(model) is None

@@ -14,7 +14,7 @@ from erniekit.checkpoint.model_dir import how_it_goes_on, resuming_command
 from erniekit.training.reporting.base import Callback, RunInfo, StepMetrics
 from erniekit.training.reporting.metrics_file import FILE_NAME as METRICS_FILE
 from erniekit.training.reporting.metrics_file import read_metrics, read_records
-from erniekit.training.reporting.plot import column, smooth
+from erniekit.training.reporting.plot import column, save_named, smooth
 from erniekit.utils import atomic, log
 from erniekit.utils.errors import TrainError
 
@@ -213,10 +213,10 @@ def _draw(records: list[dict[str, Any]], path: Path, title: str, panels: Sequenc
         axes.spines[["top", "right"]].set_visible(False)
         axes.margins(x=0.01)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
-    figure.axes[0].set_title(title, loc="left", fontsize=11)
+    figure.axes[0].set_title(title, loc="left", fontsize=11, parse_math=False)
     figure.axes[-1].set_xlabel("optimizer step")
     figure.align_ylabels()
-    figure.savefig(path, format="png")
+    save_named(figure, path)
 
 
 def _curve(axes: Any, steps: np.ndarray, values: np.ndarray, what: str, color: str) -> None:

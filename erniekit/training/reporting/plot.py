@@ -1,5 +1,6 @@
 """loss.png: training loss, evaluation loss, rewards and learning rate over the steps, drawn from metrics.jsonl."""
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +53,7 @@ def draw(records: list[dict[str, Any]], path: Path, title: str) -> None:
     _draw_modalities(upper, records)
     _draw_eval(upper, *column(records, "eval_loss"))
     upper.set_ylabel(_meaning_of_loss(records, has_rewards))
-    upper.set_title(title, loc="left", fontsize=11)
+    upper.set_title(title, loc="left", fontsize=11, parse_math=False)
     upper.legend(frameon=False)
     if has_rewards:
         _draw_train(panels[1], steps, rewards, _TRAIN, "margin, train")
@@ -78,7 +79,14 @@ def draw(records: list[dict[str, Any]], path: Path, title: str) -> None:
         axes.spines[["top", "right"]].set_visible(False)
         axes.margins(x=0.01)
     figure.align_ylabels()
-    figure.savefig(path, format="png")
+    save_named(figure, path)
+
+
+def save_named(figure: Any, path: Path) -> None:
+    """Write a figure with a run's name in it. Characters that its font lacks become boxes, without a warning each."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing from", UserWarning)
+        figure.savefig(path, format="png")
 
 
 def _meaning_of_loss(records: list[dict[str, Any]], is_preference: bool) -> str:

@@ -247,6 +247,42 @@ def test_checkpoints_that_do_not_fit_on_the_disk(given, monkeypatch):
     assert "each of 4.64 MB, and a final" in findings(given(ckpt_quant_stage="O2"), "ok")
 
 
+def test_frozen_parameters_have_no_moments_on_the_disk(given):
+    """The embedding's 73,728 parameters are saved, and have no moments of 8 bytes each."""
+    assert "each of 10.3 MB, and a final model of 3.45 MB" in findings(given(), "ok")
+    frozen = given(frozen_parameters="model.embed_tokens.weight")
+    assert "each of 9.75 MB, and a final model of 3.45 MB" in findings(frozen, "ok")
+    in_16_bits = given(frozen_parameters="model.embed_tokens.weight", compute_type="bf16", emulate_precision=True)
+    assert "each of 11.2 MB, and a final model of 1.72 MB" in findings(in_16_bits, "ok")
+
+
+@pytest.mark.parametrize(
+    ("keys", "epochs", "warns"),
+    [
+        ({"gradient_accumulation_steps": 40}, "1", False),  # the only step takes the 20 rows of the only epoch
+        ({"gradient_accumulation_steps": 40, "num_train_epochs": 2}, "2", True),
+        ({"gradient_accumulation_steps": 20, "num_train_epochs": 2}, "2", False),
+        ({"gradient_accumulation_steps": 40, "max_steps": 1}, "2", True),
+        ({"gradient_accumulation_steps": 30, "max_steps": 1}, "1.5", False),
+    ],
+)
+def test_a_step_that_reads_the_data_several_times(given, keys, epochs, warns):
+    assert f"an epoch is 1 step: {epochs} epochs" in findings(given(**keys), "ok")
+    line = f"a step takes up to {keys['gradient_accumulation_steps']} rows, and reads all of the training data several"
+    assert (line in findings(given(**keys), "warning")) == warns
+
+
+def test_answers_that_are_all_good_or_all_bad(given, tmp_path):
+    def said(*labels: bool) -> str:
+        lines = (json.dumps({"src": f"q {i}", "tgt": f"a {i}", "label": label}) for i, label in enumerate(labels))
+        (tmp_path / "train.jsonl").write_text("\n".join(lines))
+        return findings(given(stage="KTO", do_eval=None, eval_dataset_path=None), "warning")
+
+    assert "train_dataset_path: every answer is judged good. stage: KTO learns what sets" in said(True, True)
+    assert "every answer is judged bad" in said(False, False)
+    assert "every answer" not in said(True, False)
+
+
 def test_modules_that_are_trained_whole_count_with_the_adapter():
     """A tied embedding is twice in PEFT's file, and has two moments."""
     model = ModelConfig.from_dir(Path(DENSE))

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import logging
 from pathlib import Path
 from types import SimpleNamespace
 from typing import cast
@@ -77,6 +78,18 @@ def test_epochs_end_where_their_rows_do_while_the_batch_grows(directory: Path, t
     assert len(expected) == 3 and events.evaluated == expected and len(events.steps) == expected[-1]
     saved = [int(path.name.removeprefix("checkpoint-")) for path in list_checkpoints(tmp_path / "out")]
     assert sorted(saved) == expected
+
+
+@pytest.mark.parametrize(("accumulation", "warns"), [(SAMPLES // 2, False), (SAMPLES, True)])
+def test_a_step_that_reads_the_data_several_times_is_named(
+    directory: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch, accumulation: int, warns: bool
+):
+    monkeypatch.setattr(logging.getLogger("erniekit"), "propagate", True)
+    given = {"packing": False, "batch_size": 2, "gradient_accumulation_steps": accumulation, "max_steps": 1}
+    cfg = config.load(None, keys_of(directory, tmp_path / "out", save_strategy="no", **given), "train")
+    Trainer(build_run(cfg, Mesh.single()), []).fit()
+    line = f"a step takes up to {2 * accumulation} rows, and reads all of the training data several times"
+    assert (line in caplog.text) == warns
 
 
 def test_a_method_that_trains_nothing_ahead_leaves_the_configuration_as_it_was_given(directory: Path, tmp_path: Path):
