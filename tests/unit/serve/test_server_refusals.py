@@ -20,8 +20,9 @@ from support.tiny_server import CHAT, COMPLETIONS, QUESTION, Asking, client, err
 from erniekit.config import load
 from erniekit.generation.load import ChatModel
 from erniekit.serve.server import serve
-from erniekit.serve.server_access import Gate, is_loopback, key_digests
+from erniekit.serve.server_access import Gate, key_digests
 from erniekit.serve.server_errors import ApiError
+from erniekit.utils.addresses import is_loopback
 from erniekit.utils.errors import CheckpointError, ConfigError
 
 JSON = {"content-type": "application/json"}
