@@ -25,7 +25,7 @@ from erniekit.serve.server_stream import EventStream
 from erniekit.serve.server_text import AnswerReader, Piece
 from erniekit.utils.errors import CheckpointError
 
-MAX_SCORED = 8192  # tokens of a prompt whose scores are asked for: [tokens, vocabulary] is in memory at once
+MAX_SCORED = 8192  # tokens of a prompt whose scores are asked for; other answers wait while they are computed
 
 Scored = Sequence[tuple[int, TokenScore | None]]
 

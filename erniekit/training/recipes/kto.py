@@ -42,7 +42,7 @@ class KtoRecipe(Recipe):
         """
         cfg, model = context.cfg, context.model
         lone = lone_answer_line(cfg, model.mesh.degrees.batch)
-        if lone is not None:
+        if lone is not None and model.mesh.rank == 0:
             log.warning(lone)
         scorer = PairScorer(cfg.loss_subbatch_seqlen)
         reference: Reference

@@ -5,6 +5,7 @@ import importlib.util
 import numpy as np
 import pytest
 
+from erniekit.generation.choosing import likeliest
 from erniekit.generation.drawing import Way, draw_rows
 from erniekit.generation.sampling import (
     Sampling,
@@ -168,3 +169,11 @@ def test_top_p_equals_sorting_everything(p: float, scale: float):
         # Weights are fp32, so at a border within rounding there may be one token more or less.
         assert abs(len(found) - expected) <= (0 if size < 500 else 1)
         assert min(scores[found]) >= np.sort(scores)[-len(found)]
+
+
+def test_the_likeliest_tokens_are_those_of_a_whole_sort():
+    draws = rng(3)
+    for size in (1, 2, 7, 50):
+        for count in (0, 1, 5, 20, 60):
+            logprobs = np.round(draws.normal(size=size), 1)  # many are equal
+            assert likeliest(logprobs, count).tolist() == np.argsort(-logprobs, kind="stable")[:count].tolist()
