@@ -7,7 +7,7 @@ import numpy as np
 
 from erniekit.training.reporting.base import Callback, RunInfo
 from erniekit.training.reporting.metrics_file import FILE_NAME, read_metrics
-from erniekit.utils import atomic, log
+from erniekit.utils import atomic, log, plot_text
 
 _TRAIN, _EVAL, _RATE, _QUIET = "#2563c9", "#d9480f", "#4b5563", "#9ca3af"
 _MODALITIES = {"text": "#0f766e", "image": "#9333ea", "video": "#b45309"}
@@ -29,6 +29,7 @@ def column(records: list[dict[str, Any]], name: str) -> tuple[np.ndarray, np.nda
     return array[:, 0], array[:, 1]
 
 
+@plot_text.in_any_script()
 def draw(records: list[dict[str, Any]], path: Path, title: str) -> None:
     """Draw the records of a metrics file into a PNG: loss, for preference training rewards, and learning rate."""
     # Imported late, since matplotlib takes half a second to import. Without pyplot, a figure needs no display.
@@ -47,7 +48,7 @@ def draw(records: list[dict[str, Any]], path: Path, title: str) -> None:
     _draw_modalities(upper, records)
     _draw_eval(upper, *column(records, "eval_loss"))
     upper.set_ylabel(_meaning_of_loss(records, has_rewards))
-    upper.set_title(title, loc="left", fontsize=11)
+    upper.set_title(title, loc="left", fontsize=11, parse_math=False)
     upper.legend(frameon=False)
     if has_rewards:
         _draw_train(panels[1], steps, rewards, _TRAIN, "margin, train")
