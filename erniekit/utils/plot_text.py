@@ -1,6 +1,7 @@
 """Names that users chose, in any script, as text of a plot: matplotlib's own font has no Chinese characters."""
 
 import contextlib
+import re
 import warnings
 from collections.abc import Iterator
 
@@ -22,6 +23,9 @@ _FONTS = (
 )
 
 
+_MISSING = "Glyph .* missing from"  # how matplotlib begins its warnings
+
+
 @contextlib.contextmanager
 def in_any_script() -> Iterator[None]:
     """A context, or decorator, in which plots take characters that their font lacks from another installed one. A log
@@ -34,10 +38,10 @@ def in_any_script() -> Iterator[None]:
     installed = {font.name for font in font_manager.fontManager.ttflist}
     families = [*matplotlib.rcParams["font.family"], *(name for name in _FONTS if name in installed)]
     with matplotlib.rc_context({"font.family": families}), warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
+        warnings.filterwarnings("always", _MISSING, UserWarning)
         yield
     for warning in caught:
-        if "missing from" in str(warning.message):
+        if re.match(_MISSING, str(warning.message)):
             log.once(
                 "plots: no font of this system is known to have all characters of the run's name; they are drawn as "
                 f"boxes. Install one, such as {_FONTS[0]}"
