@@ -79,7 +79,7 @@ _IGNORED = {
 }
 
 _SAMPLING: dict[str, Field] = {
-    "model": Field((str,), "The model's name, as /v1/models lists it.", required=True),
+    "model": Field((str,), "The model's name, as /v1/models lists it (default: the model without an adapter)."),
     "max_tokens": _whole("The largest number of tokens to generate; what is left of the context at most.", 0, _INT64),
     "min_tokens": _whole("The number of tokens to generate before the answer may end.", 0, _INT64),
     "temperature": _number("Randomness of the choice; 0: always the likeliest token.", 0, 100),
@@ -162,7 +162,7 @@ COMPLETION: dict[str, Field] = {
 }
 
 TOKENIZE: dict[str, Field] = {
-    "model": Field((str,), "The model's name."),
+    "model": _SAMPLING["model"],
     "prompt": Field((str,), "A text."),
     "messages": Field((list,), "A conversation, instead of `prompt`."),
     "tools": Field((list,), "The functions that the model may call, beside `messages`."),
@@ -173,7 +173,7 @@ TOKENIZE: dict[str, Field] = {
 }
 
 DETOKENIZE: dict[str, Field] = {
-    "model": Field((str,), "The model's name."),
+    "model": _SAMPLING["model"],
     "tokens": Field((list,), "Token ids.", required=True),
 }
 
