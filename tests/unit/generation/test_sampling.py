@@ -54,6 +54,7 @@ def test_top_p_keeps_the_smallest_set_that_reaches_it():
     assert kept(keep_top_p(scores, 0.8)) == [1, 2, 3]
     assert kept(keep_top_p(scores, 1.0)) == [0, 1, 2, 3]
     assert kept(keep_top_p(scores, 1e-20)) == [1], "at least one token is left"
+    assert kept(keep_top_p(scores, 0.0)) == [1] and len(kept(keep_top_p(np.zeros(7), 0.0))) == 1
 
 
 def test_min_p_keeps_what_is_likely_enough_beside_the_likeliest():
@@ -124,7 +125,8 @@ def test_a_seed_decides():
 
 
 @pytest.mark.parametrize(
-    ("name", "value"), [("temperature", -1), ("top_p", 0.0), ("top_p", 1.2), ("top_k", -1), ("repetition_penalty", 0.0)]
+    ("name", "value"),
+    [("temperature", -1), ("top_p", -0.1), ("top_p", 1.2), ("top_k", -1), ("repetition_penalty", 0.0)],
 )
 def test_a_value_out_of_range_is_named(name: str, value: float):
     with pytest.raises(UserError, match=name):

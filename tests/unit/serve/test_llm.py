@@ -229,7 +229,7 @@ def test_an_interrupted_call_leaves_the_engine_free(llm: LLM, monkeypatch: pytes
     ("values", "said"),
     [
         ({"temprature": 1}, "did you mean temperature"),
-        ({"top_p": 0}, "top_p: expected more than 0"),
+        ({"top_p": -0.5}, "top_p: expected 0 or more"),
         ({"temperature": "hot"}, "temperature: expected number"),
         ({"n": 0}, "n: expected 1 or more"),
         ({"logprobs": 99}, "logprobs: expected at most 20"),
