@@ -38,8 +38,8 @@ def warn_if_nothing_compares(cfg: Config, max_steps: int) -> None:
     keys = [key for key, is_given in given.items() if is_given]
     if keys and cfg.evaluation_strategy == "steps" and (cfg.eval_steps or 0) > max_steps:
         log.warning(
-            f"{', '.join(keys)}: no effect: the run has {max_steps} steps, and the first evaluation would "
-            f"come after step {cfg.eval_steps}. Lower eval_steps"
+            f"{', '.join(keys)}: no effect: the run has {max_steps} steps and eval_steps is {cfg.eval_steps}: the one "
+            "evaluation comes after the last step. Lower eval_steps"
         )
 
 

@@ -66,6 +66,7 @@ class Trainer:
         self._ranges = MovingRanges(run.model, run.mesh)
         self._waits = ThreadWaits()
         self._saved_step: int | None = None
+        self._evaluated_step: int | None = None
         self._stopped_by: signal.Signals | None = None
         self._data_ended = False
 
@@ -147,6 +148,8 @@ class Trainer:
         except StopIteration:
             log.info(f"the data ended after step {self.state.step} of {self.run.max_steps}")
             self._data_ended = True
+            if self._compares_last() and self._evaluate():
+                self._save()
             return False
         waited = time.perf_counter() - began
         self._warn_of_repeats(self.run.loader.epochs_done - epochs)
@@ -166,10 +169,9 @@ class Trainer:
         for callback in self.callbacks:
             callback.on_step(metrics)
         epoch_ended = self.run.loader.epochs_done > epochs
-        is_best = (
-            self._is_due(self.cfg.evaluation_strategy, self.cfg.eval_steps or self.cfg.logging_steps, epoch_ended)
-            and self._evaluate()
-        )
+        is_due = self._is_due(self.cfg.evaluation_strategy, self.cfg.eval_steps or self.cfg.logging_steps, epoch_ended)
+        is_last = self.state.step == self.run.max_steps
+        is_best = (is_due or (is_last and self._compares_last())) and self._evaluate()
         if is_best or self._is_due(self.cfg.save_strategy, self.cfg.save_steps, epoch_ended):
             self._save()
         return True
@@ -336,10 +338,18 @@ class Trainer:
             return self.state.step % every == 0
         return strategy == "epoch" and (epoch_ended or self.state.step == self.run.max_steps)
 
+    def _compares_last(self) -> bool:
+        """Whether the last step is to be evaluated, since evaluations before have something to compare it with. The
+        first evaluation of a run is left to `_finish`, which saves before it.
+        """
+        is_compared = self.cfg.evaluation_strategy != "no" and self.state.best_step is not None
+        return is_compared and self._evaluated_step != self.state.step
+
     def _evaluate(self) -> bool:
         """Evaluate the model. Returns whether this is the best evaluation so far, which is to be saved."""
         with heartbeat.phase("an evaluation"):
             metrics = evaluate(self.run, self.state.step)
+        self._evaluated_step = self.state.step
         for callback in self.callbacks:
             callback.on_evaluate(self.state.step, metrics)
         assert self.run.best is not None

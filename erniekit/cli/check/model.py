@@ -19,6 +19,7 @@ from erniekit.cli import launch
 from erniekit.cli.check.report import Report, Section, count_of
 from erniekit.config import Config
 from erniekit.config.compat import DATA
+from erniekit.config.judged_steps import lone_answer_line
 from erniekit.data.chat.template import Template, load_template
 from erniekit.data.chat.tokenizer import Tokenizer, check_fits, load_tokenizer
 from erniekit.data.record_feed import training_template
@@ -176,6 +177,9 @@ def _layout(section: Section, cfg: Config, directory: Path | None, tokenizer: Pa
             section.add("ok", f"one process; a step takes {rows}: {microbatches} of {count_of(cfg.batch_size, 'row')}")
         for line in layout_lines(cfg, facts.model_config, facts.degrees):
             section.add("note" if "no effect" in line else "ok", line)
+        lone = lone_answer_line(cfg, facts.degrees.batch)
+        if lone is not None:
+            section.add("warning", lone)
 
 
 def _layout_to_use(section: Section, cfg: Config, facts: ModelFacts, command: str) -> None:

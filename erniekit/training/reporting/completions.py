@@ -14,8 +14,8 @@ from erniekit.checkpoint.model_dir import how_it_goes_on, resuming_command
 from erniekit.training.reporting.base import Callback, RunInfo, StepMetrics
 from erniekit.training.reporting.metrics_file import FILE_NAME as METRICS_FILE
 from erniekit.training.reporting.metrics_file import read_metrics, read_records
-from erniekit.training.reporting.plot import column, save_named, smooth
-from erniekit.utils import atomic, log
+from erniekit.training.reporting.plot import column, smooth
+from erniekit.utils import atomic, log, plot_text
 from erniekit.utils.errors import TrainError
 
 FILE_NAME = "samples.jsonl"
@@ -194,6 +194,7 @@ def draw_rollouts(records: list[dict[str, Any]], path: Path, title: str) -> None
     _draw(records, path, title, panels)
 
 
+@plot_text.in_any_script()
 def _draw(records: list[dict[str, Any]], path: Path, title: str, panels: Sequence[Panel]) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -216,7 +217,7 @@ def _draw(records: list[dict[str, Any]], path: Path, title: str, panels: Sequenc
     figure.axes[0].set_title(title, loc="left", fontsize=11, parse_math=False)
     figure.axes[-1].set_xlabel("optimizer step")
     figure.align_ylabels()
-    save_named(figure, path)
+    figure.savefig(path, format="png")
 
 
 def _curve(axes: Any, steps: np.ndarray, values: np.ndarray, what: str, color: str) -> None:

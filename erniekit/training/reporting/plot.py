@@ -1,6 +1,5 @@
 """loss.png: training loss, evaluation loss, rewards and learning rate over the steps, drawn from metrics.jsonl."""
 
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +7,7 @@ import numpy as np
 
 from erniekit.training.reporting.metrics_file import FILE_NAME, read_metrics
 from erniekit.training.reporting.picture import Picture
-from erniekit.utils import atomic
+from erniekit.utils import atomic, plot_text
 
 _TRAIN, _EVAL, _RATE, _QUIET = "#2563c9", "#d9480f", "#4b5563", "#9ca3af"
 _MODALITIES = {"text": "#0f766e", "image": "#9333ea", "video": "#b45309"}
@@ -30,6 +29,7 @@ def column(records: list[dict[str, Any]], name: str) -> tuple[np.ndarray, np.nda
     return array[:, 0], array[:, 1]
 
 
+@plot_text.in_any_script()
 def draw(records: list[dict[str, Any]], path: Path, title: str) -> None:
     """Draw the records of a metrics file into a PNG: loss, for preference training rewards, and learning rate."""
     # Imported late, since matplotlib takes half a second to import. Without pyplot, a figure needs no display.
@@ -79,14 +79,7 @@ def draw(records: list[dict[str, Any]], path: Path, title: str) -> None:
         axes.spines[["top", "right"]].set_visible(False)
         axes.margins(x=0.01)
     figure.align_ylabels()
-    save_named(figure, path)
-
-
-def save_named(figure: Any, path: Path) -> None:
-    """Write a figure with a run's name in it. Characters that its font lacks become boxes, without a warning each."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Glyph .* missing from", UserWarning)
-        figure.savefig(path, format="png")
+    figure.savefig(path, format="png")
 
 
 def _meaning_of_loss(records: list[dict[str, Any]], is_preference: bool) -> str:

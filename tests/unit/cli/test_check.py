@@ -166,6 +166,15 @@ def test_what_would_stop_the_run(given, keys, expected):
     assert re.search(expected, findings(given(**keys), "error"))
 
 
+def test_judged_answers_of_which_a_step_has_one(given):
+    examples = REPOSITORY / "examples/data"
+    args = {"stage": "KTO", "eval_dataset_path": None, "do_eval": False}
+    args["train_dataset_path"] = examples / "kto-train.jsonl"
+    assert "kto_loss_type: kto: a step has one answer" in findings(given(**args, batch_size=1), "warning")
+    for keys in ({"batch_size": 2}, {"gradient_accumulation_steps": 2}, {"data_parallel_degree": 2}):
+        assert "a step has one answer" not in findings(given(**args, **keys), "warning")
+
+
 def test_evaluation_data_of_which_nothing_is_left_would_stop_the_run(given, tmp_path):
     (tmp_path / "eval.jsonl").write_text(json.dumps({"src": ["q"], "tgt": ["a"], "label": [0]}))
     args = given(eval_dataset_path=tmp_path / "eval.jsonl", do_eval=True)
