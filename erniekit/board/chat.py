@@ -10,8 +10,8 @@ import httpx
 from starlette.responses import Response, StreamingResponse
 
 from erniekit.board.runs import Run
-from erniekit.serve.server_access import is_loopback
 from erniekit.serve.server_errors import ApiError, to_json
+from erniekit.utils.addresses import is_loopback
 
 _TIMEOUT = httpx.Timeout(10, read=3600)
 

@@ -7,7 +7,6 @@ that the next run removes.
 
 import contextlib
 import functools
-import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -21,17 +20,6 @@ from erniekit.utils import atomic, log
 from erniekit.utils.errors import CheckpointError, disk_is_full
 
 ABANDONED = "abandoned-"  # directories of checkpoints that a run abandoned when it resumed from an earlier one
-
-
-def sync_tree(directory: Path) -> None:
-    """Force every file below `directory`, and the directories, to disk."""
-    for root, _, files in os.walk(directory):
-        for path in [*(Path(root) / name for name in files), Path(root)]:
-            descriptor = os.open(path, os.O_RDONLY)
-            try:
-                os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
 
 
 @contextlib.contextmanager
@@ -135,7 +123,7 @@ class CheckpointManager:
         unharmed = f"{newest.name} is unharmed. " if newest else ""
 
         def commit() -> None:
-            sync_tree(temporary)
+            atomic.sync_tree(temporary)
             atomic.replace_tree(temporary, target)
             self.prune(keep)
 

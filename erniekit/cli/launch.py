@@ -6,7 +6,6 @@ is imported. The other commands process files tensor by tensor in one process. A
 PADDLE_TRAINER_ID in its environment is a worker, started by such an agent or by `python -m paddle.distributed.launch`.
 """
 
-import ipaddress
 import math
 import os
 from collections.abc import Mapping
@@ -29,6 +28,7 @@ from erniekit.hub import resolve_tokenizer
 from erniekit.models.pipeline_layout import check_layout, chunks_to_use
 from erniekit.parallel.mesh import ParallelDims
 from erniekit.utils import heartbeat, job_token, log, runtime
+from erniekit.utils.addresses import is_loopback
 from erniekit.utils.directory_lock import DirectoryLock, make_directory
 from erniekit.utils.errors import ConfigError
 from erniekit.utils.version import __version__
@@ -210,10 +210,6 @@ def _layouts(cfg: Config, degrees: ParallelDims) -> tuple[Layout, ...]:
     layouts = [Layout(degrees.world)]
     if not cfg.elastic:
         return tuple(layouts)
-    if cfg.batch_size_warmup_steps:
-        raise ConfigError(
-            "elastic: not with batch_size_warmup_steps: a smaller job could not keep the same growing batch."
-        )
     accumulates = cfg.method.reads("gradient_accumulation_steps")
     batches = cfg.gradient_accumulation_steps * degrees.batch
     for batch in range(degrees.batch - 1, 0, -1):
@@ -277,7 +273,7 @@ def _token(environ: Mapping[str, str], master: Master | None) -> str:
     """The job's token: the user gives it for several hosts; on one host the agent makes it for its workers."""
     if master is None:
         return job_token.new()
-    on_this_machine = ipaddress.ip_address(master.address).is_loopback
+    on_this_machine = is_loopback(master.address)
     return job_token.find(environ, runtime.cache_directory() if on_this_machine else None)
 
 

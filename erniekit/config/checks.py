@@ -59,7 +59,6 @@ def problems(cfg: Config, command: str) -> list[str]:
             _qat_training(cfg),
             _expressions(cfg),
             _lora(cfg),
-            _scores_of_pairs(cfg),
             _preference(cfg),
             rl_keys.problems(cfg),
             _distillation(cfg),
@@ -312,6 +311,11 @@ def _training(cfg: Config) -> Iterator[str]:
         strategy = cfg.evaluation_strategy
         reason = "do_eval: True" if strategy == "no" else f"evaluation_strategy: {strategy}"
         yield f"eval_dataset_path: needed with {reason}"
+    if cfg.elastic and cfg.batch_size_warmup_steps and cfg.method.reads("batch_size_warmup_steps"):
+        yield (
+            f"elastic: not with batch_size_warmup_steps: {cfg.batch_size_warmup_steps}: a smaller job could not keep "
+            "the same growing batch. Leave one of the two out"
+        )
 
 
 def shape_given(cfg: Config) -> dict[str, int | float | bool]:
@@ -368,6 +372,8 @@ def _precision(cfg: Config) -> Iterator[str]:
             f"emulate_precision: it is for compute_type: bf16 or fp16, which a CPU lacks, not for {cfg.compute_type}. "
             "Remove it, or set compute_type: bf16"
         )
+    elif cfg.emulate_precision and cfg.fp8 == "none" and rl_keys.generates(cfg):  # with fp8 a GPU emulates, too
+        yield rl_keys.no_generation(cfg)
 
 
 def _fp8(cfg: Config) -> Iterator[str]:
@@ -438,13 +444,6 @@ def _lora(cfg: Config) -> Iterator[str]:
         )
 
 
-def _scores_of_pairs(cfg: Config) -> Iterator[str]:
-    types = {*cfg.train_dataset_type, *(cfg.eval_dataset_type if cfg.do_eval else ())}
-    for key in ("offset_alpha", "reward_margin"):
-        if cfg.method.reads(key) and vars(cfg)[key] and types - {"erniekit"}:
-            yield f"{key}: needs the scores (`sort`) that only data of type erniekit has"
-
-
 def _preference(cfg: Config) -> Iterator[str]:
     if not cfg.method.reads("loss_type"):
         return
@@ -481,6 +480,8 @@ def _best(cfg: Config) -> Iterator[str]:
     if cfg.load_best_model_at_end and cfg.save_strategy == "no":
         yield "load_best_model_at_end: needs checkpoints to choose from: set save_strategy to steps or epoch"
     metric = (cfg.metric_for_best_model or cfg.method.metric).removeprefix("eval_")
+    if cfg.evaluation_strategy != "no" and metric == "completion_length" and cfg.greater_is_better is None:
+        yield f"greater_is_better: needed with metric_for_best_model: {metric}, since longer may be better or worse"
     known = metrics_of(cfg)
     if cfg.evaluation_strategy != "no" and metric not in known:
         yield (

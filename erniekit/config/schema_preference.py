@@ -48,7 +48,9 @@ class PreferenceArgs:
     pref_loss_ratio: float = key(1.0, "Weight of the preference loss.", ge=0)
     sft_loss_ratio: float = key(0.0, "Weight of the chosen answers' next-token loss (orpo: 1).", ge=0)
     offset_alpha: float = key(
-        0.0, "sigmoid: require a larger margin where the two `sort` scores differ more (ODPO).", ge=0
+        0.0,
+        "sigmoid: require a larger margin where the two `sort` scores differ more, or `margin` is larger (ODPO).",
+        ge=0,
     )
     simpo_gamma: float = key(0.5, "simpo: the target margin.", ge=0)
     dpop_lambda: float = key(50.0, "dpop: penalty on a chosen answer that becomes less likely.", ge=0)

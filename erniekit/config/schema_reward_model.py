@@ -13,7 +13,10 @@ class RewardModelArgs:
     group: ClassVar[str] = "reward model"
 
     reward_margin: float = key(
-        0.0, "The score of the chosen answer has to be higher by this times the difference of the `sort` scores.", ge=0
+        0.0,
+        "The score of the chosen answer has to be higher by this times the difference of the `sort` scores (type "
+        "erniekit) or the record's `margin` (other types; 1: TRL's loss).",
+        ge=0,
     )
     center_rewards_coefficient: float = key(
         0.0, "Weight of a term that keeps the sum of a pair's scores near 0 (TRL's name; arXiv 2312.09244).", ge=0

@@ -25,7 +25,7 @@ class TrainArgs:
     max_steps: int = key(-1, "Optimizer steps to train; -1: num_train_epochs decides.", ge=1, off=-1)
     evaluation_strategy: str = key(
         "no",
-        "Evaluate while training: no, every eval_steps (steps), or after each epoch (epoch).",
+        "Evaluate while training: no, every eval_steps (steps), or after each epoch (epoch), and after the last step.",
         choices=("no", "steps", "epoch"),
         words={"false": "no"},
     )

@@ -95,7 +95,10 @@ class VisionArgs:
     apply_exif: bool = key(
         False, "Turn a picture as its orientation tag says; False: ignore the tag, as ERNIE's training code does."
     )
-    allow_urls: bool = key(False, "Download pictures and videos that records name by an http or https address.")
+    allow_urls: bool = key(
+        False,
+        "Download pictures and videos that records name by an http or https address, each time that they are read.",
+    )
     missing_media_tags: str = key(
         "error",
         "A record with pictures and no tag for them in its text stops the run (error), or gets the tags in front of "

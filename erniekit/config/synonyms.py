@@ -140,6 +140,8 @@ _OTHERWISE: dict[str, str] = {
     "disable_shuffling": "random_shuffle: False keeps the order of the files",
     "plot_loss": "remove it: loss.png is always drawn",
     "overwrite_cache": "remove it: there is no cache of encoded data",
+    "tokenized_path dataset_prepared_path": "remove it: data is encoded as it is read; `erniekit tokenize` does it "
+    "beforehand for pretraining (dataset_type: pretrain)",
     "use_kv_cache": "remove it: generation always uses a KV cache",
     "streaming": "remove it: data is always read as it is needed",
     "max_samples max_train_samples": "max_steps limits training, max_evaluate_steps evaluation",

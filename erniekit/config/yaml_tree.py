@@ -5,6 +5,7 @@ and the number of values are limited. (A few hundred bytes of nested aliases can
 memory.)
 """
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, NoReturn
@@ -18,6 +19,8 @@ from erniekit.utils.user_files import MAX_DEPTH
 MAX_VALUES = 20_000  # in one file; each use of an alias counts all its values again
 _TAG = "tag:yaml.org,2002:"
 _TEXT = ("!", f"{_TAG}str")
+# a key in front of a full-width colon, or of a colon and a full-width or non-breaking space
+_OTHER_COLON = re.compile(r"\s*[\w.-]+[ \t]*(?:\uff1a|:[\u3000\u00a0])")
 _PLAIN = tuple(_TAG + name for name in ("int", "float", "bool"))
 
 
@@ -104,11 +107,20 @@ class _Reader:
             self._refuse_character(error)
         except yaml.MarkedYAMLError as error:
             mark = error.problem_mark or error.context_mark
-            self._refuse(f"not valid YAML: {error.problem or error.context}", mark.line if mark else None)
+            line = self._line if mark is None else mark.line
+            self._refuse(f"not valid YAML: {error.problem or error.context}{self._other_colon(line)}", line)
         except (yaml.YAMLError, ValueError) as error:  # ValueError: \U00110000, or a version of 5000 digits
             self._refuse(f"not valid YAML: {str(error).splitlines()[0]}", self._loader.get_mark().line)
         self._line = event.start_mark.line
         return event
+
+    def _other_colon(self, last: int) -> str:
+        """What to do about a key up to line `last` (from 0) that ends in something that only looks like a colon and a
+        space; empty if there is none.
+        """
+        lines = self._text.split("\n")[: last + 1]
+        found = [number for number, line in enumerate(lines, 1) if _OTHER_COLON.match(line)]
+        return f". Line {found[-1]} has a full-width colon or space behind its key: write ': '" if found else ""
 
     def _refuse(self, what: str, line: int | None = None) -> NoReturn:
         number = (self._line if line is None else line) + 1

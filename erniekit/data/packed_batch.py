@@ -29,7 +29,7 @@ class Modality(IntEnum):
 class PairLayout(NamedTuple):
     """The layout of a pair of answers in a document: `prompt` tokens of the prompt without its last token, then
     `chosen` tokens, then `rejected` tokens. Both answers begin with the prompt's last token, which predicts their first
-    token; it occurs twice so that every token has one label. `score_delta` > 0: how much better the chosen answer is.
+    token; it occurs twice so that every token has one label. `score_delta` >= 0: how much better the chosen answer is.
     """
 
     prompt: int

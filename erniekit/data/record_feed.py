@@ -225,7 +225,9 @@ def _basis_of_estimate(lengths: Lengths, exact: bool) -> str:
 def specs_of(cfg: Config, split: str) -> list[SourceSpec]:
     """The text data sets that a configuration names for `split` ("train", "eval" or "calibration")."""
     keys = _split_keys(cfg, split)
-    return read_specs(keys.paths, keys.types, keys.probs, split, cfg.method)
+    specs = read_specs(keys.paths, keys.types, keys.probs, split, cfg.method)
+    readers = (key for key in ("offset_alpha", "reward_margin") if cfg.method.reads(key) and vars(cfg)[key])
+    return [replace(spec, scored_by=next(readers, "")) for spec in specs]
 
 
 def open_text(
@@ -245,6 +247,7 @@ def open_text(
     dataset = Dataset([Source(spec, split, on_bad_line, cfg.download_hub, inspection.every, vision) for spec in specs])
     sizes = ", ".join(f"{spec.path} ({size})" for spec, size in zip(specs, dataset.sizes, strict=True))
     log.info(f"{split} data: {len(dataset)} samples from {sizes}")
+    _warn_of_one_judgement(cfg, dataset, split)
     packer, window = _packer(cfg)
     if template is None and not _is_plain(specs):
         assert isinstance(tokenizer, text_tokenizer.Tokenizer), "other tokenizers are passed together with a template"
@@ -275,6 +278,16 @@ def open_text(
         identity["pictures"] = repr(vision)
     decoder = None if vision is None else MediaDecoder(cfg.dataloader_num_workers, cfg.on_bad_line)
     return RecordFeed(dataset, stream, service, extent, identity, decoder)
+
+
+def _warn_of_one_judgement(cfg: Config, dataset: Dataset, split: str) -> None:
+    """Warn if all answers to train on are judged alike."""
+    if split == "train" and len(dataset.judgements) == 1:
+        log.warning(
+            f"{path_key(split)}: every answer is judged {'good' if dataset.judgements.pop() else 'bad'}. stage: "
+            f"{cfg.method.name} learns what sets good answers apart from bad ones, so give it both (stage: SFT learns "
+            "from good ones alone)"
+        )
 
 
 def _is_plain(specs: list[SourceSpec]) -> bool:

@@ -22,9 +22,12 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from erniekit.utils.errors import DataError
+
 _GOLDEN = 0x9E3779B97F4A7C15
 _MASK = 2**64 - 1
 _BLOCK = 65536  # draws in a round of `random`
+_LONGEST_EPOCH, _MANY_PASSES = 1 << 28, 100  # samples, and passes through all sources: a longer epoch is a mistake
 _CHUNK = 65536  # draws made at a time while searching for the end of an epoch
 
 
@@ -52,6 +55,17 @@ def permutation(n: int, key: Sequence[int]) -> np.ndarray:
     return order.astype(np.uint32 if n < 2**32 else np.int64)
 
 
+def _require_an_end(sizes: Sequence[int], probs: Sequence[float]) -> None:
+    """Raise DataError if an epoch of interleave_over, whose draws are all in memory, would be too long to begin."""
+    length, size, prob = max((size / prob, size, prob) for size, prob in zip(sizes, probs, strict=True))
+    if length > max(_LONGEST_EPOCH, _MANY_PASSES * sum(sizes)):
+        raise DataError(
+            f"train_dataset_prob: mix_strategy: interleave_over reads every source to its end, so that {size:,} "
+            f"records with a share of {prob:g} make an epoch of about {length:.2g} samples. Hint: raise that share, or "
+            "set mix_strategy to interleave_under, or to random with max_steps."
+        )
+
+
 class Sampler:
     """The order of the records of sources with the given `sizes` and `probs` (which sum to 1). Records are numbered
     consecutively over all sources.
@@ -59,6 +73,8 @@ class Sampler:
 
     def __init__(self, sizes: Sequence[int], probs: Sequence[float], strategy: str, seed: int, shuffle: bool):
         self.strategy, self._sizes, self._seed, self._shuffle = strategy, list(sizes), seed, shuffle
+        if strategy == "interleave_over":
+            _require_an_end(sizes, probs)
         # a random number u in [0, 1) picks the source whose interval [edge, next edge) contains u
         self._edges = np.cumsum(np.asarray(probs, np.float64))[:-1]
         self._bases = np.concatenate([[0], np.cumsum(sizes)[:-1]]).astype(np.int64)

@@ -46,7 +46,7 @@ def choose_next(scores_BV: paddle.Tensor | None, rows: Sequence[Generation], mes
         if row.error:
             continue
         count = row.request.num_scores
-        row.append(token, None if count is None else TokenScore(logprob, _likeliest(line, count) if count else ()))
+        row.append(token, None if count is None else TokenScore(logprob, _top_of(line, count) if count else ()))
     return tokens
 
 
@@ -105,10 +105,22 @@ def _fill_line(line: np.ndarray, scores_V: np.ndarray, row: Generation) -> None:
     if count is None:
         return
     logprobs = _log_softmax(scores_V, row.request.score_temperature)
-    likeliest = np.argsort(-logprobs, kind="stable")[:count] if count else np.zeros(0, np.int64)
+    tokens = likeliest(logprobs, count)
     line[1:2] = logprobs[[line[0]]].view(np.int64)
-    line[2 : 2 + len(likeliest)] = likeliest
-    line[2 + count : 2 + count + len(likeliest)] = logprobs[likeliest].view(np.int64)
+    line[2 : 2 + len(tokens)] = tokens
+    line[2 + count : 2 + count + len(tokens)] = logprobs[tokens].view(np.int64)
+
+
+def likeliest(logprobs_V: np.ndarray, count: int) -> np.ndarray:
+    """The `count` likeliest tokens, the likeliest first, of equal ones those with the smaller ids first. Sorting the
+    whole vocabulary would take longer than the pass of a small model.
+    """
+    if not count:
+        return np.zeros(0, np.int64)
+    if count >= len(logprobs_V):
+        return np.argsort(-logprobs_V, kind="stable")
+    tokens = np.flatnonzero(logprobs_V >= np.partition(logprobs_V, -count)[-count])
+    return tokens[np.argsort(-logprobs_V[tokens], kind="stable")][:count]
 
 
 def choose_alone(scores_V: np.ndarray, row: Generation) -> int:
@@ -130,7 +142,7 @@ def _log_softmax(scores_V: np.ndarray, temperature: float) -> np.ndarray:
     return scaled - np.log(np.exp(scaled).sum())
 
 
-def _likeliest(line: np.ndarray, count: int) -> tuple[tuple[int, float], ...]:
+def _top_of(line: np.ndarray, count: int) -> tuple[tuple[int, float], ...]:
     """The likeliest tokens in a row of the table, with their log-probabilities; see `_fill`."""
     tokens, bits = line[2 : 2 + count], line[2 + count : 2 + 2 * count]
     pairs = zip(tokens.tolist(), bits.view(np.float64).tolist(), strict=True)

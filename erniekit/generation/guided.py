@@ -23,6 +23,7 @@ MAX_BYTES = 1 << 18  # of a grammar
 # The spaces of json.dumps and of chat templates' tojson, and no others: a model could write spaces without end.
 _JSON = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 
+_STATE = "<state>"  # llguidance's errors describe its parser behind this word
 _FORMATS = "date-time, time, date, duration, email, hostname, ipv4, ipv6, uuid and uri"  # those of llguidance, OpenAI's
 
 
@@ -46,7 +47,7 @@ class Guide:
         rules = ""
         for number, tool in enumerate(tools):
             function = tool["function"]
-            schema = {"type": "object"} | (function.get("parameters") or {}) | {"x-guidance": _JSON}
+            schema = {"type": "object"} | (_tagged(function.get("parameters")) or {}) | {"x-guidance": _JSON}
             # A schema of its own: references in it ("#/$defs/...") begin at its root.
             name = json.dumps(function["name"], ensure_ascii=False)
             opening = json.dumps(f'{{"name": {name}, "arguments": ', ensure_ascii=False)
@@ -81,8 +82,11 @@ class Grammars:
         if len(text) > MAX_BYTES:
             raise UserError(f"the grammar has {len(text)} characters, at most {MAX_BYTES} are taken.")
         matcher = llguidance.LLMatcher(self._prepared, text, log_level=0)
-        if matcher.is_error():
-            raise UserError(_refusal(matcher.get_error()))
+        first = matcher.deep_copy()
+        first.compute_bitmask()  # a grammar of which no text can begin shows only here
+        for tried in (matcher, first):
+            if tried.is_error():
+                raise UserError(_refusal(tried.get_error()))
         closes = None
         if is_in_thought:
             closes = self._tokenizer.find_id(CLOSE)
@@ -103,7 +107,7 @@ class Grammars:
         make = llguidance.LLMatcher
         try:
             if guide.kind == "json":
-                return make.grammar_from_json_schema(guide.what, overrides=_JSON)
+                return make.grammar_from_json_schema(_tagged(guide.what), overrides=_JSON)
             if guide.kind == "regex":
                 return make.grammar_from_regex(guide.what)
             if guide.kind == "choice":
@@ -164,7 +168,7 @@ class GrammarState:
         bits = np.frombuffer(self.matcher.compute_bitmask(), np.uint8)
         mask = np.unpackbits(bits, bitorder="little")[: self.vocab_size].astype(bool)
         if self.matcher.is_error():  # a bound of llguidance
-            self.error = self.matcher.get_error().strip()[:500] or "it is too complex"
+            self.error = self.matcher.get_error().partition(_STATE)[0].strip()[:500] or "it is too complex"
             mask[:] = False
             mask[list(self.stop_ids)] = True
         return mask
@@ -176,9 +180,27 @@ def grammar_error(request: Request) -> str:
     return f"the answer cannot follow its grammar further: {problem}" if problem else ""
 
 
+def _tagged(schema: Any) -> Any:
+    """A schema whose alternatives by `oneOf` hold their `discriminator`, which pydantic leaves out of `required` where
+    it has a default: without it nothing says which of them an object is, and readers refuse the object.
+    """
+    if isinstance(schema, list):
+        return [_tagged(item) for item in schema]
+    if not isinstance(schema, dict):
+        return schema
+    tagged = {key: _tagged(value) for key, value in schema.items()}
+    discriminator, branches = schema.get("discriminator"), tagged.get("oneOf")
+    tag = discriminator.get("propertyName") if isinstance(discriminator, dict) else None
+    if isinstance(tag, str) and isinstance(branches, list) and all(isinstance(branch, dict) for branch in branches):
+        tagged["oneOf"] = [{"allOf": [branch, {"required": [tag]}]} for branch in branches]
+    return tagged
+
+
 def _refusal(reason: str) -> str:
     """Why a grammar is refused, in llguidance's words, and what to do where a schema has what it does not know."""
-    refusal = f"the grammar cannot be used: {reason.strip()[:500]}"
+    refusal = f"the grammar cannot be used: {reason.partition(_STATE)[0].strip()[:500]}"
+    if "coerce_one_of" in reason:
+        return "the grammar cannot be used: alternatives of oneOf may hold at the same time. Write anyOf."
     if "Unknown format" in reason:
         return f"{refusal}. The formats of texts are {_FORMATS}; leave another one out, or write it as a pattern."
     return f"{refusal}. Leave them out of the schema." if "Unimplemented keys" in reason else refusal

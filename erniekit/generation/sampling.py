@@ -21,11 +21,11 @@ class Sampling:
     """The settings for choosing the next token. The defaults choose the likeliest token.
 
     temperature: the scores are divided by it; 0 is greedy. top_k: draw among the k likeliest tokens, 0 is all. top_p:
-    draw among the likeliest tokens that together reach this probability. repetition_penalty: see `penalise_repetition`;
-    it counts the prompt too. frequency_penalty, presence_penalty: see `penalise_frequency`; they count generated tokens
-    only. min_p: draw among the tokens that have at least this share of the likeliest one's probability, 0 is all.
-    logit_bias: (token, what is added to its score) of single tokens. seed: equal seeds give equal tokens; None draws a
-    fresh one.
+    draw among the likeliest tokens that together reach this probability, 0 is the likeliest one. repetition_penalty:
+    see `penalise_repetition`; it counts the prompt too. frequency_penalty, presence_penalty: see `penalise_frequency`;
+    they count generated tokens only. min_p: draw among the tokens that have at least this share of the likeliest one's
+    probability, 0 is all. logit_bias: (token, what is added to its score) of single tokens. seed: equal seeds give
+    equal tokens; None draws a fresh one.
     """
 
     temperature: float = 0.0
@@ -42,7 +42,7 @@ class Sampling:
         rules = (
             ("temperature", self.temperature >= 0, "0 (greedy) or more"),
             ("top_k", self.top_k >= 0, "0 (all tokens) or more"),
-            ("top_p", 0 < self.top_p <= 1, "more than 0 and at most 1"),
+            ("top_p", 0 <= self.top_p <= 1, "0 (the likeliest token) to 1"),
             ("repetition_penalty", self.repetition_penalty > 0, "more than 0 (1: off)"),
             ("min_p", 0 <= self.min_p <= 1, "0 (off) to 1"),
         )

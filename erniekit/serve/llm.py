@@ -168,7 +168,7 @@ class LLM:
         plans: list[tuple[Plan, Reading, str | None]] = []
         for talk, params in zip(talks, _params_list(sampling_params, len(talks)), strict=True):
             with _as_user_errors():
-                body = {"model": "", "messages": list(talk)} | {n: _plain(v) for n, v in asked.items()}
+                body = {"messages": list(talk)} | {n: _plain(v) for n, v in asked.items()}
                 values = fields.read_fields(body, fields.CHAT) | params.fields() | {"model": lora_request}
                 prompt, how, grammar = chat_prompt(values, self._served, is_local=True)
                 plans.append((plan(values, [prompt], self._served, params.logprobs, "messages", grammar), how, None))

@@ -1,7 +1,6 @@
 """Who may ask a server: keys, the Host header and the Origin header, looked at before any route."""
 
 import hashlib
-import ipaddress
 import secrets
 from pathlib import Path
 
@@ -10,6 +9,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from erniekit.serve.server_errors import ApiError
 from erniekit.serve.server_responses import error_response
+from erniekit.utils.addresses import is_loopback
 from erniekit.utils.errors import ConfigError
 from erniekit.utils.user_files import read_text
 
@@ -35,14 +35,6 @@ def key_digests(file: str | None, variable: str | None) -> tuple[bytes, ...]:
         if len(key) < MIN_KEY or not key.isascii() or any(character.isspace() for character in key):
             raise ConfigError(f"an API key has at least {MIN_KEY} ASCII characters and no spaces. Choose another.")
     return tuple(hashlib.sha256(key.encode()).digest() for key in keys)
-
-
-def is_loopback(host: str) -> bool:
-    """Whether only this machine reaches an address."""
-    try:
-        return ipaddress.ip_address(host.strip("[]")).is_loopback
-    except ValueError:
-        return host.lower() == "localhost"
 
 
 def require_key_if_reachable(host: str, keys: tuple[bytes, ...]) -> None:

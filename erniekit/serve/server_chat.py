@@ -37,7 +37,7 @@ class _Chat:
             "id": self.id,
             "object": kind,
             "created": self.created,
-            "model": self.values["model"],
+            "model": self.values.get("model", self.served.name),
             "system_fingerprint": fingerprint(self.served),
         }
 
@@ -53,7 +53,7 @@ async def chat(request: HttpRequest, served: Served) -> Response:
     """Answer a conversation, whole or in pieces."""
     body = await read_body(request, served.max_body_bytes)
     values = fields.read_fields(body, fields.CHAT)
-    served.adapter_of(values["model"])
+    served.adapter_of(values.get("model"))
     talk = _Chat(values, served)
     num_scores, usage = talk.num_scores(), stream_options(values)
     count = values.get("n", 1)

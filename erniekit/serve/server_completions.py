@@ -25,7 +25,7 @@ from erniekit.serve.server_stream import EventStream
 from erniekit.serve.server_text import AnswerReader, Piece
 from erniekit.utils.errors import CheckpointError
 
-MAX_SCORED = 8192  # tokens of a prompt whose scores are asked for: [tokens, vocabulary] is in memory at once
+MAX_SCORED = 8192  # tokens of a prompt whose scores are asked for; other answers wait while they are computed
 
 Scored = Sequence[tuple[int, TokenScore | None]]
 
@@ -43,7 +43,7 @@ class _Completion:
             "id": f"cmpl-{uuid.uuid4().hex}",
             "object": "text_completion",
             "created": int(time.time()),
-            "model": self.values["model"],
+            "model": self.values.get("model", self.served.name),
             "system_fingerprint": fingerprint(self.served),
         }
         self.num_scores: int | None = self.values.get("logprobs")
@@ -58,7 +58,7 @@ class _Completion:
 async def complete(request: HttpRequest, served: Served) -> Response:
     """Continue prompts, whole or in pieces."""
     values = fields.read_fields(await read_body(request, served.max_body_bytes), fields.COMPLETION)
-    served.adapter_of(values["model"])
+    served.adapter_of(values.get("model"))
     usage = stream_options(values)
     only_scores = bool(values.get("echo")) and values.get("max_tokens") == 0
     if only_scores and (values.get("stream") or values.get("n", 1) > 1):
@@ -118,7 +118,7 @@ async def _scores_of_prompts(ask: _Completion) -> list[list[TokenScore | None]]:
     """The scores of each prompt, where they are asked for."""
     if not ask.echoes or ask.num_scores is None:
         return []
-    scored, model, adapter = [], ask.served.chat_model.model, ask.served.adapter_of(ask.values["model"])
+    scored, model, adapter = [], ask.served.chat_model.model, ask.served.adapter_of(ask.values.get("model"))
     for ids in ask.prompts:
         if len(ids) > MAX_SCORED:
             raise ApiError(400, f"prompt: at most {MAX_SCORED} tokens with echo and logprobs.", "prompt")

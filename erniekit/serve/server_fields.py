@@ -79,11 +79,11 @@ _IGNORED = {
 }
 
 _SAMPLING: dict[str, Field] = {
-    "model": Field((str,), "The model's name, as /v1/models lists it.", required=True),
+    "model": Field((str,), "The model's name, as /v1/models lists it (default: the model without an adapter)."),
     "max_tokens": _whole("The largest number of tokens to generate; what is left of the context at most.", 0, _INT64),
     "min_tokens": _whole("The number of tokens to generate before the answer may end.", 0, _INT64),
     "temperature": _number("Randomness of the choice; 0: always the likeliest token.", 0, 100),
-    "top_p": _number("Draw among the likeliest tokens that together reach this probability.", gt=0, le=1),
+    "top_p": _number("Draw among the likeliest tokens that together reach this probability; 0: the likeliest.", 0, 1),
     "top_k": _whole("Draw among the k likeliest tokens; 0 or -1: all.", -1, _INT64),
     "repetition_penalty": _number("Divide the scores of tokens seen so far by this; 1: off.", gt=0, le=100),
     "frequency_penalty": _number("Lower a token's score by this for each time it was generated.", -2, 2),
@@ -162,7 +162,7 @@ COMPLETION: dict[str, Field] = {
 }
 
 TOKENIZE: dict[str, Field] = {
-    "model": Field((str,), "The model's name."),
+    "model": _SAMPLING["model"],
     "prompt": Field((str,), "A text."),
     "messages": Field((list,), "A conversation, instead of `prompt`."),
     "tools": Field((list,), "The functions that the model may call, beside `messages`."),
@@ -173,7 +173,7 @@ TOKENIZE: dict[str, Field] = {
 }
 
 DETOKENIZE: dict[str, Field] = {
-    "model": Field((str,), "The model's name."),
+    "model": _SAMPLING["model"],
     "tokens": Field((list,), "Token ids.", required=True),
 }
 

@@ -75,7 +75,7 @@ def document(names: Sequence[str]) -> dict[str, Any]:
 def _post(summary: str, table: Mapping[str, Field], names: Sequence[str], streams: bool = False) -> dict[str, Any]:
     properties = {name: field.schema() for name, field in table.items()}
     if "model" in properties:
-        properties["model"] |= {"enum": [*names] if table["model"].required else [*names, None]}
+        properties["model"] |= {"enum": [*names, None]}
     if "messages" in properties:
         properties["messages"] |= {"items": _MESSAGE, "minItems": 1}
     schema = {

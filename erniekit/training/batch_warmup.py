@@ -34,6 +34,14 @@ def microbatches_per_read(cfg: Config) -> int:
     return 1 if warmup_steps(cfg) else cfg.gradient_accumulation_steps
 
 
+def repeats_line(rows: int) -> str:
+    """The warning that a step of up to `rows` rows reads all of the training data several times."""
+    return (
+        f"batch_size * gradient_accumulation_steps * data ranks: a step takes up to {rows:,} rows, and reads all of "
+        "the training data several times. Lower gradient_accumulation_steps"
+    )
+
+
 def last_step(cfg: Config, loader: StepSource, data_ranks: int, done: int = 0) -> int:
     """The number of the last step: max_steps, or where num_train_epochs end for a run that has done `done` steps and
     whose next rows are the loader's next.

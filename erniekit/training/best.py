@@ -15,7 +15,14 @@ from erniekit.utils import log
 from erniekit.utils.errors import TrainError
 
 # metrics beside losses of which a smaller value is better
-_SMALLER = {"eval_perplexity", "eval_kl", "eval_truncated", "eval_reward_bad", "eval_reward_rejected"}
+_SMALLER = {
+    "eval_perplexity",
+    "eval_kl",
+    "eval_truncated",
+    "eval_reward_bad",
+    "eval_reward_rejected",
+    "eval_logp_rejected",
+}
 # they affect training only: an evaluation reads in file order
 _OF_TRAINING = {"seed", "random_shuffle", "mix_strategy", "train_dataset_prob"}
 # they concern the data, or how the loss is computed
@@ -31,8 +38,8 @@ def warn_if_nothing_compares(cfg: Config, max_steps: int) -> None:
     keys = [key for key, is_given in given.items() if is_given]
     if keys and cfg.evaluation_strategy == "steps" and (cfg.eval_steps or 0) > max_steps:
         log.warning(
-            f"{', '.join(keys)}: no effect: the run has {max_steps} steps, and the first evaluation would "
-            f"come after step {cfg.eval_steps}. Lower eval_steps"
+            f"{', '.join(keys)}: no effect: the run has {max_steps} steps and eval_steps is {cfg.eval_steps}: the one "
+            "evaluation comes after the last step. Lower eval_steps"
         )
 
 

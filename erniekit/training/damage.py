@@ -1,8 +1,9 @@
 """Finds checkpoints whose files a disk, a copy or a quota has cut short, so that a run can go back before them."""
 
+import zipfile
 from pathlib import Path
 
-from erniekit.checkpoint.model_dir import holds_model
+from erniekit.checkpoint.model_dir import ADAPTER_CONFIG_FILE, holds_model
 from erniekit.checkpoint.safetensors_header import INDEX_FILE, read_header, read_index
 from erniekit.training.state import OPTIMIZER_DIR, STATE_FILE
 from erniekit.utils.errors import CheckpointError
@@ -17,13 +18,23 @@ def damage_of(checkpoint: Path, with_optimizer: bool = True) -> str | None:
     if not (checkpoint / STATE_FILE).is_file() or not holds_model(checkpoint):
         return f"it lacks {STATE_FILE} or weights: a delete or a copy was interrupted"
     try:
-        read_json_object(checkpoint / STATE_FILE, CheckpointError)
+        for file in _small_files(checkpoint):
+            read_json_object(file, CheckpointError)
+        for file in sorted(checkpoint.glob("*.npz")):
+            if not zipfile.is_zipfile(file):
+                return f"{file}: an archive without its end"
         for file in _weight_files(checkpoint):
             if with_optimizer or file.parent != checkpoint / OPTIMIZER_DIR:
                 read_header(file)
     except CheckpointError as error:
         return str(error)
     return None
+
+
+def _small_files(checkpoint: Path) -> list[Path]:
+    """The JSON files without which a run cannot continue: states, also of rollouts, and what describes an adapter."""
+    described = checkpoint / ADAPTER_CONFIG_FILE
+    return [*sorted(checkpoint.glob("*_state.json")), *([described] if described.is_file() else [])]
 
 
 def _weight_files(checkpoint: Path) -> list[Path]:

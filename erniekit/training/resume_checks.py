@@ -175,7 +175,8 @@ def base_of(cfg: Config, model_dir: Path) -> dict[str, Any]:
     return {"weights": weights, "config": config}
 
 
-_HASHED = ("content of", "tokenizer", "chat template", "weights of")  # the names of values that are stored as hashes
+# how the names of values begin that are stored as hashes
+_HASHED = ("content of", "tokenizer", "chat template", "weights of model_name")
 
 
 @dataclass(frozen=True)

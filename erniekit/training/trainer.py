@@ -18,7 +18,8 @@ from erniekit.moe.expert_bias import update_biases
 from erniekit.moe.layer import MoELayer
 from erniekit.parallel import comm, pipeline
 from erniekit.parallel.grad_clip import clip_, global_norm, squared_norms
-from erniekit.training.batch_warmup import microbatches_at, warmup_steps
+from erniekit.parallel.mesh import Mesh
+from erniekit.training.batch_warmup import microbatches_at, repeats_line, warmup_steps
 from erniekit.training.build import Run
 from erniekit.training.callbacks import Callback, RunInfo, StepMetrics
 from erniekit.training.checkpointing import Saver
@@ -65,6 +66,7 @@ class Trainer:
         self._ranges = MovingRanges(run.model, run.mesh)
         self._waits = ThreadWaits()
         self._saved_step: int | None = None
+        self._evaluated_step: int | None = None
         self._stopped_by: signal.Signals | None = None
         self._data_ended = False
 
@@ -146,8 +148,11 @@ class Trainer:
         except StopIteration:
             log.info(f"the data ended after step {self.state.step} of {self.run.max_steps}")
             self._data_ended = True
+            if self._compares_last() and self._evaluate():
+                self._save()
             return False
         waited = time.perf_counter() - began
+        self._warn_of_repeats(self.run.loader.epochs_done - epochs)
         report = self.run.loader.report_step()
         metrics = self.train_step(batches)
         self._waits.after_step()
@@ -164,13 +169,18 @@ class Trainer:
         for callback in self.callbacks:
             callback.on_step(metrics)
         epoch_ended = self.run.loader.epochs_done > epochs
-        is_best = (
-            self._is_due(self.cfg.evaluation_strategy, self.cfg.eval_steps or self.cfg.logging_steps, epoch_ended)
-            and self._evaluate()
-        )
+        is_due = self._is_due(self.cfg.evaluation_strategy, self.cfg.eval_steps or self.cfg.logging_steps, epoch_ended)
+        is_last = self.state.step == self.run.max_steps
+        is_best = (is_due or (is_last and self._compares_last())) and self._evaluate()
         if is_best or self._is_due(self.cfg.save_strategy, self.cfg.save_steps, epoch_ended):
             self._save()
         return True
+
+    def _warn_of_repeats(self, times: int) -> None:
+        """Warn if one step has read the end of the data several times."""
+        if times > 1 and self.cfg.method.reads("gradient_accumulation_steps"):
+            rows = self.cfg.batch_size * self.cfg.gradient_accumulation_steps * self.run.mesh.degrees.batch
+            log.once(repeats_line(rows))
 
     def _next_batches(self) -> list[PackedBatch]:
         """This step's microbatches. While the batch still grows, the loader gives them one by one."""
@@ -189,8 +199,7 @@ class Trainer:
         """One optimizer step on this rank's microbatches."""
         started = time.perf_counter()
         step = self.state.step
-        # Noise depends on step and data rank alone: nothing to save, and no two ranks draw the same.
-        paddle.seed((self.cfg.seed * 1_000_003 + step + self.run.mesh.data * 15_485_863) % 2**32)
+        paddle.seed(noise_seed(self.cfg.seed, step, self.run.mesh))
         with span("prepare"):
             self.run.recipe.before_step(step)
             microbatches = self.run.recipe.prepare(batches)
@@ -329,10 +338,18 @@ class Trainer:
             return self.state.step % every == 0
         return strategy == "epoch" and (epoch_ended or self.state.step == self.run.max_steps)
 
+    def _compares_last(self) -> bool:
+        """Whether the last step is to be evaluated, since evaluations before have something to compare it with. The
+        first evaluation of a run is left to `_finish`, which saves before it.
+        """
+        is_compared = self.cfg.evaluation_strategy != "no" and self.state.best_step is not None
+        return is_compared and self._evaluated_step != self.state.step
+
     def _evaluate(self) -> bool:
         """Evaluate the model. Returns whether this is the best evaluation so far, which is to be saved."""
         with heartbeat.phase("an evaluation"):
             metrics = evaluate(self.run, self.state.step)
+        self._evaluated_step = self.state.step
         for callback in self.callbacks:
             callback.on_evaluate(self.state.step, metrics)
         assert self.run.best is not None
@@ -398,6 +415,13 @@ class Trainer:
             summary |= {"best_metric": self.state.best_metric, "best_step": self.state.best_step}
         summary["data"] = self.run.loader.report()
         return summary
+
+
+def noise_seed(seed: int, step: int, mesh: Mesh) -> int:
+    """The seed of a step's noise, which follows from numbers, so that nothing has to be saved. Data ranks have other
+    tokens and stages other layers, and draw other numbers; tensor ranks share inputs, and draw the same.
+    """
+    return (seed * 1_000_003 + step + mesh.data * 15_485_863 + mesh.pipe * 32_452_843) % 2**32
 
 
 def _parts(sums: StepSums, routers: dict[str, dict[str, Any]]) -> dict[str, float]:

@@ -5,6 +5,7 @@ which `remove_leftovers` deletes at the next start.
 """
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -18,17 +19,36 @@ from typing import Any
 from erniekit.utils import log
 
 # Temporary names begin with a dot and end in .tmp, so that no reader of the directory uses them.
+_NOT_BUILT = {errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}  # what a system says of what it cannot do
 _LONGEST_NAME = 255  # bytes, on all file systems in use
 _TEMPORARY = re.compile(r"\.(?P<name>.+)\.(new|removed)(-\d+-\d+)?\.tmp$")
 
 
 def sync_directory(directory: Path) -> None:
-    """Force a directory's entries to disk, so that a rename in it survives a power failure."""
+    """Force a directory's entries to disk, so that a rename in it survives a power failure. Some file systems of
+    networks and of encryption cannot do that; a warning says so, since nothing else can be done there.
+    """
     descriptor = os.open(directory, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in _NOT_BUILT:
+            raise
+        log.once(
+            f"a file system that is written to cannot force the names of files to disk ({error.strerror}): after a "
+            "power failure the newest files may be missing"
+        )
     finally:
         os.close(descriptor)
+
+
+def sync_tree(directory: Path) -> None:
+    """Force every file below `directory`, and the directories, to disk."""
+    for root, _, files in os.walk(directory):
+        for name in files:
+            with open(Path(root) / name, "rb") as file:
+                os.fsync(file.fileno())
+        sync_directory(Path(root))
 
 
 @contextlib.contextmanager

@@ -1,19 +1,12 @@
 """The memory of this machine."""
 
 import os
-from pathlib import Path
 
-_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
+from erniekit.utils.cgroups import memory_limit
 
 
 def host_memory() -> int:
-    """Bytes of memory that processes may use here: the machine's, or less where a container limits it."""
+    """Bytes of memory that processes may use here: the machine's, or less where a container or a job limits it."""
     total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    for name in _LIMITS:
-        try:
-            text = Path(name).read_text(encoding="ascii").strip()
-        except OSError:
-            continue
-        if text.isdecimal():  # "max" where there is no limit
-            total = min(total, int(text))
-    return total
+    limit = memory_limit()
+    return total if limit is None else min(total, limit)

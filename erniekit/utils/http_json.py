@@ -8,6 +8,9 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable
 from typing import Any
+from urllib.parse import urlsplit
+
+from erniekit.utils.addresses import is_loopback
 
 MAX_WAIT = 30.0  # seconds between two attempts
 _MAY_PASS = (408, 409, 425, 429)  # statuses below 500 after which another attempt may succeed
@@ -30,6 +33,8 @@ class _NoRedirect(urllib.request.HTTPRedirectHandler):
 
 
 _OPENER = urllib.request.build_opener(_NoRedirect)
+# A proxy of the environment (http_proxy) cannot reach a server on this machine.
+_DIRECT = urllib.request.build_opener(_NoRedirect, urllib.request.ProxyHandler({}))
 
 
 class JsonClient:
@@ -48,6 +53,7 @@ class JsonClient:
     ) -> None:
         """`max_bytes`: of an answer."""
         self.base_url, self._key = base_url.rstrip("/"), key
+        self._opener = _opener_for(base_url)
         self._timeout, self._max_retries, self._max_bytes, self._on_retry = timeout, max_retries, max_bytes, on_retry
 
     def ask(self, path: str, body: Any = None, read: Callable[[Any], Any] = lambda answer: answer) -> Any:
@@ -86,8 +92,16 @@ class JsonClient:
         headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {self._key}"} if self._key else {})
         data = None if body is None else json.dumps(body).encode()
         request = urllib.request.Request(f"{self.base_url}{path}", data, headers)
-        with _OPENER.open(request, timeout=self._timeout) as response:
+        with self._opener.open(request, timeout=self._timeout) as response:
             return response.read(self._max_bytes)
+
+
+def _opener_for(address: str) -> urllib.request.OpenerDirector:
+    try:
+        host = urlsplit(address).hostname or ""
+    except ValueError:  # an attempt will say what is wrong with it
+        host = ""
+    return _DIRECT if is_loopback(host) else _OPENER
 
 
 def _seconds(text: str | None) -> float | None:

@@ -19,11 +19,14 @@ import gc
 import os
 import platform
 import sys
+import tempfile
 import warnings
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
+
+from erniekit.utils import cgroups
 
 # The user's setting is read before Paddle is imported, because the import writes OMP_NUM_THREADS=1 into the environment
 # if it is unset.
@@ -173,18 +176,27 @@ def rollout_api_key() -> str:
 
 def cache_directory() -> Path:
     """The user's cache directory (XDG base directory specification, by which a relative path is invalid and
-    ignored).
+    ignored); for a user without a home directory, as a container may have, one below the directory for temporary files.
     """
     named = Path(os.environ.get("XDG_CACHE_HOME", ""))
-    return (named if named.is_absolute() else Path.home() / ".cache") / "erniekit"
+    if named.is_absolute():
+        return named / "erniekit"
+    try:
+        return Path.home() / ".cache" / "erniekit"
+    except RuntimeError:  # HOME is not set, and the user's number has no entry in /etc/passwd
+        return Path(tempfile.gettempdir()) / f"erniekit-{os.getuid()}"
 
 
 def num_cores() -> int:
-    """The number of cores that this process may use (its affinity if the system has one, else all cores)."""
+    """The number of cores that this process may use: its affinity if the system has one, else all cores, or fewer where
+    a container limits its processor time. More threads than that would be stopped in turn, each while others wait for
+    it.
+    """
     try:
-        return len(os.sched_getaffinity(0))
+        available = len(os.sched_getaffinity(0))
     except AttributeError:
-        return os.cpu_count() or 1
+        available = os.cpu_count() or 1
+    return cgroups.processors_of(cgroups.cpu_quota(), available)
 
 
 def set_threads(num_threads: int | None = None) -> int:

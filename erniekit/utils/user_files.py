@@ -16,6 +16,7 @@ from typing import Any, BinaryIO, TypeVar
 from erniekit.utils.errors import UserError
 
 MAX_BYTES = 64 << 20  # for configuration files; data files have a separate reader
+LFS_POINTER = b"version https://git-lfs"  # how a file begins that stands for one that was not downloaded
 MAX_DEPTH = 100  # of nested lists and objects
 
 T = TypeVar("T")
@@ -35,8 +36,8 @@ def read_bytes(path: Path, error: type[UserError], limit: int = MAX_BYTES) -> by
 
 @contextlib.contextmanager
 def open_regular(path: Path, error: type[UserError]) -> Iterator[BinaryIO]:
-    """Opens a regular file for reading; pipes, devices and directories are refused unread. OSErrors of opening and
-    reading are raised as `error`, except for FileNotFoundError, which is raised as it is.
+    """Opens a regular file for reading; pipes, devices, directories and pointers of Git LFS are refused. OSErrors of
+    opening and reading are raised as `error`, except for FileNotFoundError, which is raised as it is.
     """
     try:
         # Without O_NONBLOCK, opening a named pipe without a writer would wait forever.
@@ -44,6 +45,11 @@ def open_regular(path: Path, error: type[UserError]) -> Iterator[BinaryIO]:
         with open(descriptor, "rb") as file:
             if not stat.S_ISREG(os.fstat(descriptor).st_mode):
                 raise error(f"{path}: not a regular file. Replace it by one.")
+            if os.pread(descriptor, len(LFS_POINTER), 0) == LFS_POINTER:
+                raise error(
+                    f"{path}: a pointer of Git LFS in place of the file. Run `git lfs pull` where it was cloned, or "
+                    "download it again."
+                )
             yield file
     except FileNotFoundError:
         raise

@@ -26,9 +26,8 @@ from erniekit.data.record_feed import Inspection, RecordFeed, specs_of
 from erniekit.data.records.dataset import Dataset, Source, SourceSpec, with_pictures
 from erniekit.data.records.find_files import find_files
 from erniekit.data.records.readers import load_record
-from erniekit.data.vision.options import vision_spec
-from erniekit.data.vision.processor_files import ProcessorSettings
-from erniekit.training.batch_warmup import last_step
+from erniekit.data.vision.options import unsized_spec
+from erniekit.training.batch_warmup import last_step, repeats_line
 from erniekit.utils import atomic
 from erniekit.utils.errors import UserError
 
@@ -232,7 +231,7 @@ def _check_records(section: Section, cfg: Config, split: str, opened: dict[str, 
         inspection = _inspection(specs, split)
         vision = None
         if cfg.method.vision:
-            specs, vision = with_pictures(specs), vision_spec(cfg, ProcessorSettings())
+            specs, vision = with_pictures(specs), unsized_spec(cfg)
         sources = [Source(spec, split, "gather", cfg.download_hub, inspection.every, vision) for spec in specs]
         opened[split] = Dataset(sources)
         sizes = ", ".join(f"{spec.path} ({len(source)})" for spec, source in zip(specs, sources, strict=True))
@@ -278,14 +277,19 @@ def _steps(section: Section, cfg: Config, loader: Loader, data_ranks: int, steps
         section.add("ok", f"training: {cfg.max_steps} steps of samples drawn by mix_strategy: random")
         return
     counted = last_step(_counted(cfg), loader, data_ranks)
+    rows = cfg.batch_size * cfg.gradient_accumulation_steps * data_ranks
+    of_epoch = max(loader.rows_left() / _counted(cfg).num_train_epochs, 1.0)
     if cfg.max_steps > 0:
         steps.per_epoch, steps.total = counted, cfg.max_steps
+        epochs = steps.total * rows / of_epoch if rows > of_epoch else steps.total / max(counted, 1)
     else:
         steps.per_epoch, steps.total = math.ceil(counted / cfg.num_train_epochs), counted
+        epochs = cfg.num_train_epochs
     about = "" if loader.exact else "about "
-    epochs = steps.total / max(steps.per_epoch, 1)
     total = f"{'' if cfg.max_steps > 0 else about}{count_of(steps.total, 'step')}"
     section.add("ok", f"training: {total}; an epoch is {about}{count_of(steps.per_epoch, 'step')}: {epochs:.3g} epochs")
+    if min(rows, epochs * of_epoch) >= 2 * of_epoch:
+        section.add("warning", repeats_line(rows))
     if epochs > _MANY_EPOCHS:
         section.add("warning", f"max_steps: {cfg.max_steps} reads the data {epochs:.0f} times")
 

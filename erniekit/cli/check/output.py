@@ -2,7 +2,7 @@
 
 import math
 import shutil
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 from erniekit.checkpoint.dtypes import num_bytes
@@ -31,7 +31,7 @@ def inspect(report: Report, cfg: Config, facts: ModelFacts, steps: Steps) -> Non
         return
     _state(section, cfg, path)
     if facts.model_config is not None:
-        _space(section, cfg, path, facts.model_config, steps)
+        _space(section, cfg, path, facts.model_config, steps, facts.frozen)
 
 
 def _state(section: Section, cfg: Config, path: Path) -> None:
@@ -58,8 +58,8 @@ def _state(section: Section, cfg: Config, path: Path) -> None:
             section.add("ok", f"{path}: no checkpoint is there; a new run starts")
 
 
-def _space(section: Section, cfg: Config, path: Path, model: ModelConfig, steps: Steps) -> None:
-    checkpoint, final = _sizes(cfg, model)
+def _space(section: Section, cfg: Config, path: Path, model: ModelConfig, steps: Steps, frozen: set[str]) -> None:
+    checkpoint, final = _sizes(cfg, model, frozen)
     num_checkpoints = _max_checkpoints(cfg, steps)
     existing = next(parent for parent in (path, *path.absolute().parents) if parent.exists())
     free = shutil.disk_usage(existing).free
@@ -82,33 +82,40 @@ def _space(section: Section, cfg: Config, path: Path, model: ModelConfig, steps:
         section.add("ok", line)
 
 
-def _sizes(cfg: Config, model: ModelConfig) -> tuple[int, int]:
-    """The bytes of a checkpoint and of the final model; for adapters, an upper bound."""
-    trained, twice, moments = _trained(cfg, model)
+def _sizes(cfg: Config, model: ModelConfig, frozen: Collection[str] = ()) -> tuple[int, int]:
+    """The bytes of a checkpoint and of the final model; for adapters, an upper bound. `frozen`: the parameters that are
+    saved and not trained.
+    """
+    saved, twice, trained, moments = _parameters(cfg, model, frozen)
     # A CPU stores 16 bits only where it emulates a GPU (precision/policy.py). Routers, which stay in fp32, are few.
     in_16_bits = cfg.compute_type != "fp32" and (launch.has_gpus() or cfg.emulate_precision)
     each = 2 if in_16_bits else FP32_BYTES
-    final = (trained + twice) * (each + (0 if cfg.ema_decay is None else FP32_BYTES))
+    final = (saved + twice) * (each + (0 if cfg.ema_decay is None else FP32_BYTES))
     state = 0 if cfg.ignore_save_lr_and_optim else moments + trained * (FP32_BYTES if in_16_bits else 0)
     follows = cfg.method.reads("ref_model_update_steps") and cfg.ref_model_update_steps > 0
-    reference = trained * each if follows and cfg.fine_tuning != "LoRA" and not cfg.reference_free else 0
+    reference = saved * each if follows and cfg.fine_tuning != "LoRA" and not cfg.reference_free else 0
     return final + state + reference, final
 
 
-def _trained(cfg: Config, model: ModelConfig) -> tuple[int, int, int]:
-    """How many parameters are trained, how many of them a file has twice, and the bytes of their moments."""
+def _parameters(cfg: Config, model: ModelConfig, frozen: Collection[str]) -> tuple[int, int, int, int]:
+    """How many parameters are saved, how many of them a file has twice, how many are trained, and the bytes of the
+    moments of these.
+    """
     shapes = our_shapes(model)
     if cfg.fine_tuning == "LoRA":
         saved = sum(math.prod(shape) for name, shape in shapes.items() if _is_saved_whole(cfg, name))
         trained = _adapter_parameters(shapes, cfg.lora_rank) + saved
         # PEFT's files have a tied matrix under both names.
-        return trained, saved if model.tie_word_embeddings else 0, trained * MOMENT_BYTES
-    trained = num_parameters(model)
+        return trained, saved if model.tie_word_embeddings else 0, trained, trained * MOMENT_BYTES
     of_muon = layer_matrices(model) if cfg.optim == "muon" else {}
+    saved = num_parameters(model)
+    trained = saved - sum(math.prod(shapes[name]) for name in frozen)
     fewer = sum(
-        math.prod(shape) * MOMENT_BYTES - _moment_bytes(cfg, shape, name in of_muon) for name, shape in shapes.items()
+        math.prod(shape) * MOMENT_BYTES - _moment_bytes(cfg, shape, name in of_muon)
+        for name, shape in shapes.items()
+        if name not in frozen
     )
-    return trained, 0, trained * MOMENT_BYTES - fewer
+    return saved, 0, trained, trained * MOMENT_BYTES - fewer
 
 
 def _max_checkpoints(cfg: Config, steps: Steps) -> int | None:

@@ -17,9 +17,10 @@ def one_answer(sample: Sample, answer: list[dict[str, Any]]) -> Sample:
     return replace(sample, kind="chat", messages=sample.messages + answer, label=label, answers=None)
 
 
-def join_pair(chosen: Document, rejected: Document, score_delta: float) -> Document:
+def join_pair(chosen: Document, rejected: Document, score_delta: float | None) -> Document:
     """Joins two sequences with the same prompt into one document. The first label of each sequence is that of the
-    prompt's last token. Raises DataError if the prompts differ, an answer has no label, or the answers are the same.
+    prompt's last token. `score_delta`: 1 where it is None. Raises DataError if the prompts differ, an answer has no
+    label, or the answers are the same.
     """
     ends = [np.flatnonzero(side.labels != IGNORE)[:1].tolist() for side in (chosen, rejected)]
     if not all(ends):
@@ -27,7 +28,8 @@ def join_pair(chosen: Document, rejected: Document, score_delta: float) -> Docum
     prompt = ends[0][0]
     if ends[0] != ends[1] or not np.array_equal(chosen.ids[: prompt + 1], rejected.ids[: prompt + 1]):
         raise DataError("the chat template shows the two answers behind different prompts, so they cannot be compared")
-    layout = PairLayout(prompt, len(chosen.ids) - prompt, len(rejected.ids) - prompt, score_delta)
+    delta = 1.0 if score_delta is None else score_delta
+    layout = PairLayout(prompt, len(chosen.ids) - prompt, len(rejected.ids) - prompt, delta)
     columns = zip(chosen[:2], rejected[:2], strict=True)
     ids, labels = (np.concatenate([first, second[prompt:]]) for first, second in columns)
     document = Document(ids, labels, layout)

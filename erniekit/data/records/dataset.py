@@ -16,12 +16,15 @@ import numpy as np
 from erniekit import hub
 from erniekit.config.methods import DEFAULT, METHODS, MethodFacts, Records
 from erniekit.data.records.data_file import DataFile, Raw
+from erniekit.data.records.errors import BadLine
 from erniekit.data.records.fields import Notes
 from erniekit.data.records.find_files import find_files
 from erniekit.data.records.formats import ALIASES, VISION_TYPE, parse_record
 from erniekit.data.records.judged_formats import KTO_SUFFIX
+from erniekit.data.records.preference_formats import MARGIN
 from erniekit.data.records.prompt_formats import RL_SUFFIX
 from erniekit.data.records.readers import load_record, open_file
+from erniekit.data.records.sample import Sample
 from erniekit.data.vision.encode import VisionSpec
 from erniekit.data.vision.formats import parse_vision_record
 from erniekit.data.vision.parts import media_of
@@ -57,12 +60,13 @@ def length_key(split: str) -> str:
 @dataclass(frozen=True)
 class SourceSpec:
     """One entry of train_dataset_path: its path, the type of its records (a key of the tables in formats) and its
-    share.
+    share. `scored_by`: the key that needs to know how much better a chosen answer is; empty: none does.
     """
 
     path: str
     type: str
     prob: float
+    scored_by: str = ""
 
 
 def read_specs(
@@ -103,7 +107,8 @@ def with_pictures(specs: Sequence[SourceSpec]) -> list[SourceSpec]:
 
 
 class Source:
-    """The valid records of one data set. `bad_lines` counts skipped records, `faults` has the first of their errors.
+    """The valid records of one data set. `bad_lines` counts skipped records, `faults` has the first of their errors,
+    `judgements` which of good (True) and bad (False) its answers are judged.
 
     on_bad_line: error; skip; or gather, which is skip without a log line. With check_every = n only every n-th record
     is checked, and the others are assumed to be valid. `vision` has the options for records with pictures.
@@ -119,6 +124,7 @@ class Source:
         vision: VisionSpec | None = None,
     ):
         self.spec, self.bad_lines = spec, 0
+        self.judgements: set[bool] = set()
         self._vision = vision
         self.faults: list[str] = []
         self.check_every = check_every
@@ -184,11 +190,25 @@ class Source:
             sample = parse_vision_record(record, self.spec.type, where, options, self._notes)
             require_decoder(media_of(sample.messages), options.reader)
         else:
-            parse_record(record, self.spec.type, where, self._notes)
+            sample = parse_record(record, self.spec.type, where, self._notes)
+        if sample.is_good is not None:
+            self.judgements.add(sample.is_good)
+        if self.spec.scored_by:
+            self._require_score(sample, where)
         if self._notes.unused or self._notes.doubts:
             self._unused.update(self._notes.unused)
             self._doubts.update(self._notes.doubts)
             self._notes = Notes()
+
+    def _require_score(self, sample: Sample, where: str) -> None:
+        key = self.spec.scored_by
+        self._notes.unused.discard(repr(MARGIN))
+        if sample.score_delta is None or (key == "offset_alpha" and not sample.score_delta):
+            least = "above 0" if key == "offset_alpha" else "of at least 0"
+            raise BadLine(
+                f"{where}: {key} needs to know how much better the chosen answer is. Hint: give {MARGIN!r}, a number "
+                f"{least} (in type erniekit: 'sort'), or leave {key} out."
+            )
 
     def _on_bad(self, error: DataError) -> None:
         self._notes = Notes()  # discard the notes of a skipped record
@@ -269,6 +289,11 @@ class Dataset:
     def record_bytes(self) -> np.ndarray:
         """The size of each record in its file in bytes, int64 [N]; for parquet, which has no lines, the file's mean."""
         return np.concatenate([file.record_bytes() for source in self.sources for file in source.files])
+
+    @property
+    def judgements(self) -> set[bool]:
+        """Which of good (True) and bad (False) the answers that were checked are judged."""
+        return set().union(*(source.judgements for source in self.sources))
 
     @property
     def bad_lines(self) -> int:

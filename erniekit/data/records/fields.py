@@ -8,7 +8,7 @@ unless the name is misspelt.
 
 import difflib
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
@@ -30,6 +30,7 @@ _MEDIA = "pictures are read with stage: VL-SFT and a vision-language model: set 
 _SOUND = "sound is not known: remove it, or the record"
 _SAMPLE_WEIGHT = "weights of samples are not known: remove it, or set the shares of data sets (train_dataset_prob)"
 _PAIRS = "this looks like preference data (stage DPO): set stage: DPO, with pictures VL-DPO, or remove it"
+_ONE_ANSWER = "the answer is 'output' in type alpaca, or the last of the 'messages': rename it, or remove it"
 # field by which some format or tool decides what is trained -> what the user should do about it
 DECISIVE = {
     "system": "make it the first message, of role system, or remove it",
@@ -86,7 +87,9 @@ def check_fields(
             continue
         if name in decisive:
             if has_content(value):
-                raise BadRecord(f"field {name!r} does not belong to {owner}", decisive[name])
+                is_answer = name == "response" and isinstance(value, str)
+                hint = _ONE_ANSWER if is_answer else decisive[name]
+                raise BadRecord(f"field {name!r} does not belong to {owner}", hint)
         elif similar := misspelt(str(name), known + _OURS):
             raise BadRecord(
                 f"unknown field {name!r} of {owner}; the nearest known one is {similar!r}",
@@ -98,20 +101,23 @@ def check_fields(
 
 @lru_cache(maxsize=4096)
 def misspelt(name: str, known: tuple[str, ...]) -> str | None:
-    """The known name that `name` probably means: one that differs in case and punctuation only, or by typing mistakes
-    (one in a short name, two in a name of six or more letters). A name of several words must be similar as a whole:
-    conversation_id is not a misspelling of conversations.
+    """The known name that `name` probably means: one that differs in case and punctuation only, or by a typing mistake
+    (two in names of ten letters). A name of several words must be similar as a whole: conversation_id is not a
+    misspelling of conversations. A name of up to four letters is near to many words (src: sec; text: next; sort:
+    short), so that only its plural and two letters that changed places count.
     """
     words = [word for word in re.split(r"[\W_]+", name.lower()) if word]
+    return next((close for close in known if _is_near(words, close.lower().replace("_", ""))), None)
+
+
+def _is_near(words: Sequence[str], target: str) -> bool:
     plain = "".join(words)
-    for close_names in known:
-        target = close_names.lower().replace("_", "")
-        slips = 2 if len(target) >= 6 and len(words) == 1 else 1
-        if len(words) > 1 and len(target) < 6:
-            slips = 0
-        if abs(len(plain) - len(target)) <= slips and _distance(plain, target) <= slips:
-            return close_names
-    return None
+    distance = _distance(plain, target) if abs(len(plain) - len(target)) <= 2 else 3
+    if len(target) < 5:
+        return distance == 0 or (distance == 1 and (plain == f"{target}s" or sorted(plain) == sorted(target)))
+    if len(words) > 1:
+        return distance <= (1 if len(target) >= 6 else 0)
+    return distance <= (2 if min(len(plain), len(target)) >= 10 else 1)
 
 
 def _distance(a: str, b: str) -> int:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from erniekit.utils.errors import DataError
+from erniekit.utils.user_files import LFS_POINTER
 
 EXTENSIONS = (".json", ".jsonl", ".txt", ".csv", ".parquet")
 # description files of Hub data sets
@@ -14,9 +15,14 @@ _DESCRIPTIONS = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json")
 # names of texts for people: README.txt, LICENSE-2.0.txt, requirements.txt
 _NAMES = "read[-_ ]?me|licen[cs]e|notice|copying|change[-_ ]?log|citation|authors|contributing|requirements"
 _FOR_PEOPLE = re.compile(rf"({_NAMES})([-_. ].*)?\.txt", re.IGNORECASE)
+FORM_BYTES = 64  # that tell a file of another form
 _LOOKED_AT = 65536  # bytes of a .txt file that are read to see whether its lines begin like JSON
 # first bytes of a compressed file, or one of another form -> (what it is, what to do)
 _OTHER_FORMS = {
+    LFS_POINTER: (
+        "a pointer of Git LFS in place of the file",
+        "run `git lfs pull` where it was cloned, or download it again",
+    ),
     b"\x1f\x8b": ("compressed with gzip", "unpack it first (gunzip)"),
     b"BZh": ("compressed with bzip2", "unpack it first (bunzip2)"),
     b"\xfd7zXZ\x00": ("compressed with xz", "unpack it first (unxz)"),
@@ -37,28 +43,45 @@ def find_files(
     and, unless `with_prose`, .txt files of plain text.
     """
     if not path.is_dir():
-        _check_file(path, extensions)
+        _check_file(path, extensions, with_prose)
         return [path], []
     everything = _walk(path)
+    of_arrow = {p.with_name("state.json") for p in everything if p.suffix == ".arrow"}
     named = [p for p in everything if p.suffix.lower() in extensions and p.is_file() and not is_for_people(p)]
-    data = [p for p in named if with_prose or not is_prose(p)]
+    data = [p for p in named if (with_prose or not is_prose(p)) and p not in of_arrow]
     if not data:
-        listing = f" (it has {', '.join(p.name for p in everything[:3])})" if everything else ""
-        hint = "`erniekit tokenize` makes token files of plain text" if named else "look for a typing mistake"
-        raise DataError(
-            f"{path}: no data file in this directory{listing}. Hint: a data file ends in {', '.join(extensions)} and "
-            f"holds records; {hint}."
-        )
+        raise _no_data(path, everything, extensions, bool(named), bool(of_arrow))
     chosen = set(data)
     return data, [p for p in everything if p not in chosen]
 
 
-def _check_file(path: Path, extensions: Sequence[str]) -> None:
+def _no_data(
+    path: Path, everything: Sequence[Path], extensions: Sequence[str], has_prose: bool, has_arrow: bool
+) -> DataError:
+    """The error of a directory without data files, of what it has instead."""
+    hint = "`erniekit tokenize` makes token files of plain text" if has_prose else "look for a typing mistake"
+    if has_arrow:
+        hint = "what save_to_disk of `datasets` wrote is not read: write it with to_parquet or to_json instead"
+    listing = f" (it has {', '.join(p.name for p in everything[:3])})" if everything else ""
+    return DataError(
+        f"{path}: no data file in this directory{listing}. Hint: a data file ends in {', '.join(extensions)} and "
+        f"holds records; {hint}."
+    )
+
+
+def _check_file(path: Path, extensions: Sequence[str], with_prose: bool) -> None:
     check_regular(path)
     if path.suffix.lower() not in extensions:
         is_packed = path.suffix.lower() in (".gz", ".bz2", ".xz", ".zst", ".zip")
         hint = "unpack it first" if is_packed else "rename it after what it holds"
         raise DataError(f"{path}: a data file ends in {', '.join(extensions)}. Hint: {hint}.")
+    if not with_prose and is_prose(path):
+        with open(path, "rb") as file:
+            check_form(path, file.read(FORM_BYTES))
+        raise DataError(
+            f"{path}: plain text, where one JSON object a line is expected. Hint: `erniekit tokenize` makes token "
+            'files of it (dataset_type: pretrain); or write lines {"text": ...}.'
+        )
 
 
 def _walk(path: Path) -> list[Path]:

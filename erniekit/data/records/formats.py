@@ -165,7 +165,9 @@ def _pretraining(record: dict[str, Any], notes: Notes) -> Sample:
     """`text` or `tgt` is one document; several strings are its paragraphs and are joined by a newline."""
     name = one_of(record, "text", "tgt")
     if name is None:
-        raise BadRecord("exactly one of 'text' and 'tgt' must be there", 'write {"text": "the document"}')
+        given = "text" in record or "tgt" in record
+        what = "exactly one of 'text' and 'tgt' must be there" if given else "field 'text' is missing"
+        raise BadRecord(what, 'write {"text": "the document"}')
     return Sample(
         kind="text", text="\n".join(text_of(part, f"{name}[{i}]") for i, part in enumerate(texts_of(record, name)))
     )

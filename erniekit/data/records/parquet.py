@@ -9,6 +9,7 @@ import numpy as np
 
 from erniekit.data.records.data_file import DIGEST_BYTES, DataFile, Raw
 from erniekit.data.records.errors import BadLine, reading
+from erniekit.data.records.find_files import FORM_BYTES, check_form
 from erniekit.utils.errors import DataError
 
 _BLOCK_BYTES = 1 << 20  # bytes of the file that are hashed at a time
@@ -31,6 +32,7 @@ class ParquetFile(DataFile):
         try:
             self._table = pyarrow.parquet.ParquetFile(path).read()
         except Exception as error:  # pyarrow may raise any exception for a damaged file
+            self._check_form()
             reason = str(error).strip().split("\n")[0][:200] or type(error).__name__
             raise DataError(f"{path}: cannot be read as parquet: {reason}. Hint: is the file complete?") from None
         names = self._table.column_names
@@ -38,6 +40,13 @@ class ParquetFile(DataFile):
             twice = next(name for name in names if names.count(name) > 1)
             raise DataError(f"{path}: two columns are called {twice!r}. Hint: remove or rename one of them.")
         self._rows = np.arange(self._table.num_rows)
+
+    def _check_form(self) -> None:
+        """Raise DataError for a file that does not even begin as parquet does."""
+        with open(self.path, "rb") as file:
+            begin = file.read(FORM_BYTES)
+        if not begin.startswith(b"PAR1"):
+            check_form(self.path, begin)
 
     def scan(self, check: Callable[[Raw, str], None], on_bad: Callable[[DataError], None]) -> None:
         """See DataFile.scan."""

@@ -3,8 +3,10 @@
 erniekit: {"src": [...], "tgt": [...], "response": [[...], [...]], "sort": [1, 0]}: n user turns, the n - 1 answers
 before the last, two responses, each a string or a list that alternates assistant, user, ..., assistant; the higher
 `sort` is chosen. messages and sharegpt: the conversation so far in the type's usual field (or `prompt`) and two
-answers, each a message, a list of them, or its text; without the conversation, `chosen` and `rejected` are whole
-conversations that begin alike. alpaca: `question` or `instruction` (with input and history), `chosen`, `rejected`.
+answers, each a message, a list of them, or its text; without the conversation, or where it only repeats what they
+have, `chosen` and `rejected` are whole conversations that begin alike; without `chosen`, the conversation ends with it.
+alpaca: `question` or `instruction` (with input and history), `chosen`, `rejected`. All but erniekit may have a
+`margin`.
 """
 
 from collections.abc import Callable
@@ -28,11 +30,12 @@ from erniekit.data.records.values import kind_of, list_of, one_of, text_of, text
 
 Turns = list[dict[str, Any]]
 _SAME = ("both answers are the same", "a pair needs a better and a worse answer; remove the record")
+MARGIN = "margin"
 _MAX_SCORE = 1e30  # the largest score: differences are stored in float32
 
 
 def _pair(
-    prompt: Turns, chosen: Turns, rejected: Turns, notes: Notes, tools: Any = None, score_delta: float = 1.0
+    prompt: Turns, chosen: Turns, rejected: Turns, notes: Notes, score_delta: float | None, tools: Any = None
 ) -> Sample:
     for name, answer in (("chosen", chosen), ("rejected", rejected)):
         check_order(prompt + answer, f"prompt + {name}")
@@ -72,6 +75,18 @@ def _erniekit(record: dict[str, Any], notes: Notes) -> Sample:
     return _pair(prompt, turns[best], turns[1 - best], notes, score_delta=float(abs(sort[0] - sort[1])))
 
 
+def _margin(record: dict[str, Any]) -> float | None:
+    """How much better the chosen answer is, in TRL's field `margin`. None for anything but a number from 0 on, which is
+    no fault of the record: whether a key reads it is not known here (dataset.Source).
+    """
+    value = record.get(MARGIN)
+    try:
+        number = float(value) if isinstance(value, int | float | str) and not isinstance(value, bool) else -1.0
+    except (ValueError, OverflowError):
+        return None
+    return number if 0 <= number < _MAX_SCORE else None
+
+
 def _alternating(response: Any, name: str) -> Turns:
     texts = response if isinstance(response, list) else [response]
     if len(texts) % 2 == 0:
@@ -89,7 +104,7 @@ def _alpaca(record: dict[str, Any], notes: Notes) -> Sample:
     if name is None:
         raise BadRecord("field 'question' is missing", "every alpaca pair needs 'question', 'chosen' and 'rejected'")
     chosen, rejected = (_answer(record, side, ("role", "content"), notes, turn_of) for side in ("chosen", "rejected"))
-    return _pair(alpaca_prompt(record, name), chosen, rejected, notes)
+    return _pair(alpaca_prompt(record, name), chosen, rejected, notes, _margin(record))
 
 
 def _messages(record: dict[str, Any], notes: Notes) -> Sample:
@@ -129,26 +144,61 @@ def _conversations(
     notes: Notes,
     reader: TurnsReader,
 ) -> Sample:
-    sides = []
-    for side in ("chosen", "rejected"):
-        given_fields = [name for name in (side, f"{side}_response") if has_content(record.get(name))]
-        if len(given_fields) > 1:
-            raise BadRecord(f"both {given_fields[0]!r} and {given_fields[1]!r} are given", "keep one of them")
-        sides.append(_answer(record, given_fields[0] if given_fields else side, keys, notes, reader.read))
-    given_fields = [name for name in names if has_content(record.get(name))]
-    if len(given_fields) > 1:
-        raise BadRecord(f"both {given_fields[0]!r} and {given_fields[1]!r} are given", "keep one of them")
     tools = tools_of(record, notes)
-    if not given_fields:
-        prompt, chosen, rejected = _common_beginning(system, *sides)
-        return _pair(reader.finish(prompt), chosen, rejected, notes, tools)
-    value = record[given_fields[0]]
-    if isinstance(value, str):
-        turns = [{"role": "user", "content": text_of(value, repr(given_fields[0]))}]
+    fields = [_answer_field(record, side) for side in ("chosen", "rejected")]
+    before = {
+        name: _turns_before(record, name, keys, notes, reader.read) for name in names if has_content(record.get(name))
+    }
+    if len(before) == 1 and not has_content(record.get(fields[0])):
+        prompt, chosen = _last_answer(*before.values())
+        if chosen:
+            rejected = _answer(record, fields[1], keys, notes, reader.read)
+            return _pair(reader.finish(system + prompt), chosen, rejected, notes, _margin(record), tools)
+    chosen, rejected = (_answer(record, field, keys, notes, reader.read) for field in fields)
+    if not before or all(answer and answer[0]["role"] in ("system", "user") for answer in (chosen, rejected)):
+        prompt, chosen, rejected = _common_beginning(chosen, rejected)
+        for name, turns in before.items():
+            _require_repeated(name, turns, prompt + chosen)
+    elif len(before) > 1:
+        raise BadRecord(f"both {names[0]!r} and {names[1]!r} are given", "keep one of them")
     else:
-        turns = turns_of(record, given_fields[0], keys, notes, reader.read)
-    chosen, rejected = sides
-    return _pair(reader.finish(system + turns), chosen, rejected, notes, tools)
+        [prompt] = before.values()
+    return _pair(reader.finish(system + prompt), chosen, rejected, notes, _margin(record), tools)
+
+
+def _answer_field(record: dict[str, Any], side: str) -> str:
+    """Which of the two fields that may have the answer of a side has it."""
+    given = [name for name in (side, f"{side}_response") if has_content(record.get(name))]
+    if len(given) > 1:
+        raise BadRecord(f"both {given[0]!r} and {given[1]!r} are given", "keep one of them")
+    return given[0] if given else side
+
+
+def _last_answer(turns: Turns) -> tuple[Turns, Turns]:
+    """The turns up to the last question, and what follows it: ms-swift's conversations end with the chosen answer."""
+    end = max((i for i, turn in enumerate(turns, 1) if turn["role"] == "user"), default=0)
+    return turns[:end], turns[end:]
+
+
+def _turns_before(
+    record: dict[str, Any], name: str, keys: tuple[str, str], notes: Notes, read_turn: TurnReader
+) -> Turns:
+    """The conversation before the answers, which may be the text of a question alone."""
+    value = record[name]
+    if isinstance(value, str):
+        return [{"role": "user", "content": text_of(value, repr(name))}]
+    return turns_of(record, name, keys, notes, read_turn)
+
+
+def _require_repeated(name: str, turns: Turns, conversation: Turns) -> None:
+    """Check that a field says no more than the whole conversation in `chosen`: many data sets have their prompt, or
+    `messages` for fine-tuning, beside it.
+    """
+    if turns != conversation[: len(turns)] and not (len(turns) == 1 and turns[0] in conversation):
+        raise BadRecord(
+            f"'chosen' and 'rejected' are whole conversations, and {name!r} has turns that 'chosen' does not have",
+            "remove it, or leave the turns of the prompt out of 'chosen' and 'rejected'",
+        )
 
 
 def _answer(record: dict[str, Any], name: str, keys: tuple[str, str], notes: Notes, read_turn: TurnReader) -> Turns:
@@ -163,7 +213,7 @@ def _answer(record: dict[str, Any], name: str, keys: tuple[str, str], notes: Not
     return turns_of(record, name, keys, notes, read_turn)
 
 
-def _common_beginning(system: Turns, chosen: Turns, rejected: Turns) -> tuple[Turns, Turns, Turns]:
+def _common_beginning(chosen: Turns, rejected: Turns) -> tuple[Turns, Turns, Turns]:
     """Splits two whole conversations into their common beginning, up to the last question or tool result, and
     the rest of each.
     """
@@ -178,7 +228,7 @@ def _common_beginning(system: Turns, chosen: Turns, rejected: Turns) -> tuple[Tu
         raise BadRecord(
             "'chosen' and 'rejected' do not share a question", "begin both with the same turns, or give 'prompt'"
         )
-    return system + chosen[:same], chosen[same:], rejected[same:]
+    return chosen[:same], chosen[same:], rejected[same:]
 
 
 _SIDES = ("chosen", "rejected", "chosen_response", "rejected_response")

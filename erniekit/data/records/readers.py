@@ -23,7 +23,7 @@ import numpy as np
 
 from erniekit.data.records.data_file import DIGEST_BYTES, DataFile, Raw
 from erniekit.data.records.errors import BadLine, reading
-from erniekit.data.records.find_files import check_form, check_regular
+from erniekit.data.records.find_files import FORM_BYTES, check_form, check_regular
 from erniekit.data.records.parquet import ParquetFile
 from erniekit.utils.errors import DataError
 from erniekit.utils.user_files import parse_json
@@ -99,7 +99,7 @@ class _TextFile(DataFile):
     def _check_form(self) -> None:
         check_regular(self.path)
         with open(self.path, "rb") as file:
-            check_form(self.path, file.read(8))
+            check_form(self.path, file.read(FORM_BYTES))
 
     def _changed(self) -> DataError:
         return DataError(f"{self.path}: changed since the run began. Hint: do not change data files during a run.")

@@ -39,9 +39,10 @@ class Sample:
     messages "tool" that follow are their results in the same order. `tools` are the function descriptions, `label` has
     a 0 or 1 for each assistant message (None: all 1); 0 means no loss on it. kind "text": `text` is one pretraining
     document. kind "pair": `messages` end with a user (or a tool) and `answers` are what may follow, the chosen one
-    first, each as messages that begin and end with an assistant; `score_delta` > 0 is how much better the chosen one is
-    (1 where the data do not say). kind "prompt": `messages` end with a user (or a tool), and `fields` has the record's
-    other fields, for rewards (see prompt_formats). `is_good`: whether the last answer is good, where it is judged.
+    first, each as messages that begin and end with an assistant; `score_delta` >= 0 is how much better the chosen one
+    is (None where the data do not say). kind "prompt": `messages` end with a user (or a tool), and `fields` has the
+    record's other fields, for rewards (see prompt_formats). `is_good`: whether the last answer is good, where it is
+    judged.
     """
 
     messages: list[dict[str, Any]] = field(default_factory=list)
@@ -50,7 +51,7 @@ class Sample:
     kind: str = "chat"
     text: str = ""
     answers: tuple[list[dict[str, Any]], list[dict[str, Any]]] | None = None
-    score_delta: float = 1.0
+    score_delta: float | None = None
     fields: Mapping[str, Any] = field(default_factory=dict)
     is_good: bool | None = None
 
@@ -160,16 +161,20 @@ def _role(turn: Any, name: str, keys: tuple[str, str], notes: Notes) -> str:
     check_fields(fields, (*keys, *openai), MESSAGE, DECISIVE_IN_MESSAGES, notes)
     notes.unused.update(f"{key!r} of {MESSAGE}" for key in idle)
     if role is None:
-        raise _no_role(turn, name, given)
+        raise _no_role(turn, name, keys, given)
     return role
 
 
-def _no_role(turn: dict[str, Any], name: str, given: Any) -> BadRecord:
-    if given is None and "from" in turn:
+def _no_role(turn: dict[str, Any], name: str, keys: tuple[str, str], given: Any) -> BadRecord:
+    other = ("role", "content") if keys[0] == "from" else ("from", "value")
+    if given is None and other[0] in turn:
         return BadRecord(
-            f"{name} has 'from' and 'value', which messages of type sharegpt have",
-            "set the dataset type to sharegpt, with the field 'conversations', or rename them",
+            f"{name} has {other[0]!r} and {other[1]!r}, where {keys[0]!r} and {keys[1]!r} are expected",
+            "give every turn of a record the same names: 'role' and 'content', or 'from' and 'value' (type sharegpt, "
+            "field 'conversations')",
         )
+    if given is None:
+        return BadRecord(f"{name} has no {keys[0]!r}", f"say whose turn it is; the roles are {', '.join(ROLES)}")
     return BadRecord(f"{name} has the role {given!r}", f"the roles are {', '.join(ROLES)}")
 
 

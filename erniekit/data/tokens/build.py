@@ -1,4 +1,4 @@
-"""Builds token files from text: several processes tokenise, the output has the order of the input, and an interrupted
+"""Builds token files from text: several processes tokenise, and a build that was interrupted can be continued.
 
 Each record of a .jsonl file ({"text": ...} or {"tgt": [...]}, as for stage PT) and each .txt file is a document. The
 progress is recorded next to the output (prefix.progress.json) after the documents have reached the disk, and a later

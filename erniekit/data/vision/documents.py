@@ -62,7 +62,7 @@ def _bounds(ids: Sequence[int], weights: Sequence[int], is_target: Sequence[bool
     return [*bounds, len(ids)]
 
 
-def pair_document(chosen: Document, rejected: Document, score_delta: float) -> Document:
+def pair_document(chosen: Document, rejected: Document, score_delta: float | None) -> Document:
     """Two sequences with the same prompt, and the same pictures in it, as one document (see chat.pairs.join_pair)."""
     joined = join_pair(chosen, rejected, score_delta)
     ours, theirs = chosen.pictures, rejected.pictures

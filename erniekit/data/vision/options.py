@@ -41,8 +41,12 @@ def inference_spec(cfg: Config, settings: ProcessorSettings) -> VisionSpec:
     `load_processor` keeps transformers' assumption.
     """
     settings = replace(settings, choice=replace(settings.choice, assumed_rate=None))
+    return replace(unsized_spec(cfg), settings=processor_settings(cfg, settings))
+
+
+def unsized_spec(cfg: Config) -> VisionSpec:
+    """How records with pictures are read where the sizes that a model sees do not matter, or are not known."""
     return VisionSpec(
-        settings=processor_settings(cfg, settings),
         truncation=cfg.truncation,
         boxes=cfg.box_coordinates,
         missing_tags=cfg.missing_media_tags,

@@ -5,6 +5,7 @@ from typing import Any
 
 from erniekit.training.profiling.recorder import BACKWARD, COMMUNICATION, DATA, FORWARD, OPTIMIZER, RECOMPUTE
 from erniekit.training.profiling.report import KINDS, Profile, by_part, by_rank, kinds_in_order, summary
+from erniekit.utils import plot_text
 
 COLORS = {
     FORWARD: "#2563c9",
@@ -19,6 +20,7 @@ _MOST_RANKS = 16  # rows of the lower panels
 _MOST_PARTS = 18
 
 
+@plot_text.in_any_script()
 def draw(profile: Profile, path: Path, title: str) -> None:
     """Draw a profile into a PNG."""
     # Imported late, since matplotlib takes half a second to import. Without pyplot, a figure needs no display.
@@ -32,7 +34,7 @@ def draw(profile: Profile, path: Path, title: str) -> None:
     FigureCanvasAgg(figure)
     upper, middle, lower = figure.subplots(3, 1, height_ratios=heights)
     _draw_parts(upper, parts)
-    upper.set_title(f"{title}\n{summary(profile)[0]}", loc="left", fontsize=10)
+    upper.set_title(f"{title}\n{summary(profile)[0]}", loc="left", fontsize=10, parse_math=False)
     _draw_ranks(middle, profile, len(ranks))
     _draw_time(lower, profile, len(ranks))
     for axes in (upper, middle, lower):

@@ -7,6 +7,7 @@ import numpy as np
 import paddle
 
 from erniekit import lora
+from erniekit.config.judged_steps import lone_answer_line
 from erniekit.config.schema import Config
 from erniekit.data.packed_batch import PackedBatch
 from erniekit.losses.kto import kto_loss
@@ -40,6 +41,9 @@ class KtoRecipe(Recipe):
         copy of the model.
         """
         cfg, model = context.cfg, context.model
+        lone = lone_answer_line(cfg, model.mesh.degrees.batch)
+        if lone is not None and model.mesh.rank == 0:
+            log.warning(lone)
         scorer = PairScorer(cfg.loss_subbatch_seqlen)
         reference: Reference
         if lora.state_of(model) is not None:

@@ -15,7 +15,7 @@ from erniekit.training.reporting.base import Callback, RunInfo, StepMetrics
 from erniekit.training.reporting.metrics_file import FILE_NAME as METRICS_FILE
 from erniekit.training.reporting.metrics_file import read_metrics, read_records
 from erniekit.training.reporting.plot import column, smooth
-from erniekit.utils import atomic, log
+from erniekit.utils import atomic, log, plot_text
 from erniekit.utils.errors import TrainError
 
 FILE_NAME = "samples.jsonl"
@@ -194,6 +194,7 @@ def draw_rollouts(records: list[dict[str, Any]], path: Path, title: str) -> None
     _draw(records, path, title, panels)
 
 
+@plot_text.in_any_script()
 def _draw(records: list[dict[str, Any]], path: Path, title: str, panels: Sequence[Panel]) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -213,7 +214,7 @@ def _draw(records: list[dict[str, Any]], path: Path, title: str, panels: Sequenc
         axes.spines[["top", "right"]].set_visible(False)
         axes.margins(x=0.01)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
-    figure.axes[0].set_title(title, loc="left", fontsize=11)
+    figure.axes[0].set_title(title, loc="left", fontsize=11, parse_math=False)
     figure.axes[-1].set_xlabel("optimizer step")
     figure.align_ylabels()
     figure.savefig(path, format="png")

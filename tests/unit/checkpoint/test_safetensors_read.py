@@ -57,6 +57,7 @@ def entry(start, stop, shape=(1,), dtype="F32"):
         (raw(b"\xff\xfe\xff"), ["not JSON"]),
         (raw([1]), ["not JSON"]),
         (raw({"x": entry(0, 4)}, b"123"), ["truncated"]),
+        (b"version https://git-lfs.github.com/spec/v1\n", ["a pointer of Git LFS", "git lfs pull"]),
         (raw({"x": entry(0, 4)}, b"12345"), ["longer"]),
         (raw({"x": entry(0, 4), "y": entry(2, 6)}, b"123456"), ["y", "overlaps"]),
         (raw({"x": entry(0, 4), "y": entry(6, 10)}, b"1234567890"), ["y", "gap"]),

@@ -100,10 +100,6 @@ def test_evaluation_follows_from_its_strategy():
             {"eval_dataset_path": "e", "eval_dataset_type": "text", "do_eval": True, "stage": "DPO"},
             "eval_dataset_type: stage: DPO reads pairs of answers",
         ),
-        *(
-            ({"train_dataset_type": "messages", "stage": stage, key: 0.5}, f"{key}: needs the scores")
-            for stage, key in (("DPO", "offset_alpha"), ("RM", "reward_margin"))
-        ),
         ({"virtual_pp_degree": 2}, "virtual_pp_degree: 2 with pipeline_parallel_degree: 1"),
         (
             {"pipeline_parallel_degree": 2, "pipeline_schedule": "memory_efficient"},
@@ -115,6 +111,15 @@ def test_evaluation_follows_from_its_strategy():
             "train_dataset_prob: shares must sum to 1 with mix_strategy: interleave_over, they sum to 1.1",
         ),
         ({"evaluation_strategy": "epoch"}, "eval_dataset_path: needed with evaluation_strategy: epoch"),
+        (
+            {
+                "stage": "RL",
+                "evaluation_strategy": "epoch",
+                "eval_dataset_path": "e",
+                "metric_for_best_model": "completion_length",
+            },
+            "greater_is_better: needed with metric_for_best_model: completion_length",
+        ),
         ({"do_eval": True}, "eval_dataset_path: needed with do_eval: True"),
         ({"do_train": False}, "do_train: False leaves `erniekit train` nothing to do"),
         ({"load_best_model_at_end": True}, "load_best_model_at_end: needs evaluations to compare"),

@@ -103,3 +103,8 @@ def test_each_value_of_other_toolkits_belongs_to_a_key_and_is_none_here():
     for key, values in value_synonyms.table().items():
         choices = {choice.lower() for choice in fields[key].metadata["choices"]}
         assert choices and not choices & set(values), key
+
+
+def test_a_cache_of_encoded_data_is_not_taken_for_a_tokenizer():
+    with pytest.raises(ConfigError, match=r"tokenized_path: unknown key; remove it: .*`erniekit tokenize`"):
+        load(None, ["tokenized_path=x"])

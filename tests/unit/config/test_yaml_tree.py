@@ -61,6 +61,8 @@ def bomb(*, merged: bool) -> str:
         ("null: 2\n", "null: unknown key (x.yaml:1)"),
         ("seed: 1\n---\nseed: 2\n", "x.yaml:2: a second document begins"),
         ("seed: 1\n...\n%YAML 9.9\n", "x.yaml:3: not valid YAML"),
+        ("seed: 1\nmax_steps\uff1a3\nlr: 1\n", "Line 2 has a full-width colon or space behind its key: write ': '"),
+        ("seed: 1\nmax_steps:\u30003\n", "Line 2 has a full-width colon or space behind its key: write ': '"),
         ("%YAML " + "1" * 5000 + ".1\n---\nseed: 1\n", "x.yaml:1: not valid YAML"),
         ("output_dir: !!binary aGVsbG8=\n", "x.yaml:1: the tag !!binary is not taken here"),
         ("output_dir: !!python/object/apply:os.system [ls]\n", "the tag !!python/object/apply:os.system is not taken"),

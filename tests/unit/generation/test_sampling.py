@@ -5,6 +5,7 @@ import importlib.util
 import numpy as np
 import pytest
 
+from erniekit.generation.choosing import likeliest
 from erniekit.generation.drawing import Way, draw_rows
 from erniekit.generation.sampling import (
     Sampling,
@@ -53,6 +54,7 @@ def test_top_p_keeps_the_smallest_set_that_reaches_it():
     assert kept(keep_top_p(scores, 0.8)) == [1, 2, 3]
     assert kept(keep_top_p(scores, 1.0)) == [0, 1, 2, 3]
     assert kept(keep_top_p(scores, 1e-20)) == [1], "at least one token is left"
+    assert kept(keep_top_p(scores, 0.0)) == [1] and len(kept(keep_top_p(np.zeros(7), 0.0))) == 1
 
 
 def test_min_p_keeps_what_is_likely_enough_beside_the_likeliest():
@@ -123,7 +125,8 @@ def test_a_seed_decides():
 
 
 @pytest.mark.parametrize(
-    ("name", "value"), [("temperature", -1), ("top_p", 0.0), ("top_p", 1.2), ("top_k", -1), ("repetition_penalty", 0.0)]
+    ("name", "value"),
+    [("temperature", -1), ("top_p", -0.1), ("top_p", 1.2), ("top_k", -1), ("repetition_penalty", 0.0)],
 )
 def test_a_value_out_of_range_is_named(name: str, value: float):
     with pytest.raises(UserError, match=name):
@@ -168,3 +171,11 @@ def test_top_p_equals_sorting_everything(p: float, scale: float):
         # Weights are fp32, so at a border within rounding there may be one token more or less.
         assert abs(len(found) - expected) <= (0 if size < 500 else 1)
         assert min(scores[found]) >= np.sort(scores)[-len(found)]
+
+
+def test_the_likeliest_tokens_are_those_of_a_whole_sort():
+    draws = rng(3)
+    for size in (1, 2, 7, 50):
+        for count in (0, 1, 5, 20, 60):
+            logprobs = np.round(draws.normal(size=size), 1)  # many are equal
+            assert likeliest(logprobs, count).tolist() == np.argsort(-logprobs, kind="stable")[:count].tolist()

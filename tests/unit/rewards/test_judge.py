@@ -1,7 +1,10 @@
 """The judge, asked over HTTP: a small server of this process stands in for the other model."""
 
 import json
+import os
 import re
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -188,3 +191,20 @@ def test_marks_in_replies():
     assert judge.mark_of("good\n7") == 7
     assert judge.mark_of("") is None
     assert judge.mark_of("7 reasons to like it") is None
+
+
+def test_a_proxy_of_the_environment_is_not_asked_for_a_server_on_this_machine(server: Server) -> None:
+    server.replies = [(200, "Score: 7")]
+    ask = (
+        "import sys; from erniekit.utils.http_json import JsonClient as C; C(sys.argv[1], '', 5, 0, 999).post('/x', {})"
+    )
+    environ = dict(os.environ) | {"http_proxy": "http://127.0.0.1:1", "no_proxy": ""}
+    for host in ("127.0.0.1", "localhost"):
+        address = f"http://{host}:{server.server_port}/v1"
+        subprocess.run([sys.executable, "-c", ask, address], env=environ, check=True, timeout=60)
+    assert len(server.seen) == 2
+
+
+def test_an_address_that_cannot_be_read_fails_when_it_is_asked() -> None:
+    with pytest.raises(http_json.RequestFailed, match="ValueError"):
+        http_json.JsonClient("http://[::1/v1", "", 1, 0, 999).ask("/x")

@@ -177,6 +177,31 @@ def test_parameters_without_a_type_are_those_of_an_object(server: Asking):
         assert set(json.loads(call["function"]["arguments"])) == {"a"}
 
 
+def test_alternatives_are_told_apart_by_their_discriminator(server: Asking):
+    """As pydantic writes a union with a discriminator that has a default."""
+
+    def kind(name: str) -> dict:
+        return {
+            "type": "object",
+            "properties": {"kind": {"const": name, "default": name}, "on": {"type": "boolean"}},
+            "required": ["on"],
+            "additionalProperties": False,
+        }
+
+    union = {
+        "$defs": {"Lamp": kind("lamp"), "Fan": kind("fan")},
+        "oneOf": [{"$ref": "#/$defs/Lamp"}, {"$ref": "#/$defs/Fan"}],
+        "discriminator": {"propertyName": "kind", "mapping": {"lamp": "#/$defs/Lamp", "fan": "#/$defs/Fan"}},
+    }
+    tools = [{"type": "function", "function": {"name": "f", "parameters": union}}]
+    for seed in range(4):
+        answer = json.loads(server.chat(guided_json=union, seed=seed, **LONG)["choices"][0]["message"]["content"])
+        message = server.chat(tools=tools, tool_choice="required", parallel_tool_calls=False, seed=seed, **LONG)
+        call = json.loads(message["choices"][0]["message"]["tool_calls"][0]["function"]["arguments"])
+        for found in (answer, call):
+            assert found.keys() == {"kind", "on"} and found["kind"] in ("lamp", "fan")
+
+
 def test_the_form_begins_behind_the_thought(model_dir: Path):
     with client(model_dir, chat_template="thinking") as thinking:
         closing = thinking.served.chat_model.tokenizer.token_id("</think>")
@@ -212,6 +237,8 @@ def test_from_python(model_dir: Path):
         ({"guided_regex": "[a-"}, "guided_regex", "unclosed"),
         ({"guided_regex": "(" * 200_000}, "guided_regex", "cannot be used"),
         ({"guided_grammar": "start: foo"}, "guided_grammar", "unknown name"),
+        ({"guided_json": {"oneOf": [{"type": "integer"}, {"type": "number"}]}}, "guided_json", "Write anyOf."),
+        ({"guided_json": {"$ref": "#"}}, "guided_json", "cannot be used"),
         ({"guided_choice": []}, "guided_choice", "list of 1 to"),
         ({"guided_choice": [""]}, "guided_choice", "not empty"),
         ({"guided_json": {}, "guided_regex": "a"}, "guided_json", "cannot both"),

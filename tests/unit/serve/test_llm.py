@@ -18,6 +18,7 @@ import erniekit
 from erniekit import LLM, SamplingParams
 from erniekit.build import load_model
 from erniekit.checkpoint.peft_attach import save_adapter
+from erniekit.generation import prompt_scores
 from erniekit.generation.engine import Engine
 from erniekit.generation.guided import GrammarState
 from erniekit.generation.request import Limits, Request
@@ -90,6 +91,25 @@ def test_scores_are_those_of_the_model(llm: LLM):
     )
     assert result.prompt_logprobs[0] is None
     assert result.prompt_logprobs[2][ids[2]].logprob == pytest.approx(rows[1, ids[2]], abs=1e-5)
+
+
+def test_scores_of_a_prompt_take_the_memory_of_a_piece(llm: LLM, monkeypatch: pytest.MonkeyPatch):
+    ids, model = llm.get_tokenizer().encode("25加16等于41，3加4等于7"), llm.chat_model.model
+    whole = prompt_scores.score_prompt(model, ids, 1)
+    head, sizes = model.head, []
+
+    def counted(hidden_TD):
+        sizes.append(hidden_TD.shape[0])
+        return head(hidden_TD)
+
+    monkeypatch.setattr(model, "head", counted)
+    monkeypatch.setattr(prompt_scores, "_PIECE", 4)
+    in_pieces = prompt_scores.score_prompt(model, ids, 1)
+    assert max(sizes) <= 4 and sum(sizes) == len(ids) - 1
+    assert whole[0] is None and in_pieces[0] is None
+    for one, other in zip(whole[1:], in_pieces[1:], strict=True):
+        assert one is not None and other is not None
+        assert other.logprob == pytest.approx(one.logprob, abs=1e-5) and other.top[0][0] == one.top[0][0]
 
 
 def test_chat_answers_as_the_server(llm: LLM, model_dir: Path):
@@ -209,7 +229,7 @@ def test_an_interrupted_call_leaves_the_engine_free(llm: LLM, monkeypatch: pytes
     ("values", "said"),
     [
         ({"temprature": 1}, "did you mean temperature"),
-        ({"top_p": 0}, "top_p: expected more than 0"),
+        ({"top_p": -0.5}, "top_p: expected 0 or more"),
         ({"temperature": "hot"}, "temperature: expected number"),
         ({"n": 0}, "n: expected 1 or more"),
         ({"logprobs": 99}, "logprobs: expected at most 20"),

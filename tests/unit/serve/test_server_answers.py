@@ -62,6 +62,20 @@ def test_an_answer_is_the_engines_and_a_stream_is_the_answer(server: Asking, mod
     assert all(chunk["usage"] is None for chunk in chunks[:-1])
 
 
+def test_a_request_that_names_no_model_is_answered_by_the_served_one(server: Asking):
+    named, unnamed = server.chat(), server.chat(model=None)
+    assert unnamed["model"] == "tiny" and unnamed["choices"] == named["choices"]
+    answer = server.http.post(COMPLETIONS, json={"prompt": "a", "max_tokens": 2, "echo": True, "logprobs": 1})
+    assert answer.status_code == 200 and answer.json()["model"] == "tiny"
+
+
+def test_top_p_0_takes_the_likeliest_token(server: Asking):
+    """Clients send it, since OpenAI's API takes it."""
+    greedy = server.chat(temperature=0)["choices"][0]["message"]["content"]
+    for seed in range(3):
+        assert server.chat(temperature=1.5, top_p=0, seed=seed)["choices"][0]["message"]["content"] == greedy
+
+
 def test_seeds_and_several_answers(server: Asking, model: ChatModel):
     drawn = {"temperature": 1.2, "top_p": 0.9, "seed": 7, "n": 3}
     ids = model.template.prompt_ids(QUESTION)

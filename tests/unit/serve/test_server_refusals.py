@@ -20,8 +20,9 @@ from support.tiny_server import CHAT, COMPLETIONS, QUESTION, Asking, client, err
 from erniekit.config import load
 from erniekit.generation.load import ChatModel
 from erniekit.serve.server import serve
-from erniekit.serve.server_access import Gate, is_loopback, key_digests
+from erniekit.serve.server_access import Gate, key_digests
 from erniekit.serve.server_errors import ApiError
+from erniekit.utils.addresses import is_loopback
 from erniekit.utils.errors import CheckpointError, ConfigError
 
 JSON = {"content-type": "application/json"}
@@ -58,7 +59,7 @@ def server(model_dir: Path, model: ChatModel):
         ({"messages": "hi"}, "messages", "expected array, got string"),
         ({"temperature": "hot"}, "temperature", "expected number"),
         ({"temperature": -1}, "temperature", "0 or more"),
-        ({"top_p": 0}, "top_p", "more than 0"),
+        ({"top_p": -0.5}, "top_p", "0 or more"),
         ({"n": 10**6}, "n", "at most 128"),
         ({"n": True}, "n", "expected integer, got boolean"),
         ({"top_logprobs": 99, "logprobs": True}, "top_logprobs", "at most 20"),

@@ -36,6 +36,7 @@ def test_a_run_that_ends_before_its_first_evaluation_says_what_has_no_effect(
         ({"metric_for_best_model": "reward_margin"}, [3.0, 2.0, 4.0], 3),
         ({"metric_for_best_model": "eval_kl"}, [3.0, 2.0, 4.0], 2),
         ({"metric_for_best_model": "reward_rejected"}, [-1.0, -3.0, -2.0], 2),
+        ({"metric_for_best_model": "logp_rejected"}, [-1.0, -3.0, -2.0], 2),
         ({"metric_for_best_model": "kl", "greater_is_better": True}, [3.0, 2.0, 4.0], 3),
     ],
 )

@@ -24,6 +24,8 @@ from erniekit.training.trainer import Trainer
 from erniekit.utils.directory_lock import DirectoryLock
 from erniekit.utils.errors import CheckpointError, ConfigError, UserError
 
+EVALUATED = {"eval_dataset_type": "erniekit", "max_evaluate_steps": 1}
+
 
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory):
@@ -98,6 +100,31 @@ def test_the_best_model_is_kept_although_saves_end_late(directory):
         assert same(weights(out / place), weights(out / "checkpoint-1" / place))
 
 
+@pytest.mark.parametrize("data_ends", [False, True])
+def test_the_last_step_is_compared_with_the_best_one(directory, monkeypatch, data_ends):
+    """The loss falls, so that the last step is the best, which eval_steps does not reach."""
+    steps = 3
+    if data_ends:
+        take = Trainer._next_batches
+        monkeypatch.setattr(
+            Trainer, "_next_batches", lambda run: take(run) if run.state.step < steps else next(iter(()))
+        )
+    keys = {
+        "eval_dataset_path": f"{directory}/train.jsonl",
+        "evaluation_strategy": "steps",
+        "eval_steps": 2,
+        "max_steps": 5 if data_ends else steps,
+        "load_best_model_at_end": True,
+        "save_total_limit": 1,
+        "report_to": "none",
+    }
+    out = fit(directory, f"last-{data_ends}", callbacks=True, **EVALUATED | keys)
+    records = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert [record["step"] for record in records if "eval_loss" in record] == [2, 3]
+    state = json.loads((out / "checkpoint-3/trainer_state.json").read_text())
+    assert state["best_step"] == 3 and same(weights(out), weights(out / "checkpoint-3"))
+
+
 @pytest.mark.parametrize(("stage", "distance"), [("O1", 1e-4), ("O2", 0.005)])
 def test_a_run_resumed_from_coded_moments_stays_near_the_uninterrupted_one(directory, monkeypatch, stage, distance):
     """`distance`: of the losses, which are about 4; some four times what was measured (1.5e-5 and 1.2e-3). Where
@@ -156,9 +183,6 @@ def test_a_failure_beside_the_training_ends_the_run(directory, monkeypatch):
 
 def contents(out):
     return {str(path.relative_to(out)): path.read_bytes() for path in sorted(out.rglob("*")) if path.is_file()}
-
-
-EVALUATED = {"eval_dataset_type": "erniekit", "max_evaluate_steps": 1}
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """The KTO recipe against the loss written out over separate rows: its loss, its divergence, its gradients."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -134,3 +135,20 @@ def test_the_evaluation_is_the_loss_over_all_answers():
         assert scores.metrics[name] == pytest.approx(whole.metrics[name], rel=1e-4, abs=1e-6)
     assert scores.counts == {"num_samples": 4}
     assert scores.metrics["margin"] == pytest.approx(scores.metrics["reward_good"] - scores.metrics["reward_bad"])
+
+
+@pytest.mark.parametrize(
+    ("keys", "is_warned"),
+    [
+        ({}, True),
+        ({"gradient_accumulation_steps": 2}, False),
+        ({"batch_size": 2}, False),
+        ({"kto_loss_type": "apo_zero_unpaired"}, False),
+    ],
+)
+def test_a_step_of_one_answer_is_warned_of(capsys, keys, is_warned):
+    model, reference = tiny_model(seed=3), tiny_model(seed=4)
+    cfg = Config(stage="KTO", batch_size=1, gradient_accumulation_steps=1, packing=False)
+    prepared = SimpleNamespace(build=lambda mesh, chunks: reference)
+    KtoRecipe.build(cast(Any, SimpleNamespace(cfg=replace(cfg, **keys), model=model, prepared=prepared)))
+    assert ("warning: kto_loss_type: kto: a step has one answer" in capsys.readouterr().err) == is_warned

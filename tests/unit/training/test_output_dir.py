@@ -207,6 +207,14 @@ def test_the_same_run_goes_on_from_the_newest_whole_checkpoint(cfg_of, monkeypat
     assert len(said) == 1 and "checkpoint-6 is not whole" in said[0] and "goes back to checkpoint-4" in said[0]
 
 
+@pytest.mark.parametrize("name", ["adapter_config.json", "rollout_state.json", "rollout.npz"])
+def test_a_small_file_that_is_cut_short_is_damage_too(cfg_of, name: str):
+    out = put_run(cfg_of())
+    (out / "checkpoint-6" / name).write_bytes(b'PK\x03\x04{"a": 1')
+    with output(cfg_of(max_steps=9)) as place:
+        assert place.claim().source == out / "checkpoint-4"
+
+
 def test_damaged_checkpoints_are_set_aside_and_no_longer_count(cfg_of):
     """Otherwise save_total_limit would keep them as the newest ones and delete what the run goes on to save."""
     out = put_run(cfg_of())

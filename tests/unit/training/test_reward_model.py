@@ -126,3 +126,25 @@ def test_the_margin_and_the_center_term_are_read(workspace: Path, tmp_path: Path
     plain, step = losses(workspace / "full")[0], losses(tmp_path / "out")[0]
     assert step["loss"] == pytest.approx(step["loss_pairwise"] + 0.5 * step["loss_center"], rel=1e-5)
     assert step["loss_pairwise"] > plain["loss"] + 0.5
+
+
+def test_the_margins_of_records_are_those_of_their_scores(workspace: Path, tmp_path: Path):
+    """TRL's column `margin`, with reward_margin: 1 for its loss, against the scores of type erniekit."""
+    questions = [f"{a}加{b}等于几？" for a in range(2) for b in range(3)]
+    margins = [0.0, 0.25, 0.5, 1.0, 2.0, 4.0]
+    answers = {"chosen": "等于5", "rejected": "不知道2"}
+    columns = [{"prompt": q, "margin": m, **answers} for q, m in zip(questions, margins, strict=True)]
+    scores = [
+        {"src": [q], "tgt": [], "response": list(answers.values()), "sort": [1 + max(m, 1e-6), 1]}
+        for q, m in zip(questions, margins, strict=True)
+    ]
+    found = {}
+    for kind, records in (("messages", columns), ("erniekit", scores)):
+        write_lines(tmp_path / f"{kind}.jsonl", records)
+        data = {"train_dataset_path": tmp_path / f"{kind}.jsonl", "train_dataset_type": kind}
+        keys = {"max_steps": 1, "batch_size": 6, "reward_margin": 1.0, **data}
+        train(load(None, train_keys(workspace, tmp_path / f"out-{kind}", **keys)))
+        found[kind] = losses(tmp_path / f"out-{kind}")[0]
+    assert found["messages"]["loss"] == pytest.approx(found["erniekit"]["loss"], rel=1e-5)
+    without = losses(workspace / "full")[0]["loss"]
+    assert found["messages"]["loss"] > without + 0.3

@@ -2,7 +2,10 @@
 
 import dataclasses
 import json
+import logging
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
 import pytest
 from support import equality
@@ -14,7 +17,7 @@ from erniekit.training.batch_warmup import microbatches_at
 from erniekit.training.build import build_run
 from erniekit.training.callbacks import Callback, build_callbacks
 from erniekit.training.evaluators import Scores
-from erniekit.training.trainer import Trainer
+from erniekit.training.trainer import Trainer, noise_seed
 from erniekit.utils.errors import EvaluationError
 
 SAMPLES = 12 * 9  # of equality.prepare
@@ -77,6 +80,18 @@ def test_epochs_end_where_their_rows_do_while_the_batch_grows(directory: Path, t
     assert sorted(saved) == expected
 
 
+@pytest.mark.parametrize(("accumulation", "warns"), [(SAMPLES // 2, False), (SAMPLES, True)])
+def test_a_step_that_reads_the_data_several_times_is_named(
+    directory: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch, accumulation: int, warns: bool
+):
+    monkeypatch.setattr(logging.getLogger("erniekit"), "propagate", True)
+    given = {"packing": False, "batch_size": 2, "gradient_accumulation_steps": accumulation, "max_steps": 1}
+    cfg = config.load(None, keys_of(directory, tmp_path / "out", save_strategy="no", **given), "train")
+    Trainer(build_run(cfg, Mesh.single()), []).fit()
+    line = f"a step takes up to {2 * accumulation} rows, and reads all of the training data several times"
+    assert (line in caplog.text) == warns
+
+
 def test_a_method_that_trains_nothing_ahead_leaves_the_configuration_as_it_was_given(directory: Path, tmp_path: Path):
     """num_nextn_predict_layers at stage DPO: config.yaml says what was asked, the model has no block for it, and the
     run is resumed with or without the key.
@@ -110,3 +125,12 @@ def test_the_last_checkpoint_is_saved_before_an_evaluation_can_fail(directory: P
     with pytest.raises(EvaluationError, match="after step 2: the loss on the evaluation data is nan"):
         Trainer(run, []).fit()
     assert (tmp_path / "out" / "checkpoint-2").is_dir() and not (tmp_path / "out" / "model.safetensors").exists()
+
+
+def test_noise_differs_between_steps_data_ranks_and_stages_but_not_between_tensor_ranks():
+    def seed(step: int = 3, **place: int) -> int:
+        return noise_seed(42, step, cast(Mesh, SimpleNamespace(**{"data": 0, "pipe": 0, "tensor": 0} | place)))
+
+    seeds = [seed(data=data, pipe=pipe, step=step) for data in range(8) for pipe in range(8) for step in range(20)]
+    assert len(set(seeds)) == len(seeds) and all(0 <= one < 2**32 for one in seeds)
+    assert seed(tensor=1) == seed()

@@ -1,11 +1,13 @@
 """Files and directories are whole or not there."""
 
+import errno
 import os
+import stat
 from pathlib import Path
 
 import pytest
 
-from erniekit.utils import atomic
+from erniekit.utils import atomic, log
 
 
 def test_a_failed_write_leaves_the_old_content_and_nothing_beside_it(tmp_path):
@@ -70,3 +72,37 @@ def test_the_longest_names_have_temporary_ones_too(tmp_path, name):
     assert atomic.leftovers(tmp_path) == [temporary] and len(os.fsencode(temporary.name)) <= 255
     atomic.replace_tree(temporary, tmp_path / name)
     assert [p.name for p in tmp_path.iterdir()] == [name] and (tmp_path / name).is_dir()
+
+
+@pytest.mark.parametrize("number", [errno.EINVAL, errno.ENOTSUP, errno.ENOSYS])
+def test_a_file_system_that_cannot_sync_directories_is_written_to(tmp_path, monkeypatch, number):
+    synced = refuse_to_sync_directories(monkeypatch, number)
+    (tmp_path / "new" / "inner").mkdir(parents=True)
+    (tmp_path / "new" / "inner" / "file").write_text("x")
+    with log.captured() as lines:
+        atomic.sync_tree(tmp_path / "new")
+        atomic.replace_tree(tmp_path / "new", tmp_path / "target")
+        atomic.write_text(tmp_path / "text", "y")
+    assert (tmp_path / "target" / "inner" / "file").read_text() == "x" and (tmp_path / "text").read_text() == "y"
+    assert len(synced) == 2  # the two files
+    assert len(lines) == 1 and "cannot force the names of files to disk" in lines[0][1]
+
+
+def test_a_directory_that_cannot_be_synced_for_another_reason_is_an_error(tmp_path, monkeypatch):
+    refuse_to_sync_directories(monkeypatch, errno.EIO)
+    with pytest.raises(OSError, match="Input/output"):
+        atomic.write_text(tmp_path / "text", "y")
+
+
+def refuse_to_sync_directories(monkeypatch, number):
+    """Make os.fsync fail for directories; the list gets the descriptors of files."""
+    real, synced = os.fsync, []
+
+    def sync(descriptor):
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(number, os.strerror(number))
+        synced.append(descriptor)
+        real(descriptor)
+
+    monkeypatch.setattr(atomic.os, "fsync", sync)
+    return synced

@@ -4,6 +4,8 @@ import os
 import re
 import subprocess
 import sys
+import tempfile
+from pathlib import Path
 
 import pytest
 
@@ -64,3 +66,12 @@ def test_variables_of_other_launchers_are_named(monkeypatch: pytest.MonkeyPatch)
 
 def test_the_device_has_a_name():
     assert re.fullmatch(r".+, \d+ threads?|.+ \(gpu:\d+\)", runtime.device_name())
+
+
+def test_cache_of_a_user_without_a_home_directory(monkeypatch):
+    def no_home():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(runtime.Path, "home", no_home)
+    assert runtime.cache_directory().parent == Path(tempfile.gettempdir())

@@ -89,3 +89,9 @@ def test_mutated_json_is_read_or_refused_never_anything_else():
         except UserError:
             refused += 1
     assert refused > 1000
+
+
+def test_a_pointer_of_git_lfs_is_named(tmp_path):
+    (tmp_path / "tokenizer.json").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 9\n")
+    with pytest.raises(CheckpointError, match=r"tokenizer.json: a pointer of Git LFS .* `git lfs pull`"):
+        read_json(tmp_path / "tokenizer.json", CheckpointError)

@@ -318,6 +318,11 @@ def test_pictures_under_a_stage_of_text_are_one_error(given):
     assert re.search(r"train\.jsonl:1: field 'images' .*set that stage", " ".join(error.split()))
 
 
+def test_a_bound_that_contradicts_the_models_own_is_one_error(given):
+    [error] = findings(given(GOOD, min_pixels=1 << 30), "error")
+    assert "min_pixels: 1073741824 contradicts the model's own max_pixels: 3136" in error
+
+
 def test_where_not_one_picture_fits_the_length_is_named(given):
     args = given(GOOD[:1], max_seq_len=16)
     [warning] = [text for text in findings(args, "warning") if "too long" in text]

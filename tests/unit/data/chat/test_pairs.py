@@ -42,6 +42,7 @@ def answer_of(side):
         ("messages", {"messages": ASKED, "chosen_response": GOOD, "rejected_response": BAD}),
         ("messages", {"prompt": "q", "chosen": "good", "rejected": "bad"}),
         ("messages", {"chosen": ASKED + GOOD, "rejected": ASKED + BAD}),
+        ("messages", {"messages": ASKED + GOOD, "rejected_response": "bad"}),  # ms-swift
         (
             "sharegpt",
             {
@@ -75,6 +76,65 @@ def test_whole_conversations_are_split_where_their_answers_differ():
     before = [*ASKED, {"role": "assistant", "content": "x"}, {"role": "user", "content": "r"}]
     sample = parse_record({"chosen": before + GOOD, "rejected": before + BAD}, "messages (DPO)")
     assert sample.messages == before and sample.answers == (GOOD, BAD)
+
+
+@pytest.mark.parametrize(
+    "beside",
+    [
+        {"prompt": "q"},
+        {"prompt": "q", "messages": ASKED + GOOD},  # UltraFeedback binarized by HuggingFaceH4
+        {"prompt": ASKED},
+        {"messages": ASKED},
+    ],
+)
+def test_what_whole_conversations_say_again_is_no_second_prompt(beside):
+    record = {"chosen": ASKED + GOOD, "rejected": ASKED + BAD, "score_chosen": 8.0, "score_rejected": 7.0, **beside}
+    sample = parse_record(record, "messages (DPO)")
+    assert sample.messages == ASKED and sample.answers == (GOOD, BAD)
+
+
+@pytest.mark.parametrize(
+    "beside",
+    [{"prompt": "p"}, {"prompt": [{"role": "system", "content": "s"}, *ASKED]}, {"prompt": "q", "messages": BAD}],
+)
+def test_what_whole_conversations_do_not_say_is_refused(beside):
+    with pytest.raises(DataError, match=r"whole conversations, and .* has turns that 'chosen' does not have"):
+        parse_record({"chosen": ASKED + GOOD, "rejected": ASKED + BAD, **beside}, "messages (DPO)")
+
+
+def test_the_margin_of_a_record_is_read():
+    for value, expected in (
+        (0.25, 0.25),
+        ("0.5", 0.5),
+        (0, 0.0),
+        (-1, None),
+        (True, None),
+        ("much", None),
+        (None, None),
+    ):
+        records = {
+            "messages (DPO)": {"prompt": "q", "chosen": "good", "rejected": "bad"},
+            "sharegpt (DPO)": {"conversations": [{"from": "human", "value": "q"}], "chosen": "good", "rejected": "bad"},
+            "alpaca (DPO)": {"question": "q", "chosen": "good", "rejected": "bad"},
+        }
+        for kind, record in records.items():
+            assert parse_record(record | {"margin": value}, kind).score_delta == expected
+
+
+def test_a_key_that_needs_margins_refuses_records_without_them(tmp_path):
+    keys = {"train_dataset_type": "messages", "random_shuffle": False, "max_prompt_len": 32}
+    margins = (0.5, 0, None)
+    path = write(
+        tmp_path / "a.jsonl", [{"prompt": "q", "chosen": "good", "rejected": "bad", "margin": m} for m in margins]
+    )
+    with pytest.raises(DataError, match=r"a.jsonl:3: reward_margin needs .* 'margin', a number of at least 0"):
+        build(path, stage="RM", reward_margin=1.0, **keys)
+    with pytest.raises(DataError, match=r"a.jsonl:2: offset_alpha needs .* 'margin', a number above 0"):
+        build(path, stage="DPO", offset_alpha=1.0, **keys)
+    batches = run(path, stage="RM", reward_margin=1.0, on_bad_line="skip", **keys)
+    assert [delta for step in batches for batch in step for delta in batch.pairs.score_deltas] == [0.5, 0.0]
+    batches = run(path, stage="RM", **keys)  # nothing reads them
+    assert sum(len(batch.pairs) for step in batches for batch in step) == 3
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,7 @@ from erniekit.data.records.readers import load_record, open_file
 from erniekit.data.sampler import Sampler, permutation
 from erniekit.utils.errors import DataError
 
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"
 RECORDS = [{"src": f"question {i} 问", "tgt": f"answer {i}"} for i in range(7)]
 
 
@@ -149,6 +150,14 @@ def test_a_directory_without_data_and_a_file_of_another_kind(tmp_path):
         open_source(tmp_path / "README.md")
 
 
+def test_a_data_set_that_was_saved_to_disk_as_arrow_is_named(tmp_path):
+    (tmp_path / "train").mkdir()
+    for name in ("dataset_dict.json", "train/dataset_info.json", "train/state.json", "train/data-00000-of-00001.arrow"):
+        (tmp_path / name).write_text('{"splits": ["train"]}')
+    with pytest.raises(DataError, match=r"no data file .* save_to_disk of `datasets` .* to_parquet or to_json"):
+        open_source(tmp_path)
+
+
 BAD_LINES = [
     '{"src": "a"',
     '{"src": "a"}',
@@ -222,6 +231,9 @@ def test_a_file_that_grows_while_it_is_scanned(tmp_path, monkeypatch):
     [
         ("a.jsonl", gzip.compress(b'{"src": "a", "tgt": "b"}', mtime=0), "compressed with gzip"),
         ("a.json", b"PK\x03\x04...", "a zip archive"),
+        ("a.txt", b"Call me Ishmael.\nSome years ago", "plain text, where one JSON object.*`erniekit tokenize`"),
+        ("a.jsonl", POINTER, "a pointer of Git LFS in place of the file.*git lfs pull"),
+        ("a.parquet", POINTER, "a pointer of Git LFS in place of the file.*git lfs pull"),
         ("a.csv", "src,tgt\na,b".encode("utf-16"), "UTF-16 text"),
         ("a.txt", b"PAR1....", "a parquet file. whatever its name says. Hint: name it .parquet"),
         ("a.jsonl.gz", gzip.compress(b"", mtime=0), "a data file ends in .*Hint: unpack it first"),
@@ -294,7 +306,7 @@ def test_what_lies_beside_the_data_is_passed_over_and_named(tmp_path, caplog):
         assert len(open_source(tmp_path)) == 2
     (line,) = [record.getMessage() for record in caplog.records if "not read" in record.getMessage()]
     assert "7 files there are not data" in line and "gone.jsonl, pipe.jsonl, LICENSE-2.0.txt" in line
-    with pytest.raises(DataError, match=r"README.txt:1: not JSON"):
+    with pytest.raises(DataError, match=r"README.txt: plain text"):
         open_source(tmp_path / "sub" / "README.txt")
     with pytest.raises(DataError, match=r"no data file in this directory.*`erniekit tokenize`"):
         open_source(tmp_path / "sub")

@@ -182,7 +182,11 @@ def test_pretraining_text_in_both_spellings():
     assert parse_record({"text": "abc"}, "text").text == "abc"
     sample = parse_record({"tgt": ["ab", "c"]}, "text")
     assert (sample.kind, sample.text) == ("text", "ab\nc")
-    for record, reason in [({"text": "a", "tgt": ["a"]}, "exactly one"), ({"text": ""}, "empty"), ({}, "exactly one")]:
+    for record, reason in [
+        ({"text": "a", "tgt": ["a"]}, "exactly one"),
+        ({"text": ""}, "empty"),
+        ({"content": "a"}, r"'text' is missing \(it has 'content'\)"),
+    ]:
         with pytest.raises(DataError, match=reason):
             parse_record(record, "text")
 
@@ -283,9 +287,17 @@ def test_a_misspelt_field_is_refused_also_when_it_is_empty(name, misspelt, meant
             parse_record(RECORDS[name] | {misspelt: value}, name)
 
 
+@pytest.mark.parametrize("field", ["redacted", "story", "stem", "test", "next", "ext", "sec", "short", "sport"])
+def test_columns_of_public_data_sets_are_no_misspelling(field: str):
+    """WildChat and LMSYS-Chat-1M have `redacted`, which is near to `rejected`."""
+    for name, record in RECORDS.items():
+        assert parse_record(record | {field: False}, name) == parse_record(record, name)
+
+
 @pytest.mark.parametrize(
     ("name", "field", "value"),
     [
+        ("alpaca", "response", "an answer"),
         ("alpaca", "label", True),
         ("alpaca", "tools", [{"name": "f"}]),
         ("messages", "system", "be brief"),
@@ -370,6 +382,27 @@ def test_a_conversation_of_sharegpt_may_have_the_names_of_openai(type_name: str)
     assert parse_record(record, type_name) == parse_record(other, type_name)
 
 
-def test_from_and_value_in_messages_are_named():
-    with pytest.raises(DataError, match="'from' and 'value', which messages of type sharegpt have"):
-        parse_record({"messages": [{"from": "human", "value": "q"}]}, "messages")
+@pytest.mark.parametrize(
+    ("record", "type_name", "reason"),
+    [
+        (
+            {"messages": [{"from": "human", "value": "q"}]},
+            "messages",
+            r"messages\[0\] has 'from' and 'value', where 'role'",
+        ),
+        (
+            {"conversations": [{"from": "human", "value": "q"}, {"role": "assistant", "content": "a"}]},
+            "sharegpt",
+            r"conversations\[1\] has 'role' and 'content', where 'from' and 'value' are expected",
+        ),
+        (
+            {"conversations": [{"role": "user", "content": "q"}, {"from": "gpt", "value": "a"}]},
+            "sharegpt",
+            r"conversations\[1\] has 'from' and 'value', where 'role' and 'content' are expected",
+        ),
+        ({"messages": [{"content": "q"}]}, "messages", r"messages\[0\] has no 'role'"),
+    ],
+)
+def test_a_turn_with_the_names_of_another_type_is_named(record: dict[str, object], type_name: str, reason: str):
+    with pytest.raises(DataError, match=reason):
+        parse_record(record, type_name)
