@@ -127,6 +127,18 @@ def test_its_degrees_divide_the_published_model_over_the_gpus_that_it_names(name
     check_layout(cfg, degrees, ModelConfig.from_dict(SIZES[name.split("/")[0].removeprefix("ERNIE-4.5-")]))
 
 
+USED = [name for name in FILES if name.startswith("ERNIE") and command_of(name) in ("chat", "eval")]
+
+
+@pytest.mark.parametrize("name", USED)
+def test_the_degrees_of_chat_and_eval_divide_the_published_model(name):
+    cfg = read(name)
+    ranks = cfg.tensor_parallel_degree * cfg.pipeline_parallel_degree
+    shape = ModelConfig.from_dict(SIZES[name.split("/")[0].removeprefix("ERNIE-4.5-")])
+    check_layout(cfg, ParallelDims.from_config(cfg, ranks), shape)
+    assert ("NNODES" in header(name)) == (ranks > 8)
+
+
 def test_the_published_layouts_of_pretraining():
     cases = {
         "300B-A47B/pretrain/pretrain_96_gpus": (96, ParallelDims(pipeline=12, data=8, expert=8, sharding=8)),
@@ -206,7 +218,7 @@ def test_no_key_is_pointless(name):
     assert [note for note in read(name).notes if not note.endswith("read by eval and chat")] == []
 
 
-@pytest.mark.parametrize("name", [name for name in FILES if command_of(name) in ("chat", "eval")])
+@pytest.mark.parametrize("name", USED)
 def test_no_header_says_that_a_degree_has_no_effect(name):
     """`chat` and `eval` run on as many ranks as the degrees ask for."""
     assert "one process" not in header(name) and "no effect" not in header(name)

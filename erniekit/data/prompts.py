@@ -80,12 +80,12 @@ class PromptOptions:
 class PromptSet:
     """The usable prompts of one or several data sets, numbered from 0 in the order of their files.
 
-    num_too_long: prompts with more than max_prompt_len tokens, which are left out. identity: everything that decides
-    which prompts there are, under names that a user knows.
+    dataset: all records. num_too_long: prompts with more than max_prompt_len tokens, which are left out. identity:
+    everything that decides which prompts there are, under names that a user knows.
     """
 
     def __init__(self, dataset: Dataset, options: PromptOptions) -> None:
-        self._dataset, self._options = dataset, options
+        self.dataset, self._options = dataset, options
         self.num_too_long = self.num_bad = 0
         self._kept: dict[int, Prompt] = {}  # by number, while there is room
         self._room = _KEPT_TOKENS
@@ -124,7 +124,7 @@ class PromptSet:
     @property
     def sizes(self) -> list[int]:
         """The number of prompts of each data set."""
-        ends = np.cumsum([0, *self._dataset.sizes])
+        ends = np.cumsum([0, *self.dataset.sizes])
         return np.diff(np.searchsorted(self._records, ends)).tolist()
 
     @property
@@ -132,7 +132,7 @@ class PromptSet:
         """See the class."""
         options = self._options
         return {
-            "content of the prompts": self._dataset.digests,
+            "content of the prompts": self.dataset.digests,
             "tokenizer": options.template.tokenizer.fingerprint,
             "chat template": hashlib.blake2b(options.template.source.encode(), digest_size=8).hexdigest(),
             "max_prompt_len": options.max_prompt_len,
@@ -145,7 +145,7 @@ class PromptSet:
         return {
             "prompts": len(self),
             "too_long": self.num_too_long,
-            "bad_lines": self._dataset.bad_lines + self.num_bad,
+            "bad_lines": self.dataset.bad_lines + self.num_bad,
             "without_answer": len(self._without_answer),
         }
 
@@ -173,7 +173,7 @@ class PromptSet:
         return prompt
 
     def _render(self, number: int) -> Prompt:
-        type_name, raw, where = self._dataset.record(number)
+        type_name, raw, where = self.dataset.record(number)
         with reading(where):
             record = load_record(raw, where)
             if self._options.vision is not None:
@@ -208,12 +208,12 @@ class PromptSet:
         if self.num_too_long:
             more = ", ..." if self.num_too_long > len(self._places_of_long) else ""
             log.warning(
-                f"{self.num_too_long} of {len(self._dataset)} prompts have more than max_prompt_len {limit} tokens and "
+                f"{self.num_too_long} of {len(self.dataset)} prompts have more than max_prompt_len {limit} tokens and "
                 f"are left out ({', '.join(self._places_of_long)}{more})"
             )
         if not len(self):
             raise DataError(
-                f"{', '.join(source.spec.path for source in self._dataset.sources)}: no prompt can be used: "
+                f"{', '.join(source.spec.path for source in self.dataset.sources)}: no prompt can be used: "
                 f"{self.num_too_long} have more than max_prompt_len {limit} tokens, {self.num_bad} were skipped. Hint: "
                 "raise max_prompt_len, or check the data."
             )
@@ -224,4 +224,4 @@ class PromptSet:
                 f"ground_truth or reward_model.ground_truth; the first: {first}): a reward that compares with one "
                 "cannot score them"
             )
-        log.info(f"prompts: {len(self)} of {len(self._dataset)} are used, the longest has {longest} tokens")
+        log.info(f"prompts: {len(self)} of {len(self.dataset)} are used, the longest has {longest} tokens")

@@ -81,6 +81,8 @@ def inspect(report: Report, cfg: Config, command: str, facts: ModelFacts, wishes
 
             found, counted = prompts.inspect(section, cfg, split, facts, wishes.decode)
             steps.total = steps.total or counted
+            if found is not None:
+                opened[split] = found.dataset
             if found is not None and (wishes.preview or not report.count("error")):
                 count = wishes.preview or 1
                 tiles += prompts.show(report, found, tokenizer, cfg.answer_key, split, count, wishes.first, written)

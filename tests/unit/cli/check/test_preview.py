@@ -121,7 +121,11 @@ def test_prompts_of_reinforcement_learning_are_shown_too(tmp_path, capsys):
     tokens = written[0]["documents"][0]["tokens"]
     assert "2+1=" in "".join(text for text, _, _ in tokens) and not any(trained for _, trained, _ in tokens)
     assert check.run(words) == 0
-    assert "the first train prompt as the model gets it" in " ".join(capsys.readouterr().out.split())
+    said = " ".join(capsys.readouterr().out.split())
+    assert "the first train prompt as the model gets it" in said and "train data: no record repeats another" in said
+    write_lines(tmp_path / "prompts.jsonl", [*lines, lines[1]])
+    assert check.run(words) == 0
+    assert "prompts.jsonl:5 repeats" in " ".join(capsys.readouterr().out.split())
 
 
 def test_token_files_have_no_records_to_show(tmp_path, capsys):
