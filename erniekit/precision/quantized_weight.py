@@ -100,7 +100,7 @@ class KernelMatrix(Matrix):
 
     def times(self, x: paddle.Tensor) -> paddle.Tensor:
         """See Matrix."""
-        if not fused.are_enabled():
+        if not (fused.are_enabled() and x.dtype == self.scales.dtype):
             return super().times(x)
         major, minor = fused.compute_capability() or _CAPABILITIES[0]
         return weight_only_linear(

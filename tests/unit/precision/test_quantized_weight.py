@@ -93,7 +93,8 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         )
         scales = weight_scale.astype("float32").numpy().reshape(-1, codes.shape[1]).repeat(size, axis=0)
         calls.append(weight_dtype)
-        return paddle.matmul(x, paddle.to_tensor(codes * scales))
+        assert x.dtype == weight_scale.dtype
+        return paddle.matmul(x.astype("float32"), paddle.to_tensor(codes * scales)).astype(x.dtype)
 
     monkeypatch.setattr(quantized_weight, "weight_only_linear", weight_only_linear)
     monkeypatch.setattr(paddle, "get_device", lambda: "gpu:0")
@@ -105,8 +106,8 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 def test_the_gpu_kernel_gets_codes_and_scales_of_every_group(
     scheme: Scheme, block: int, gpu: list[str], monkeypatch: pytest.MonkeyPatch
 ):
-    """Forward by the kernel, backward by plain operations, both by the weight that `dense` gives, which is that of
-    weight_only but for scales in bf16.
+    """Forward by the kernel, where the input has its type; backward, and every product of another type, by plain
+    operations; all by the weight that `dense` gives, which is that of weight_only but for scales in bf16.
     """
     monkeypatch.setattr(quantized_weight, "_BLOCK", block)
     random = np.random.default_rng(0)
@@ -118,15 +119,13 @@ def test_the_gpu_kernel_gets_codes_and_scales_of_every_group(
     y = held(x_t)
     (y * paddle.to_tensor(upstream)).sum().backward()
     dense = held.dense()
-    assert gpu == [scheme.name]
     close(y.numpy(), x @ dense)
     close(x_t.grad.numpy(), upstream @ dense.T)
-    fused.enable(False)
-    try:
-        close(held(x_t).numpy(), x @ dense)
-    finally:
-        fused.enable(True)
-    assert gpu == [scheme.name], "plain operations call no kernel"
+    assert not gpu, "the kernel has no fp32"
+    short = x_t.detach().astype("bfloat16")
+    y, expected = held(short).astype("float32").numpy(), short.astype("float32").numpy() @ dense
+    assert gpu == [scheme.name]
+    np.testing.assert_allclose(y, expected, rtol=2**-8, atol=1e-6 * np.abs(expected).max())
     plain = dequantise(*quantise(weight, scheme), scheme, 192)
     step = np.abs(weight).reshape(-1, scheme.group or 192, 128).max(axis=1).repeat(scheme.group or 192, axis=0)
     assert (np.abs(dense - plain) <= step * (2**-8 + 1.01 / scheme.levels[-1])).all()
@@ -176,3 +175,16 @@ def test_the_gpu_kernel_gets_no_weight_that_is_not_finite(scheme: Scheme):
     weight[100, 3] = np.nan
     with pytest.raises(ValueError, match="not finite"):
         filled(weight, scheme)
+
+
+def test_plain_operations_call_no_kernel(gpu: list[str], monkeypatch: pytest.MonkeyPatch):
+    held, short = filled(np.ones((128, 64), np.float32), INT8), paddle.ones([2, 128]).astype("bfloat16")
+    monkeypatch.setattr(quantized_weight.Matrix, "times", lambda self, x: x[:, :64])
+    held(short)
+    assert gpu == ["int8"]
+    fused.enable(False)
+    try:
+        held(short)
+    finally:
+        fused.enable(True)
+    assert gpu == ["int8"]
