@@ -109,7 +109,7 @@ def test_the_gpu_kernel_gets_codes_and_scales_of_every_group(
     """Forward by the kernel, where the input has its type; backward, and every product of another type, by plain
     operations; all by the weight that `dense` gives, which is that of weight_only but for scales in bf16.
     """
-    monkeypatch.setattr(quantized_weight, "_BLOCK", block)
+    monkeypatch.setattr(quantized_weight, "_BLOCK_ON_GPU", block)
     random = np.random.default_rng(0)
     weight, x = random.normal(size=(192, 128)).astype(np.float32), random.normal(size=(3, 192)).astype(np.float32)
     weight[64:128] *= 100  # groups differ in their scales
@@ -188,3 +188,24 @@ def test_plain_operations_call_no_kernel(gpu: list[str], monkeypatch: pytest.Mon
     finally:
         fused.enable(True)
     assert gpu == ["int8"]
+
+
+@SCHEMES
+def test_a_gradient_in_16_bits_is_summed_over_blocks_in_fp32(scheme: Scheme, monkeypatch: pytest.MonkeyPatch):
+    """As if there were one block: each part is rounded once, by 2^-9 of itself. Paddle's CPU has no product in bf16."""
+    random = np.random.default_rng(0)
+    held = filled(random.normal(size=(64, 640)).astype(np.float32), scheme)
+    dy = paddle.to_tensor(random.normal(size=(4, 640)).astype(np.float32)).astype("bfloat16")
+
+    def matmul(x: paddle.Tensor, y: paddle.Tensor) -> paddle.Tensor:
+        assert x.dtype == y.dtype == paddle.bfloat16
+        wide = x.astype("float32").numpy() @ y.astype("float32").numpy()
+        return paddle.to_tensor(wide).astype("bfloat16")
+
+    monkeypatch.setattr(paddle, "matmul", matmul)
+    monkeypatch.setattr(quantized_weight, "_BLOCK", 640)
+    [matrix] = held.matrices
+    found, blocks = matrix.times_transposed(dy), list(matrix._blocks(paddle.bfloat16))
+    assert len(blocks) == 64 and found.dtype == paddle.bfloat16
+    parts = [matmul(dy[:, begin:end], block).astype("float32").numpy() for begin, end, block in blocks]
+    np.testing.assert_allclose(found.astype("float32").numpy(), np.sum(parts, axis=0), rtol=2**-8, atol=1e-5)
