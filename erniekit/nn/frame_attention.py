@@ -219,7 +219,11 @@ def _backward(
         dq.append(paddle.matmul(ds, k))
         # Transposing the wide matrix of scores takes a CPU twice as long as the product: dK^T = Q^T dS, dV^T = dO^T P.
         more_k, more_v = paddle.matmul(q, ds, transpose_x=True), paddle.matmul(do, p, transpose_x=True)
+        if len(kept) > 1 and q.dtype != paddle.float32:  # a sum in 16 bits would lose more with every block
+            more_k, more_v = more_k.astype("float32"), more_v.astype("float32")
         dk, dv = (more_k, more_v) if dk is None else (dk.add_(more_k), dv.add_(more_v))
+    if dk.dtype != k.dtype:
+        dk, dv = dk.astype(k.dtype), dv.astype(v.dtype)
     return _join(dq, axis=2), dk.transpose([0, 1, 3, 2]), dv.transpose([0, 1, 3, 2])
 
 

@@ -68,3 +68,26 @@ def test_nothing_is_read_from_the_device():
     with counted() as transfers:
         FrameAttention(frame_runs(GRID), cos, sin, HEADS).attend(qkv).sum().backward()
     assert not transfers.reads and transfers.uploads
+
+
+def test_gradients_in_16_bits_are_summed_over_blocks_in_fp32(monkeypatch: pytest.MonkeyPatch):
+    """On a GPU: each block's part is rounded once, by 2^-9 of itself. Paddle's CPU has no product in bf16."""
+    real = paddle.matmul
+    found: list[paddle.Tensor] = []
+
+    def matmul(x: paddle.Tensor, y: paddle.Tensor, transpose_x: bool = False, transpose_y: bool = False):
+        made = real(x.astype("float32"), y.astype("float32"), transpose_x, transpose_y).astype(x.dtype)
+        if transpose_x:
+            found.append(made.astype("float32"))
+        return made
+
+    monkeypatch.setattr(paddle, "matmul", matmul)
+    monkeypatch.setattr(frame_attention, "_QUERIES", 2)
+    q, k, v, do = (
+        paddle.to_tensor(RNG.normal(size=(1, 2, 96, 8)).astype(np.float32)).astype("bfloat16") for _ in "qkvo"
+    )
+    _, dk, dv = frame_attention._backward(q, k, v, [None] * 48, do)
+    assert dk.dtype == dv.dtype == paddle.bfloat16 and len(found) == 2 * 48
+    for made, parts in ((dk, found[0::2]), (dv, found[1::2])):
+        expected = np.sum([part.numpy() for part in parts], axis=0).transpose(0, 1, 3, 2)
+        np.testing.assert_allclose(made.astype("float32").numpy(), expected, rtol=2**-8, atol=1e-5)

@@ -93,7 +93,8 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         )
         scales = weight_scale.astype("float32").numpy().reshape(-1, codes.shape[1]).repeat(size, axis=0)
         calls.append(weight_dtype)
-        return paddle.matmul(x, paddle.to_tensor(codes * scales))
+        assert x.dtype == weight_scale.dtype
+        return paddle.matmul(x.astype("float32"), paddle.to_tensor(codes * scales)).astype(x.dtype)
 
     monkeypatch.setattr(quantized_weight, "weight_only_linear", weight_only_linear)
     monkeypatch.setattr(paddle, "get_device", lambda: "gpu:0")
@@ -105,10 +106,10 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 def test_the_gpu_kernel_gets_codes_and_scales_of_every_group(
     scheme: Scheme, block: int, gpu: list[str], monkeypatch: pytest.MonkeyPatch
 ):
-    """Forward by the kernel, backward by plain operations, both by the weight that `dense` gives, which is that of
-    weight_only but for scales in bf16.
+    """Forward by the kernel, where the input has its type; backward, and every product of another type, by plain
+    operations; all by the weight that `dense` gives, which is that of weight_only but for scales in bf16.
     """
-    monkeypatch.setattr(quantized_weight, "_BLOCK", block)
+    monkeypatch.setattr(quantized_weight, "_BLOCK_ON_GPU", block)
     random = np.random.default_rng(0)
     weight, x = random.normal(size=(192, 128)).astype(np.float32), random.normal(size=(3, 192)).astype(np.float32)
     weight[64:128] *= 100  # groups differ in their scales
@@ -118,15 +119,13 @@ def test_the_gpu_kernel_gets_codes_and_scales_of_every_group(
     y = held(x_t)
     (y * paddle.to_tensor(upstream)).sum().backward()
     dense = held.dense()
-    assert gpu == [scheme.name]
     close(y.numpy(), x @ dense)
     close(x_t.grad.numpy(), upstream @ dense.T)
-    fused.enable(False)
-    try:
-        close(held(x_t).numpy(), x @ dense)
-    finally:
-        fused.enable(True)
-    assert gpu == [scheme.name], "plain operations call no kernel"
+    assert not gpu, "the kernel has no fp32"
+    short = x_t.detach().astype("bfloat16")
+    y, expected = held(short).astype("float32").numpy(), short.astype("float32").numpy() @ dense
+    assert gpu == [scheme.name]
+    np.testing.assert_allclose(y, expected, rtol=2**-8, atol=1e-6 * np.abs(expected).max())
     plain = dequantise(*quantise(weight, scheme), scheme, 192)
     step = np.abs(weight).reshape(-1, scheme.group or 192, 128).max(axis=1).repeat(scheme.group or 192, axis=0)
     assert (np.abs(dense - plain) <= step * (2**-8 + 1.01 / scheme.levels[-1])).all()
@@ -176,3 +175,37 @@ def test_the_gpu_kernel_gets_no_weight_that_is_not_finite(scheme: Scheme):
     weight[100, 3] = np.nan
     with pytest.raises(ValueError, match="not finite"):
         filled(weight, scheme)
+
+
+def test_plain_operations_call_no_kernel(gpu: list[str], monkeypatch: pytest.MonkeyPatch):
+    held, short = filled(np.ones((128, 64), np.float32), INT8), paddle.ones([2, 128]).astype("bfloat16")
+    monkeypatch.setattr(quantized_weight.Matrix, "times", lambda self, x: x[:, :64])
+    held(short)
+    assert gpu == ["int8"]
+    fused.enable(False)
+    try:
+        held(short)
+    finally:
+        fused.enable(True)
+    assert gpu == ["int8"]
+
+
+@SCHEMES
+def test_a_gradient_in_16_bits_is_summed_over_blocks_in_fp32(scheme: Scheme, monkeypatch: pytest.MonkeyPatch):
+    """As if there were one block: each part is rounded once, by 2^-9 of itself. Paddle's CPU has no product in bf16."""
+    random = np.random.default_rng(0)
+    held = filled(random.normal(size=(64, 640)).astype(np.float32), scheme)
+    dy = paddle.to_tensor(random.normal(size=(4, 640)).astype(np.float32)).astype("bfloat16")
+
+    def matmul(x: paddle.Tensor, y: paddle.Tensor) -> paddle.Tensor:
+        assert x.dtype == y.dtype == paddle.bfloat16
+        wide = x.astype("float32").numpy() @ y.astype("float32").numpy()
+        return paddle.to_tensor(wide).astype("bfloat16")
+
+    monkeypatch.setattr(paddle, "matmul", matmul)
+    monkeypatch.setattr(quantized_weight, "_BLOCK", 640)
+    [matrix] = held.matrices
+    found, blocks = matrix.times_transposed(dy), list(matrix._blocks(paddle.bfloat16))
+    assert len(blocks) == 64 and found.dtype == paddle.bfloat16
+    parts = [matmul(dy[:, begin:end], block).astype("float32").numpy() for begin, end, block in blocks]
+    np.testing.assert_allclose(found.astype("float32").numpy(), np.sum(parts, axis=0), rtol=2**-8, atol=1e-5)
