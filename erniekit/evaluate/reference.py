@@ -52,13 +52,24 @@ def open_reference(
     if lora.state_of(model) is not None:
         return AdapterReference(model, scorer, _start_of_adapter(cfg, model, path))
     if found is not None:
-        log.info(f"reference: {found.path}")
+        log.info(f"reference: {found.path}{_of_the_beginning(cfg)}")
         return SecondModel(found.build(model.mesh, model.chunks), scorer)
     log.warning(
         "no reference: model_name_or_path names no other model with weights, so rewards are beta times the "
         "log-probabilities alone"
     )
     return None
+
+
+def _of_the_beginning(cfg: Config) -> str:
+    """What to say of a reference that followed the policy in training, which checkpoints alone have."""
+    follows = cfg.method.reads("ref_model_update_steps") and cfg.ref_model_update_steps > 0
+    return (
+        ", as it was before training: evaluations during training compared with the reference that ref_model_update_"
+        f"steps: {cfg.ref_model_update_steps} moved, so their numbers differ"
+        if follows
+        else ""
+    )
 
 
 def _start_of_adapter(cfg: Config, model: CausalLM, path: Path) -> dict[str, paddle.Tensor] | None:

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from erniekit.checkpoint.adapter_config import base_of
+from erniekit.checkpoint.adapter_config import base_of, read_adapter_config
 from erniekit.checkpoint.adapter_origin import say_if_base_differs
 from erniekit.checkpoint.chat_template import write_chat_template
 from erniekit.checkpoint.model_dir import (
@@ -162,6 +162,12 @@ def export_checkpoint(
 
     def merge(source: ModelReader) -> Merge:
         assert adapter_dir is not None
+        if not source.config.has_score_head and "score" in read_adapter_config(Path(adapter_dir)).saved:
+            raise CheckpointError(
+                f"{adapter_dir} is the adapter of a reward model (stage: RM): its base is a language model, into which "
+                "a score head cannot be merged. Use the adapter as it is: `eval` and reward_model_path read it with "
+                "its base."
+            )
         return Merge(read_adapter(adapter_dir, source.config, checkpoint_dir), source.config)
 
     sources = [checkpoint_dir] if adapter_dir is None else [checkpoint_dir, adapter_dir]

@@ -77,7 +77,9 @@ class GradientSync:
     # Gradients of this rank
 
     def begin(self, num_microbatches: int) -> None:
-        """Before a step's first backward pass; every chunk of the model will have `num_microbatches` of them."""
+        """Before a step's first backward pass; every chunk of the model will have `num_microbatches` of them. Of a
+        chunk without parameters nothing is sent.
+        """
         for model_chunk in {entry.model_chunk for entry in self._entries.values()}:
             self._passes_left[model_chunk] = num_microbatches
             self._begin_pass(model_chunk)
@@ -113,7 +115,9 @@ class GradientSync:
         self._sent_early.clear()
         if not self._buckets:
             return
-        assert model_chunk in self._due, "begin() comes before the first backward pass"
+        assert self._due, "begin() comes before the first backward pass"
+        if model_chunk not in self._due:  # nothing of this chunk is trained
+            return
         due = self._due[model_chunk]
         while due:
             self._send(due.popleft())

@@ -31,6 +31,7 @@ PARTS = {
     "frozen_parameters": ".*input_layernorm.*",
     "resampler_lr_ratio": 0.5,
 }
+LOWER_HALF = {"frozen_parameters": r".*layers\.[01]\..*"}
 SELECTIVE = {
     "recompute": True,
     "recompute_granularity": "selective",
@@ -60,6 +61,8 @@ TWO = {
     "moe-pp2": ("moe", PIPE2 | MTP),
     "moe-pp2-interleaved": ("moe", PIPE2 | MTP | {"virtual_pp_degree": 2}),
     "dense-pp2-memory": ("dense", PIPE2 | {"virtual_pp_degree": 2, "pipeline_schedule": "memory_efficient"}),
+    # Of the first chunk of the second stage nothing is trained.
+    "dense-pp2-interleaved-frozen": ("dense", PIPE2 | {"virtual_pp_degree": 2} | LOWER_HALF),
     "moe-pp2-recompute": ("moe", PIPE2 | {"recompute": True}),
     "moe-ep2-recompute": ("moe", EXPERT2 | {"recompute": True}),
     "moe-ep2-selective": ("moe", EXPERT2 | SELECTIVE),

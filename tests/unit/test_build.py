@@ -12,7 +12,7 @@ from support.tiny_directories import model_directory, write_lines
 from support.tiny_sizes import MOE
 
 from erniekit import build, lora
-from erniekit.build import AdapterDirectory, ModelOptions, load_model, prepare_model
+from erniekit.build import AdapterDirectory, ModelOptions, load_model, prepare_model, training_options
 from erniekit.checkpoint.model_reader import ModelReader
 from erniekit.checkpoint.peft_attach import save_adapter
 from erniekit.config import Config, load
@@ -26,7 +26,9 @@ from erniekit.models.overrides import Overrides
 from erniekit.parallel.mesh import Mesh, ParallelDims
 from erniekit.precision.policy import Policy
 from erniekit.training.build import build_run
+from erniekit.training.recipes.gkd import _chunks_of, _prepared_teacher
 from erniekit.training.reference import SecondModel
+from erniekit.training.run import train
 from erniekit.utils.errors import ConfigError, UserError
 
 IDS = np.arange(1, 41).reshape(2, 20)
@@ -254,6 +256,40 @@ def test_tensor_ranks_do_not_divide_the_columns_of_dora(workspace: Path, tmp_pat
         prepared.build(mesh)
     with pytest.raises(ConfigError, match="tensor_parallel_degree: 2"):
         build.outline(prepared.config, options, mesh, [[0, 1]], prepared.adapter)
+
+
+def test_an_adapter_is_used_with_the_ranges_that_its_training_for_a_scheme_measured(workspace: Path, tmp_path: Path):
+    scheme = {"qat": "fp8_static", "hadamard_block_size": 4, "apply_online_actscale_step": 1}
+    keys = LORA | scheme | {"do_eval": True, "output_dir": tmp_path / "out", "max_steps": 2, "save_strategy": "no"}
+    during = train(settings(workspace, "train", **keys)).summary["eval_loss"]
+    assert evaluate(settings(workspace, "eval", **keys))["loss"] == pytest.approx(during, rel=1e-6)
+
+
+def test_an_adapter_of_a_reward_model_is_not_merged_and_none_of_a_language_model_becomes_one(
+    workspace: Path, tmp_path: Path
+):
+    pairs = {"train_dataset_path": workspace / "pairs.jsonl", "save_strategy": "no"}
+    reward = {"stage": "RM", "output_dir": tmp_path / "reward"} | LORA | pairs
+    train(settings(workspace, "train", **reward))
+    with pytest.raises(UserError, match=r"reward is the adapter of a reward model .* Use the adapter as it is"):
+        export(settings(workspace, "export", **reward))
+    language = {"output_dir": tmp_path / "language", "save_strategy": "no"} | LORA
+    train(settings(workspace, "train", **language))
+    with pytest.raises(ConfigError, match=r"stage: RM: .*language is the adapter of a language model"):
+        build_run(settings(workspace, "train", **reward, lora_path=tmp_path / "language"), Mesh.single())
+
+
+def test_a_teacher_stays_as_its_config_json_has_it(workspace: Path):
+    """The keys that change the trained model are not about another one; nor are the numbers of its layers."""
+    keys = {"stage": "GKD", "teacher_model_name_or_path": workspace / "moe", "rope_theta": 77.0}
+    cfg = settings(workspace, "train", **keys, pipeline_parallel_degree=2, pp_seg_method="[0,3,4]")
+    student = prepare_model(workspace / "dense", training_options(cfg))
+    teacher = _prepared_teacher(cfg, student)
+    assert student.config.rope_theta == 77.0
+    assert teacher.config.rope_theta == ModelConfig.from_dir(workspace / "moe").rope_theta != 77.0
+    assert _chunks_of(cfg, teacher.config, ParallelDims(pipeline=2, data=2, expert=2)) == [[(0,)], [(1,)]]
+    with pytest.raises(ConfigError, match="key-value heads"):
+        _chunks_of(cfg, teacher.config, ParallelDims(pipeline=2, tensor=4))
 
 
 def test_overrides_leave_what_they_do_not_name(workspace: Path):

@@ -7,7 +7,9 @@ import pytest
 from support.source_tree import REPOSITORY
 
 from erniekit.cli import plan
+from erniekit.config import load
 from erniekit.plan.calibrate import Measured, calibrate
+from erniekit.plan.hardware import load_hardware
 from erniekit.utils.errors import ConfigError
 
 CONFIGS = REPOSITORY / "examples" / "configs"
@@ -37,6 +39,12 @@ def test_a_plan_that_fits(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     assert stage["bytes"]["parameters"] == 2 * 360_748_032
     assert values["seconds"] and values["mfu"]["full"] >= values["mfu"]["causal"] > 0
     assert (tmp_path / "plan.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_reward_model_is_planned_with_its_score_head():
+    cfg = load(SFT_SMALL, ["stage=RM"], "train")
+    model = plan.job_of(cfg, plan.Wishes(gpus=1), load_hardware("H800", None)).model
+    assert model.has_score_head
 
 
 def test_a_plan_for_a_cpu_says_where_its_numbers_come_from(tmp_path: Path, capsys: pytest.CaptureFixture[str]):

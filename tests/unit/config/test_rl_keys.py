@@ -57,6 +57,10 @@ def test_names_of_trl_are_read_where_they_are_typed():
     ("given", "message"),
     [
         ({"loss_type": "sigmoid"}, "rl_loss_type: expected one of grpo, bnpo"),
+        (
+            {"emulate_precision": True},
+            "a CPU cannot generate with bf16 .* rollout_dtype: bf16",
+        ),
         ({"num_generations": 1}, "num_generations: must be at least 2"),
         ({"temperature": 0}, "temperature: 0 gives the same completion every time"),
         ({"temperature": 1e-40}, "temperature: 1e-40 is below 0.001: it divides the logits"),
@@ -112,3 +116,17 @@ def test_a_temperature_that_divides_the_logits_of_a_teacher_has_a_least_value(te
     given = {"stage": "GKD", "teacher_model_name_or_path": "t", "temperature": temperature}
     with pytest.raises(ConfigError, match=r"temperature: .* divides the logits of both models.* at least 0\.001"):
         load(None, {name: value for name, value in NEEDED.items() if name != "reward_funcs"} | given)
+
+
+def test_who_generates_while_training_does_so_in_fp32_on_a_cpu():
+    distilled = NEEDED | {"stage": "GKD", "teacher_model_name_or_path": "t", "emulate_precision": True}
+    with pytest.raises(ConfigError, match="a CPU cannot generate with bf16 weights, as stage: GKD does"):
+        load(None, distilled)
+    load(None, distilled | {"lmbda": 0})
+    load(None, distilled | {"fp8": "blockwise"})  # which a GPU emulates, and it generates in bf16
+
+
+def test_a_job_that_shrinks_does_not_grow_its_batch():
+    growing = NEEDED | {"stage": "SFT", "gradient_accumulation_steps": 4, "batch_size_warmup_steps": 3}
+    with pytest.raises(ConfigError, match="elastic: not with batch_size_warmup_steps: 3"):
+        load(None, growing | {"elastic": True, "max_restarts": 1})

@@ -79,6 +79,16 @@ def test_weights_have_sixteen_bits_and_masters_thirty_two(directory: Path, kind:
         assert ("master" in state) == narrow and {tensor.dtype for tensor in state.values()} == {paddle.float32}
 
 
+@pytest.mark.parametrize("kind", ["bf16", "fp16"])
+def test_an_evaluation_during_training_is_near_that_in_fp32(directory: Path, kind: str):
+    losses = []
+    for each in (kind, "fp32"):
+        keys = keys_of(directory, "dense", each)
+        data = {f"eval_dataset_{what}": keys[f"train_dataset_{what}"] for what in ("path", "type")}
+        losses.append(equality.evaluate_some(keys | data | {"max_evaluate_steps": 2})["eval_loss"])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3) and losses[0] != losses[1]
+
+
 def fitted(keys: dict[str, Any]) -> dict[str, bytes]:
     """Train by the trainer's own loop; the bits of weights, optimizer state and average at the end."""
     run = built(keys)
