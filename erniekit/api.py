@@ -18,14 +18,14 @@ def load_model(path: str, dtype: str = "float32", adapter: str | None = None) ->
 
     Args:
         path: a directory with config.json and safetensors weights, in the Hugging Face ("-PT") or the Paddle
-            ("-Paddle") layout, sharded or not, tied or not.
+            ("-Paddle") layout, sharded or not, tied or not, also quantised (docs/quantisation.md).
         dtype: the type of the parameters, "float32", "bfloat16" or "float16" (the router stays in float32).
         adapter: a directory with a LoRA adapter to apply on top.
 
     Returns:
         A `paddle.nn.Layer` in eval mode: `model(input_ids, position_ids=None, segment_ids=None)` maps int64 ids
-        [batch, seq] to logits [batch, seq, vocab]; `model.generate(...)` continues a prompt (see
-        erniekit/generation/generate.py).
+        [batch, seq] to logits [batch, seq, vocab], and one that sees pictures takes what `load_processor` gives;
+        `model.generate(...)` continues a prompt (see erniekit/generation/generate.py).
 
     Raises:
         CheckpointError: the directory is not a model, or tensors are missing, unexpected or misshapen.

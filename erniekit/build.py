@@ -9,9 +9,9 @@ key is found within seconds, however large the model is. `PreparedModel.build` r
 
 import dataclasses
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import paddle
 
@@ -28,10 +28,10 @@ from erniekit.config.schema import Config
 from erniekit.models import activation_checkpoint
 from erniekit.models.activation_checkpoint import RecomputeOptions
 from erniekit.models.config import ModelConfig
-from erniekit.models.config_rope import scaled_positions
 from erniekit.models.decoder import CausalLM
 from erniekit.models.fp8 import adapted_layers, attach_fp8, describe_fp8
 from erniekit.models.init import init_weights
+from erniekit.models.overrides import Overrides, overrides_of, training_overrides
 from erniekit.models.parallelize import parallelize, rank_shard_of
 from erniekit.models.products import attach_products, describe
 from erniekit.models.qat import attach_qat, describe_qat
@@ -48,84 +48,6 @@ from erniekit.precision.qat import choose_qat
 from erniekit.precision.quantized_weight import QuantizedWeights
 from erniekit.utils import log, runtime
 from erniekit.utils.errors import ConfigError
-
-
-@dataclass(frozen=True)
-class Overrides:
-    """The changes that a configuration makes to a model's config.json. The defaults change nothing.
-
-    `min_positions`: max_position_embeddings is raised to this value, and with `rope_scaling` positions are scaled to
-    it. `mtp_depths`: the minimum number of blocks of
-    multi-token prediction; blocks that the weights lack are initialised at random. `score_head`: whether the model is a
-    reward model, whose head starts at random where the weights have none; None: as it is.
-    """
-
-    rope_theta: float | None = None
-    rope_scaling: str = ""
-    min_positions: int = 0
-    group_experts: bool = False
-    capacity_factor: float | None = None
-    mtp_depths: int = 0
-    score_head: bool | None = None
-
-    def apply(self, model_config: ModelConfig) -> ModelConfig:
-        """The model's configuration with these changes, each of which is logged."""
-        changes: dict[str, Any] = {}
-        if self.rope_theta is not None and self.rope_theta != model_config.rope_theta:
-            before = f"{model_config.rope_theta:g}"
-            log.info(f"rope_theta: {before} in the model's config.json, {self.rope_theta:g} from here on")
-            changes["rope_theta"] = self.rope_theta
-        changes |= self._scaling(model_config)
-        # Dynamic positions are scaled beyond max_position_embeddings, which therefore stays.
-        is_dynamic = self.rope_scaling == "dynamic"
-        if self.min_positions > model_config.max_position_embeddings and not is_dynamic:
-            before = f"{model_config.max_position_embeddings}"
-            log.info(f"max_position_embeddings: {before} before, {self.min_positions} from here on")
-            changes["max_position_embeddings"] = self.min_positions
-        if self.mtp_depths > model_config.num_nextn_predict_layers:
-            changes["num_nextn_predict_layers"] = self.mtp_depths
-        if model_config.moe_num_experts:
-            changes["moe_capacity_factor"] = self.capacity_factor
-            if self.group_experts and not model_config.moe_group_experts:
-                log.warning(
-                    "moe_group_experts: other tools know only plain top-k; this model has to be used with erniekit"
-                )
-                changes["moe_group_experts"] = True
-        if self.score_head is not None and self.score_head != model_config.has_score_head:
-            changes |= _with_score_head(model_config)
-        return dataclasses.replace(model_config, **changes)
-
-    def _scaling(self, model_config: ModelConfig) -> dict[str, Any]:
-        """The change that `rope_scaling` makes; none where the model's positions are scaled so already."""
-        now, length = model_config.rope_scaling, model_config.max_position_embeddings
-        if not self.rope_scaling or (now is not None and now.kind == self.rope_scaling):
-            return {}
-        if now is not None:
-            raise ConfigError(
-                f"rope_scaling: {self.rope_scaling}: the positions of this model are scaled already (rope_type "
-                f"{now.kind} in its config.json). Leave the key out, or set {now.kind}"
-            )
-        if self.min_positions <= length:
-            log.info(f"rope_scaling: {self.rope_scaling}: no effect: the model has {length} positions (max_seq_len)")
-            return {}
-        scaling = scaled_positions(self.rope_scaling, length, self.min_positions)
-        log.info(f"rope_scaling: {scaling.kind} by {scaling.factor:g}, from {length} to {self.min_positions} positions")
-        return {"rope_scaling": scaling}
-
-
-def _with_score_head(model_config: ModelConfig) -> dict[str, Any]:
-    """The changes that make a reward model of a language model. ConfigError the other way round."""
-    if model_config.has_score_head:
-        raise ConfigError(
-            "model_name_or_path: this is a reward model (stage: RM), which gives a text one number and generates none. "
-            "Name a language model, or set stage: RM"
-        )
-    if model_config.vision is not None:
-        raise ConfigError(
-            "stage: RM: reward models of vision-language models are not built. Name a model of text alone"
-        )
-    log.info("the model becomes a reward model: its output head is replaced by a score head, which starts at random")
-    return {"has_score_head": True}
 
 
 @dataclass(frozen=True)
@@ -153,7 +75,7 @@ class ModelOptions:
     random_start: bool = False
     vision_start: VisionStart | None = None
     seed: int = 42
-    overrides: Overrides = Overrides()
+    overrides: Overrides = field(default_factory=Overrides)
     adapter: lora.LoraOptions | AdapterDirectory | None = None
     recompute: RecomputeOptions | None = None
     sequence_parallel: bool = False
@@ -175,12 +97,7 @@ def training_options(cfg: Config, device: str | None = None) -> ModelOptions:
         precision=_training_precision(cfg, device),
         random_start=not cfg.continue_training,
         seed=cfg.seed,
-        overrides=dataclasses.replace(
-            overrides_of(cfg),
-            min_positions=cfg.max_seq_len,
-            capacity_factor=cfg.moe_capacity_factor,
-            mtp_depths=cfg.mtp_depths,
-        ),
+        overrides=training_overrides(cfg),
         adapter=adapter,
         recompute=_recompute_options(cfg) if cfg.recompute else None,
         sequence_parallel=cfg.sequence_parallel,
@@ -199,15 +116,19 @@ def _training_precision(cfg: Config, device: str | None) -> Policy:
     here = device or paddle.get_device()
     fp8 = choose_fp8(cfg, here, is_assumed=device is not None)
     emulates = cfg.emulate_precision and (fp8 is None or here == "cpu")
-    return dataclasses.replace(policy.choose(cfg.compute_type, here, emulates), fp8=fp8, qat=choose_qat(cfg))
+    precision = policy.choose(cfg.compute_type, here, emulates)
+    if device is None:
+        policy.computable(precision, cfg.compute_type)
+    return dataclasses.replace(precision, fp8=fp8, qat=choose_qat(cfg))
 
 
 def inference_options(cfg: Config, adapter_dir: Path | None = None, random_start: bool = False) -> ModelOptions:
     """The options with which evaluation and generation build the model that `erniekit train` starts from, or has
     trained, with the same configuration.
     """
+    precision = policy.computable(policy.choose(cfg.compute_type, paddle.get_device()), cfg.compute_type)
     return ModelOptions(
-        precision=dataclasses.replace(policy.choose(cfg.compute_type, paddle.get_device()), qat=choose_qat(cfg)),
+        precision=dataclasses.replace(precision, qat=choose_qat(cfg)),
         random_start=random_start,
         seed=cfg.seed,
         overrides=overrides_of(cfg),
@@ -236,27 +157,10 @@ def lora_options(cfg: Config) -> lora.LoraOptions:
     )
 
 
-def overrides_of(cfg: Config) -> Overrides:
-    """The changes that the configuration makes to its model, in every command that uses the model."""
-    return Overrides(
-        rope_theta=cfg.rope_theta,
-        rope_scaling=cfg.rope_scaling,
-        # The default of max_seq_len is just the length of a training row, so it must not change the model's context.
-        min_positions=cfg.max_seq_len if "max_seq_len" in cfg.given else 0,
-        group_experts=cfg.moe_group_experts,
-        score_head=cfg.method.scores,
-    )
-
-
-def check_lora(cfg: Config, model_config: ModelConfig) -> None:
-    """Raise ConfigError if lora_target_modules or modules_to_save name modules that the model does not have, or if
-    lora_rank can only be a mistake.
-    """
-    if cfg.fine_tuning == "LoRA" and not cfg.lora_path:
-        _check_adapter(lora_options(cfg), model_config)
-
-
 def _check_adapter(options: lora.LoraOptions, config: ModelConfig) -> None:
+    """ConfigError where a new adapter names modules that the model does not have, asks for what some of them cannot
+    have, or has a rank that can only be a mistake.
+    """
     shapes = our_shapes(config)
     slots, _ = lora.choose_slots(shapes, options, config.tie_word_embeddings)
     lora.check_rank(options.rank, slots, shapes)
@@ -299,6 +203,7 @@ class PreparedModel:
         options, precision = self.options, self.options.precision
         mesh = Mesh.single() if mesh is None else mesh
         _check_ring(mesh, options)
+        _check_columns(mesh, self.adapter or options.adapter)
         layers = [tuple(range(self.config.num_hidden_layers))] if chunks is None else chunks
         # Each parameter is allocated when its weight is read, and directly in its final dtype.
         model = _lazy_model(self.config, precision, mesh, layers)
@@ -332,6 +237,7 @@ class PreparedModel:
         if isinstance(adapter, AdapterDirectory):
             assert self.adapter is not None
             attach_stored(model, self.adapter, adapter.dropout)
+            load_product_state(model, self.adapter.path)  # trained with the adapter, such as the ranges of qat
         elif adapter is not None:
             tied = self.config.tie_word_embeddings
             lora.attach(model, adapter, our_shapes(self.config), tied, share=model.shard.share)
@@ -372,6 +278,38 @@ def _check_ring(mesh: Mesh, options: ModelOptions) -> None:
         )
 
 
+def _check_stored(adapter: StoredAdapter, options: ModelOptions, has_head: bool) -> None:
+    """ConfigError where a saved adapter does not go together with the options. `has_head`: whether base and adapter
+    together need no score head, or the base has a trained one.
+    """
+    if options.divides_weights and adapter.options.dora:
+        raise ConfigError(
+            f"sharding: stage3 is not built for the columns' lengths of DoRA, which the adapter {adapter.path} has. "
+            "Set sharding: stage2"
+        )
+    if options.precision.qat is not None and adapter.options.dora:
+        raise ConfigError(
+            f"qat: {options.precision.qat.name}: weights with a DoRA adapter in them, such as {adapter.path}, are not "
+            "quantised here. Set qat: none, or export the adapter and use the merged model"
+        )
+    if not has_head and "score.weight" not in adapter.saved:
+        raise ConfigError(
+            f"stage: RM: {adapter.path} is the adapter of a language model: it has no score head, and none would be "
+            "trained with it. Export it, and name the merged model in model_name_or_path"
+        )
+
+
+def _check_columns(mesh: Mesh, adapter: lora.LoraOptions | StoredAdapter | AdapterDirectory | None) -> None:
+    """ConfigError where tensor ranks would divide the columns whose lengths DoRA trains."""
+    options = adapter.options if isinstance(adapter, StoredAdapter) else adapter
+    if mesh.degrees.tensor > 1 and isinstance(options, lora.LoraOptions) and options.dora:
+        named = f"the adapter {adapter.path}" if isinstance(adapter, StoredAdapter) else "use_dora"
+        raise ConfigError(
+            f"tensor_parallel_degree: {mesh.degrees.tensor}: not with the DoRA of {named}: no rank has whole columns "
+            "of all weights. Use data or pipeline parallelism, or export the adapter and use the merged model"
+        )
+
+
 def _lazy_model(config: ModelConfig, precision: Policy, mesh: Mesh, layers: Sequence[Sequence[int]]) -> CausalLM:
     """One process's part of a model, with its products, but without memory and initial values."""
     with policy.default_dtype(precision), paddle.LazyGuard():
@@ -393,8 +331,9 @@ def outline(
     adapter: StoredAdapter | None = None,
 ) -> CausalLM:
     """What `PreparedModel.build` makes, with every parameter's name, shape, dtype and place, but without memory: no
-    weight is read, and none can be. `adapter`: a saved one; None: that of the options, if any.
+    weight is read, and none can be. `adapter`: a saved one; None: that of the options, if any. ConfigError as `build`.
     """
+    _check_columns(mesh, adapter or options.adapter)
     model = _lazy_model(config, options.precision, mesh, chunks)
     parallelize(model, mesh, options.sequence_parallel, chunks)
     with paddle.LazyGuard():
@@ -442,11 +381,7 @@ def prepare_model(model_dir: str | Path, options: ModelOptions, shape: ModelConf
     adapter = None
     if isinstance(options.adapter, AdapterDirectory):
         adapter = read_adapter(options.adapter.path, model_config, path)
-        if options.divides_weights and adapter.options.dora:
-            raise ConfigError(
-                f"sharding: stage3 is not built for the columns' lengths of DoRA, which the adapter of lora_path: "
-                f"{options.adapter.path} has. Set sharding: stage2"
-            )
+        _check_stored(adapter, options, has_head=stored.has_score_head or not model_config.has_score_head)
     elif options.adapter is not None:
         _check_adapter(options.adapter, model_config)
     return PreparedModel(path, options, model_config, reader, adapter, read_generation_config(path, model_config))

@@ -196,9 +196,15 @@ PACKAGE_CHECKS: dict[str, Callable[[dict[str, Module]], list[str]]] = {
 }
 
 
+@pytest.fixture(scope="module")
+def package() -> dict[str, Module]:
+    """The package, parsed once for all checks."""
+    return read_package(REPOSITORY)
+
+
 @pytest.mark.parametrize("check", PACKAGE_CHECKS)
-def test_the_package_keeps_its_budget(check: str):
-    problems = PACKAGE_CHECKS[check](read_package(REPOSITORY))
+def test_the_package_keeps_its_budget(package: dict[str, Module], check: str):
+    problems = PACKAGE_CHECKS[check](package)
     assert not problems, "\n" + "\n".join(problems)
 
 

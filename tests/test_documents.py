@@ -12,7 +12,7 @@ from support.source_tree import REPOSITORY
 from erniekit.cli.commands import COMMANDS
 from erniekit.config import load, reference, schema
 from erniekit.utils.version import __version__
-from tools.make_doc_tables import BLOCKS, filled
+from tools.make_doc_tables import BLOCKS, filled, key_names
 
 DOCUMENTS = sorted(
     path.relative_to(REPOSITORY).as_posix()
@@ -51,6 +51,11 @@ def blocks(text: str) -> list[tuple[str, str]]:
 @pytest.mark.parametrize("document", BLOCKS)
 def test_tables_made_from_the_code_are_current(document: str):
     assert filled(document, read(document)) == read(document), "run: python tools/make_doc_tables.py"
+
+
+def test_every_key_of_llama_factory_is_on_its_page():
+    missing = [name for name in key_names("llama_factory") if f"`{name}`" not in read("docs/from-llama-factory.md")]
+    assert not missing, "they need a table in tools/make_doc_tables.py"
 
 
 @pytest.mark.parametrize("document", ["from-erniekit", "from-paddleformers", "from-llama-factory"])

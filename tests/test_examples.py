@@ -202,6 +202,11 @@ def test_no_key_is_noise(name):
 
 @pytest.mark.parametrize("name", FILES)
 def test_no_key_is_pointless(name):
-    """But for keys of the evaluation that is run with the same file, and the degrees of models that fit no one GPU."""
-    expected = ("read by eval and chat", "one device holds the model")
-    assert [note for note in read(name).notes if not note.endswith(expected)] == []
+    """But for keys of the evaluation that is run with the same file."""
+    assert [note for note in read(name).notes if not note.endswith("read by eval and chat")] == []
+
+
+@pytest.mark.parametrize("name", [name for name in FILES if command_of(name) in ("chat", "eval")])
+def test_no_header_says_that_a_degree_has_no_effect(name):
+    """`chat` and `eval` run on as many ranks as the degrees ask for."""
+    assert "one process" not in header(name) and "no effect" not in header(name)

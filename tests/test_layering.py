@@ -114,13 +114,19 @@ def _chain_to_paddle(start: str, modules: dict[str, Module]) -> list[str]:
     return []
 
 
-def test_imports_go_down():
-    problems = layer_problems(read_package(REPOSITORY))
+@pytest.fixture(scope="module")
+def package() -> dict[str, Module]:
+    """The package, parsed once for all tests here."""
+    return read_package(REPOSITORY)
+
+
+def test_imports_go_down(package: dict[str, Module]):
+    problems = layer_problems(package)
     assert not problems, "\n" + "\n".join(problems)
 
 
-def test_paddle_stays_out_of_config_data_and_help():
-    problems = paddle_problems(read_package(REPOSITORY))
+def test_paddle_stays_out_of_config_data_and_help(package: dict[str, Module]):
+    problems = paddle_problems(package)
     assert not problems, "\n" + "\n".join(problems)
 
 
@@ -131,11 +137,11 @@ def test_importing_the_root_config_and_cli_leaves_paddle_out():
     assert done.stdout.strip() == "[]"
 
 
-def test_one_module_pads_what_a_model_takes():
+def test_one_module_pads_what_a_model_takes(package: dict[str, Module]):
     """Data, training and losses have whole rows without padding; only the inputs of a model are made longer."""
     padding = {
         module.name
-        for module in read_package(REPOSITORY).values()
+        for module in package.values()
         if module.unit in ("data", "models", "training", "losses", "evaluate")
         for node in ast.walk(module.tree)
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "pad"

@@ -40,6 +40,8 @@ from erniekit.nn.mlp import swiglu  # noqa: E402
 from erniekit.nn.norm import rms_norm  # noqa: E402
 from erniekit.nn.rotary import Rotary  # noqa: E402
 from erniekit.plan.shapes import published_values  # noqa: E402
+from erniekit.precision.quantized_weight import QuantizedWeight  # noqa: E402
+from erniekit.precision.weight_only import INT4, INT8, Scheme  # noqa: E402
 
 Arrays = dict[str, np.ndarray]
 # Of the relative error of bfloat16 results: two roundings of 2^-9 and sums in another order.
@@ -201,6 +203,14 @@ def cases(on_gpu: bool) -> dict[str, Callable[[], Arrays]]:
             layer = MoELayer(MoESizes(size, (width,), experts, 2, False, 0.02), RouterOptions(top_k))
         return layer(x, TokenInfo([tokens]))[0]
 
+    def by_codes(scheme: Scheme) -> Callable[[paddle.Tensor], paddle.Tensor]:
+        def multiply(x: paddle.Tensor) -> paddle.Tensor:
+            held = QuantizedWeight((size, 2 * width), scheme)
+            held.fill(0, random(size, 2 * width, scale=0.02).astype(np.float32))
+            return held(x)
+
+        return multiply
+
     inputs: dict[str, tuple[Callable[..., paddle.Tensor], Arrays]] = {
         "RMSNorm": (lambda x, w: rms_norm(x, w, 1e-5), {"x": random(tokens, size), "w": 1 + random(size, scale=0.1)}),
         "rotation, far positions": (rotate, {"x": random(tokens, 12, 128)}),
@@ -211,6 +221,9 @@ def cases(on_gpu: bool) -> dict[str, Callable[[], Arrays]]:
             {"x": random(tokens, size), "w": random(experts, size, width, scale=0.02)},
         ),
         "sparse layer": (sparse, {"x": random(tokens, size)}),
+        "weights in 8 bits": (by_codes(INT8), {"x": random(tokens, size)}),
+        "weights in 4 bits": (by_codes(INT4), {"x": random(tokens, size)}),
+        "weights in 4 bits, one token": (by_codes(INT4), {"x": random(1, size)}),
         "head and loss": (head, {"x": random(tokens, size), "w": random(32 * width, size, scale=0.02)}),
     }
     return {

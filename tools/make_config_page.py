@@ -24,11 +24,20 @@ HEAD = """\
 # Every key of the configuration
 
 This page is made from the schema by `python tools/make_config_page.py`; do not edit it. It is in
-English only. `erniekit help train` prints the same. How a file is read, and how values are written,
-is in [configuration.md](configuration.md).
+English only. `erniekit help COMMAND` prints the keys that a command reads. How a file is read, and
+how values are written, is in [configuration.md](configuration.md).
 
 The last column says what ERNIEKit calls the key: "same", another name, or "own" where ERNIEKit has
 none. A key that another key makes pointless is named at start-up, and by `erniekit check`.
+"""
+
+DEFAULTS = """
+## Defaults of some methods
+
+With these stages, keys that are not given have other values than the tables above say.
+
+| stage | key | default |
+| --- | --- | --- |
 """
 
 OTHER_NAMES = """
@@ -91,13 +100,14 @@ def main() -> None:
 
 def page() -> str:
     """The whole page, wrapped as every document is."""
-    return wrap("".join([HEAD, *map(_group, GROUPS), OTHER_NAMES, *_aliases(), *_rules()]))
+    return wrap("".join([HEAD, *map(_group, GROUPS), DEFAULTS, *_defaults(), OTHER_NAMES, *_aliases(), *_rules()]))
 
 
 def _group(name: str) -> str:
     title = name[0].upper() + name[1:]
-    doc = " ".join((GROUPS[name].__doc__ or "").split())
-    head = f"\n## {title}\n\n{doc}\n\n| key | type | default | limits | what it does | ERNIEKit |\n"
+    head = (
+        f"\n## {title}\n\n{reference.group_doc(name)}\n\n| key | type | default | limits | what it does | ERNIEKit |\n"
+    )
     return head + "| --- | --- | --- | --- | --- | --- |\n" + "".join(map(_row, reference.by_group()[name]))
 
 
@@ -115,6 +125,10 @@ def _theirs(name: str) -> str:
         return "same"
     aliases = [alias for alias, rule in RULES.items() if isinstance(rule, Alias) and rule.to == name]
     return ", ".join(f"`{alias}`" for alias in aliases if alias in known) or "own"
+
+
+def _defaults() -> Iterable[str]:
+    return (_line([stages, f"`{key}`", f"`{value}`"]) for key, value, stages in reference.method_defaults())
 
 
 def _aliases() -> Iterable[str]:

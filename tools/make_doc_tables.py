@@ -159,6 +159,8 @@ def needs(text: str) -> str:
     if line.startswith("no GPU"):
         return "no GPU"
     if found := re.match(r"(\d+) GPUs? with 80 GB", line):
+        if "(from ERNIEKit's published figure" in line:
+            return f"{found[1]} x 80 GB (derived from ERNIEKit's figure)"
         published = "published figure" in line or "published layout" in line
         return f"{found[1]} x 80 GB" + (" (ERNIEKit's figure)" if published else " (from its degrees)")
     return "more than one GPU"
@@ -215,7 +217,6 @@ BLOCKS: dict[str, dict[str, Callable[[], str]]] = {
         "renamed": lambda: renamed(key_names("llama_factory")),
         "otherwise": lambda: otherwise(key_names("llama_factory")),
         "without effect": lambda: without_effect(key_names("llama_factory")),
-        "not there yet": lambda: not_there_yet(key_names("llama_factory")),
         "unknown": lambda: unknown(key_names("llama_factory")),
     },
     "examples/README.md": {"files": example_files},

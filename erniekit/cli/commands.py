@@ -103,7 +103,7 @@ COMMANDS = {
             "append_eos=true: put the tokenizer's end token after each document",
             "on_bad_line=error: skip: leave bad records out and count them",
             "overwrite=false: true: replace other token files",
-            "note_every=5: seconds between progress lines",
+            "note_every=5: seconds between records of the progress, from which a stopped command resumes",
         ),
     ),
     "chat": Command(
@@ -141,9 +141,9 @@ COMMANDS = {
     ),
     "help": Command(
         "erniekit.cli.info:help",
-        "print this text, or that of one command",
+        "print this text, that of one command, or what a key means",
         "erniekit help train",
-        "erniekit help [COMMAND]",
+        "erniekit help [COMMAND or KEY]",
     ),
 }
 

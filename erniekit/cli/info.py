@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import erniekit
-from erniekit.cli.commands import COMMANDS
+from erniekit.cli.commands import ALIASES, COMMANDS
 from erniekit.utils.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -30,32 +30,56 @@ erniekit {name} CONFIG.yaml [key=value ...]
 
 
 def help(args: list[str]) -> int:
-    """Print the general usage, or the usage of the command named in `args`."""
+    """Print the general usage, the usage of the command named in `args`, or the meaning of the key named there."""
     if len(args) > 1:
-        raise ConfigError(f"`erniekit help` takes the name of one command, but got: {' '.join(args)}")
-    print(usage(args[0]) if args else usage())
+        raise ConfigError(f"`erniekit help` takes the name of one command or key, but got: {' '.join(args)}")
+    print(usage(ALIASES.get(args[0], args[0])) if args else usage())
     return 0
 
 
 def usage(name: str | None = None) -> str:
-    """The usage text of all commands, or of one.
+    """The usage text of all commands, or of one; or what a key means.
 
     Raises:
-        ConfigError: there is no command of that name.
+        ConfigError: there is no command and no key of that name.
     """
     if name is None:
         rows = (f"  {key:<9}{command.summary}\n{'':<11}{command.example}" for key, command in COMMANDS.items())
         return USAGE.format(commands="\n".join(rows))
     if name not in COMMANDS:
-        near = nearest(name)
-        hint = f" (did you mean {near}?)" if near else ""
-        raise ConfigError(f"there is no command named {name!r}{hint}; `erniekit help` lists them")
+        return _key_usage(name)
     command = COMMANDS[name]
     syntax = command.syntax or CONFIGURED.format(name=name)
     text = f"erniekit {name}: {command.summary}\n\nusage: {syntax}\nexample: {command.example}"
     if command.options:
         text += "\n\noptions, with their defaults:\n" + "\n".join(f"  {line}" for line in command.options)
     return text + keys(name) if command.takes_config or name == "train" else text
+
+
+def _key_usage(name: str) -> str:
+    from erniekit.config import reference, schema, synonyms  # imported late, as below
+    from erniekit.config.compat import Alias
+    from erniekit.config.compat_keys import RULES
+
+    field = schema.fields().get(name)
+    if field is None:
+        rule, near = RULES.get(name), nearest(name)
+        hint = f"did you mean {near}?" if near else synonyms.hint(name, schema.fields())
+        if isinstance(rule, Alias):
+            hint = f"it is another name of {rule.to}"
+        in_brackets = f" ({hint})" if hint else ""
+        raise ConfigError(f"there is no command and no key named {name!r}{in_brackets}; `erniekit help` lists commands")
+    listed = {command: reference.by_group(command) for command in reference.KEYS}
+    readers = [
+        command
+        for command, groups in listed.items()
+        if any(entry.name == name for entries in groups.values() for entry in entries)
+    ]
+    lines = [_key_lines(reference.entry(field)), f"      Read by: {', '.join(readers)}."]
+    for key, value, stages in reference.method_defaults():
+        if key == name:
+            lines.append(f"      Default with stage {stages}: {value}.")
+    return "\n".join(lines)
 
 
 def nearest(name: str) -> str | None:
@@ -72,6 +96,9 @@ def keys(command: str) -> str:
     lines = []
     for group, entries in reference.by_group(command).items():
         lines += ["", f"{group}:", *map(_key_lines, entries)]
+    if command == "train":
+        lines += ["", "other defaults with some stages:"]
+        lines += [f"  {key}: {value} with stage: {stages}" for key, value, stages in reference.method_defaults()]
     return "\n".join(["", "", "keys, with their defaults and limits:", *lines])
 
 

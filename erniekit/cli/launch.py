@@ -210,10 +210,6 @@ def _layouts(cfg: Config, degrees: ParallelDims) -> tuple[Layout, ...]:
     layouts = [Layout(degrees.world)]
     if not cfg.elastic:
         return tuple(layouts)
-    if cfg.batch_size_warmup_steps:
-        raise ConfigError(
-            "elastic: not with batch_size_warmup_steps: a smaller job could not keep the same growing batch."
-        )
     accumulates = cfg.method.reads("gradient_accumulation_steps")
     batches = cfg.gradient_accumulation_steps * degrees.batch
     for batch in range(degrees.batch - 1, 0, -1):

@@ -4,8 +4,9 @@ This module imports only the standard library, and a sub-command's module only t
 answers at once and without Paddle.
 
 Exit codes: 0 done; 1 something that the user can fix (erniekit.utils.errors, a full disk, Paddle not installed);
-2 no such command; 3 `check` with strict=true found warnings and no error; 70 a defect of erniekit itself;
-130 interrupted (128 + the number of another signal); 141 nobody reads standard output any more.
+2 no such command; 3 `check` with strict=true found warnings and no error, or a run does not fit by `plan`;
+70 a defect of erniekit itself; 130 interrupted (128 + the number of another signal); 141 nobody reads standard output
+any more.
 """
 
 import errno

@@ -14,6 +14,7 @@ from erniekit.config import Config
 from erniekit.config.paths import expand
 from erniekit.config.values import to_bool
 from erniekit.models.config import ModelConfig
+from erniekit.models.overrides import training_overrides
 from erniekit.parallel.mesh import ParallelDims
 from erniekit.plan.hardware import Hardware, load_hardware
 from erniekit.plan.job import CPU, Cluster, Job, make_job
@@ -71,7 +72,7 @@ def run(args: list[str]) -> int:
 
 def job_of(cfg: Config, wishes: Wishes, card: Hardware) -> Job:
     """The job that a configuration and the options describe. ConfigError where they do not fit together."""
-    model = _model(cfg)
+    model = training_overrides(cfg).apply(_model(cfg))
     gpu = CPU if card.name.lower() == CPU else card.name
     gpus = wishes.gpus or ParallelDims.from_config(cfg).world
     per_node = wishes.gpus_per_node or min(gpus, MOST_GPUS_PER_NODE)

@@ -44,7 +44,7 @@ def environment(job: Job, start: Message, local: int, cores: int) -> dict[str, s
         environ.pop(name, None)
     if job.devices:
         # Devices are numbered from 0 within CUDA_VISIBLE_DEVICES.
-        return environ | {"FLAGS_selected_gpus": str(local)}
+        environ["FLAGS_selected_gpus"] = str(local)
     if not (environ.get("ERNIEKIT_NUM_THREADS") or environ.get("OMP_NUM_THREADS")):
         environ["ERNIEKIT_NUM_THREADS"] = str(max(1, cores // start["count"]))
     return environ

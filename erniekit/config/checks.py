@@ -312,6 +312,11 @@ def _training(cfg: Config) -> Iterator[str]:
         strategy = cfg.evaluation_strategy
         reason = "do_eval: True" if strategy == "no" else f"evaluation_strategy: {strategy}"
         yield f"eval_dataset_path: needed with {reason}"
+    if cfg.elastic and cfg.batch_size_warmup_steps and cfg.method.reads("batch_size_warmup_steps"):
+        yield (
+            f"elastic: not with batch_size_warmup_steps: {cfg.batch_size_warmup_steps}: a smaller job could not keep "
+            "the same growing batch. Leave one of the two out"
+        )
 
 
 def shape_given(cfg: Config) -> dict[str, int | float | bool]:
@@ -368,6 +373,8 @@ def _precision(cfg: Config) -> Iterator[str]:
             f"emulate_precision: it is for compute_type: bf16 or fp16, which a CPU lacks, not for {cfg.compute_type}. "
             "Remove it, or set compute_type: bf16"
         )
+    elif cfg.emulate_precision and cfg.fp8 == "none" and rl_keys.generates(cfg):  # with fp8 a GPU emulates, too
+        yield rl_keys.no_generation(cfg)
 
 
 def _fp8(cfg: Config) -> Iterator[str]:

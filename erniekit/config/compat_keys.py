@@ -104,7 +104,7 @@ _NO_EFFECT: dict[str, str] = {
     "`packing` decides": "in_tokens_batching",
     "no row is dropped: the last step has the rows that remain": "dataloader_drop_last",
     "the end of an answer is always trained": "mask_out_eos_token",
-    "there is no reward model": "use_cls",
+    "stage: RM alone trains a score head": "use_cls",
     "a record of preference data has two answers": "num_comparisons",
     "the number of steps is measured on the data itself": "num_of_gpus dpo_benchmark",
     "the global batch is batch_size x gradient_accumulation_steps x data ranks": "global_batch_size",
@@ -153,8 +153,8 @@ _DETAILS: dict[str, str] = {
 }
 
 _LATER: dict[str, Later] = {
-    "train_emb_only": Later("freezing parts of the model", commands=("train",)),
-    "train_moe_only": Later("freezing parts of the model", commands=("train",)),
+    "train_emb_only": Later("training one part; frozen_parameters names what is not trained", commands=("train",)),
+    "train_moe_only": Later("training one part; frozen_parameters names what is not trained", commands=("train",)),
     "device": Later(
         "this version runs on CUDA GPUs and on the CPU; leave it out to run there",
         safe=("gpu", "cuda", "cpu", *(f"gpu:{number}" for number in range(8))),

@@ -102,9 +102,9 @@ DETAILS: dict[str, str] = {
 }
 
 LATER: dict[str, Later] = {
-    "freeze_training": Later("freezing parts of the model", commands=("train",)),
-    "train_mtp_only": Later("freezing parts of the model", commands=("train",)),
-    "mtp_distillation_loss": Later("distillation", commands=("train",)),
+    "freeze_training": Later("training one part; frozen_parameters names what is not trained", commands=("train",)),
+    "train_mtp_only": Later("training one part; frozen_parameters names what is not trained", commands=("train",)),
+    "mtp_distillation_loss": Later("distillation of multi-token prediction", commands=("train",)),
     "mtp_num_layers": Later("several steps through one multi-token-prediction block", safe=(1,), commands=("train",)),
     "mtp_attention_flexible": Later("other attention masks in multi-token prediction", commands=("train",)),
     "hybrid_parallel_expert_grad_scale": Later("scaled gradients of experts", safe=(1,), commands=("train",)),

@@ -3,7 +3,7 @@
 Files may have different paths; their content is compared instead (erniekit/join.py).
 """
 
-from erniekit.config.methods import option_names
+from erniekit.config.methods import METHODS, option_names
 from erniekit.config.schema_use import EvalArgs, ExportArgs, GenerateArgs
 
 PER_HOST = {
@@ -14,12 +14,14 @@ PER_HOST = {
     *(name for group in (GenerateArgs, EvalArgs, ExportArgs) for name in option_names(group)),
 }
 
-# Keys among these that decide how many steps the ranks of an evaluation or a conversation run together.
+# Keys among these that decide how many steps the ranks of an evaluation or a conversation run together, and those by
+# which methods that generate text train.
 GENERATION = frozenset(option_names(GenerateArgs)) | {"predict_with_generate"}
 BENCHMARK = frozenset({"eval_benchmark", "num_fewshot", "eval_benchmark_mode", "eval_chat_template"})
+SAMPLING = GENERATION.intersection(key for facts in METHODS.values() for key in facts.also_reads)
 
-# What the ranks of a command compare although a training leaves it to each host.
-COMPARED = {"eval": GENERATION | BENCHMARK, "chat": GENERATION}
+# What the ranks of a command compare although other commands leave it to each host.
+COMPARED = {"train": SAMPLING, "eval": GENERATION | BENCHMARK, "chat": GENERATION}
 
 
 def compared(command: str, keys: list[str]) -> list[str]:

@@ -86,6 +86,11 @@ def _generates(cfg: Config, facts: Facts | None = None) -> bool:
     return "temperature" in cfg.method.also_reads
 
 
+def _scores_prompts(cfg: Config) -> bool:
+    """Whether an evaluation generates completions of prompts and scores them."""
+    return cfg.method.reads("reward_funcs") and cfg.eval_benchmark is None
+
+
 def _trains_without(key: str) -> Callable[[Config, Facts], bool]:
     """A condition: the method makes no texts when it trains, and does not read this key of generation."""
     return lambda cfg, facts: key not in cfg.method.also_reads and not _generates(cfg)
@@ -324,12 +329,8 @@ _MODEL_RULES = [
         lambda c, f: not c.attention_probs_dropout_prob,
         "attention_probs_dropout_prob is 0",
     ),
-    Rule(
-        _names(ShapeArgs),
-        always,
-        "`{command}` reads the model's config.json",
-        ("eval", "chat", "server", "export", "split"),
-    ),
+    Rule(_names(ShapeArgs), always, "`{command}` reads the model's config.json", ("export", "split")),
+    Rule(_names(ShapeArgs), lambda c, f: c.continue_training, "`{command}` reads the model's config.json", USE),
     Rule(_names(MoEArgs), lambda c, f: f.num_experts == 0, "the model has no experts"),
     Rule(
         "moe_use_aux_free_update_coef",
@@ -413,8 +414,20 @@ _RANK_RULES = [
 
 _USE_RULES = [
     Rule(
+        "min_tokens temperature top_p top_k frequency_penalty presence_penalty",
+        lambda c, f: _scores_prompts(c),
+        "an evaluation of stage {stage} takes the likeliest tokens",
+        ("eval",),
+    ),
+    Rule(
+        "max_new_tokens",
+        lambda c, f: _scores_prompts(c) and "max_completion_length" in c.given,
+        "max_completion_length bounds the completions",
+        ("eval",),
+    ),
+    Rule(
         _names(GenerateArgs),
-        lambda c, f: not c.predict_with_generate and c.eval_benchmark is None,
+        lambda c, f: not (c.predict_with_generate or c.eval_benchmark or _scores_prompts(c)),
         "predict_with_generate is False",
         ("eval",),
     ),

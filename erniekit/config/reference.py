@@ -1,9 +1,11 @@
 """The reference entries of all keys, from which `erniekit help` and docs/config.md are made."""
 
 import dataclasses
+from collections import Counter
 from typing import Any
 
 from erniekit.config.fields import limits, type_name
+from erniekit.config.methods import BUILT, METHODS, join_names, option_names
 from erniekit.config.pointless import never_read
 from erniekit.config.schema import GROUPS, fields
 
@@ -27,30 +29,44 @@ _OF_TRAINING = set(
 # With them eval and chat multiply as the exported model will.
 _QAT = "qat apply_hadamard hadamard_block_size quantization_group_size"
 
+# What methods that generate while they train read of the group generation; their defaults are in methods.py.
+_SAMPLING = "max_new_tokens temperature top_p top_k repetition_penalty enable_thinking"
+
+# What an evaluation of stage RL reads of the other groups of reinforcement learning.
+_COMPLETIONS = "max_completion_length soft_max_length soft_cache_length difficulty_metric rollout_max_running"
+
+# What an export with quantization_eval reads of the keys of `eval`; others are read as there, and seldom needed.
+_MEASURED = (
+    "stage compute_type batch_size eval_dataset_type eval_dataset_path max_evaluate_steps predict_with_generate "
+    "max_new_tokens temperature"
+)
+
 # Command -> (the groups of keys that it reads, further single keys that it reads).
 KEYS: dict[str, tuple[str, str]] = {
     "train": (
         "data,vision,text beside pictures,model,FP8,quantisation-aware training,shape,LoRA,preference,"
         "reward model,judged answers,distillation from a teacher,reinforcement learning,rewards,difficulty of prompts,"
         "tools in rollouts,rollout server,train,optimizer,parts of the model,parallel,mixture of experts",
-        "",
+        _SAMPLING,
     ),
     "eval": (
-        "data,vision,model,preference,reward model,judged answers,generation,evaluation",
-        f"{_QAT} output_dir batch_size max_evaluate_steps seed lora_path moe_group_experts disable_tqdm {_RANKS} "
-        "data_parallel_degree sharding_parallel_degree",
+        "data,vision,model,preference,reward model,judged answers,rewards,tools in rollouts,shape,generation,"
+        "evaluation",
+        f"{_QAT} {_COMPLETIONS} output_dir batch_size max_evaluate_steps seed lora_path moe_group_experts disable_tqdm "
+        f"{_RANKS} data_parallel_degree sharding_parallel_degree balance_pictures",
     ),
     "chat": (
-        "vision,model,generation,chat",
+        "vision,model,shape,generation,chat",
         f"{_QAT} checkpoint output_dir lora_path chat_template max_seq_len seed moe_group_experts {_RANKS}",
     ),
     "server": (
-        "vision,model,generation,server",
+        "vision,model,shape,generation,server",
         "checkpoint output_dir lora_path chat_template max_seq_len seed moe_group_experts",
     ),
     "export": (
         "export,quantization",
-        "qat model_name_or_path download_hub checkpoint output_dir lora_path chat_template overwrite_output_dir",
+        "qat model_name_or_path download_hub checkpoint output_dir lora_path chat_template overwrite_output_dir "
+        f"tokenizer_name_or_path seed max_seq_len rope_theta rope_scaling moe_group_experts {_MEASURED}",
     ),
     "split": ("", "checkpoint output_dir overwrite_output_dir max_shard_size copy_tokenizer"),
 }
@@ -65,6 +81,29 @@ class KeyEntry:
     default: str
     limits: str
     doc: str
+
+
+def group_doc(name: str) -> str:
+    """What a group of keys is about, and which methods read it where not all do."""
+    doc = " ".join((GROUPS[name].__doc__ or "").split())
+    readers = {
+        key: tuple(method for method in BUILT if METHODS[method].reads(key)) for key in option_names(GROUPS[name])
+    }
+    of_group = Counter(readers.values()).most_common(1)[0][0]
+    if of_group == tuple(BUILT):
+        return doc
+    others = {key: [method for method in methods if method not in of_group] for key, methods in readers.items()}
+    also = "".join(f"; `{key}` also with {join_names(methods, 'or')}" for key, methods in others.items() if methods)
+    return f"{doc} Read only with stage: {join_names(of_group, 'or')}{also}."
+
+
+def method_defaults() -> list[tuple[str, str, str]]:
+    """The defaults that methods have for themselves, as (key, default, the methods)."""
+    methods: dict[tuple[str, str], list[str]] = {}
+    for name in BUILT:
+        for key, value in METHODS[name].defaults.items():
+            methods.setdefault((key, f"{value}"), []).append(name)
+    return [(key, value, join_names(names, "or")) for (key, value), names in methods.items()]
 
 
 def entry(field: "dataclasses.Field[Any]") -> KeyEntry:

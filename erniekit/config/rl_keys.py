@@ -64,6 +64,20 @@ def translate(layers: Sequence[Sequence[Entry]]) -> tuple[list[list[Entry]], lis
     return translated, notes
 
 
+def generates(cfg: Config) -> bool:
+    """Whether the method answers prompts with the trained model while it trains."""
+    return cfg.method.records is Records.PROMPTS or (cfg.method.reads("lmbda") and cfg.lmbda > 0)
+
+
+def no_generation(cfg: Config) -> str:
+    """The problem of a method that generates in a precision in which a CPU cannot."""
+    instead = "; rollout_dtype: bf16 rounds the weights that generate" if cfg.method.reads("rollout_dtype") else ""
+    return (
+        f"emulate_precision: True: a CPU cannot generate with {cfg.compute_type} weights, as stage: {cfg.method.name} "
+        f"does. Leave it out{instead}"
+    )
+
+
 def complete(values: dict[str, Any], notes: list[str]) -> None:
     """Fill in the values that rl_algorithm stands for, and those that the method has by itself."""
     facts = METHODS.get(values.get("stage", ""))

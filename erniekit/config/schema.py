@@ -1,7 +1,10 @@
 """The configuration object: all keys in one flat, frozen class."""
 
 import dataclasses
+import functools
+from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import yaml
@@ -125,9 +128,10 @@ class Config(
 GROUPS: dict[str, type] = {vars(base)["group"]: base for base in Config.__bases__}
 
 
-def fields() -> dict[str, "dataclasses.Field[Any]"]:
+@functools.cache
+def fields() -> Mapping[str, "dataclasses.Field[Any]"]:
     """Every key that has a field, by name, in the order of the groups."""
-    return {field.name: field for group in GROUPS.values() for field in dataclasses.fields(group)}
+    return MappingProxyType({field.name: field for group in GROUPS.values() for field in dataclasses.fields(group)})
 
 
 def _yaml_line(name: str, value: Any) -> str:

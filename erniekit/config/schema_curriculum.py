@@ -9,7 +9,7 @@ from erniekit.config.fields import key, list_of
 
 @dataclass(frozen=True, kw_only=True)
 class CurriculumArgs:
-    """Which prompts are drawn: by their difficulty, and in stages (docs/rl.md). Read only with stage: RL or VL-RL."""
+    """Which prompts are drawn: by their difficulty, and in stages (docs/rl-prompts.md)."""
 
     group: ClassVar[str] = "difficulty of prompts"
 

@@ -8,7 +8,7 @@ from erniekit.config.fields import key
 
 @dataclass(frozen=True, kw_only=True)
 class GkdArgs:
-    """Distillation from a teacher, also on the model's own answers (docs/preference.md). Read only with stage: GKD."""
+    """Distillation from a teacher, also on the model's own answers (docs/preference.md)."""
 
     group: ClassVar[str] = "distillation from a teacher"
 

@@ -8,7 +8,7 @@ from erniekit.config.fields import key
 
 @dataclass(frozen=True, kw_only=True)
 class KtoArgs:
-    """The loss of answers that are judged one by one (docs/preference.md). Read only with stage: KTO."""
+    """The loss of answers that are judged one by one (docs/preference.md)."""
 
     group: ClassVar[str] = "judged answers"
 

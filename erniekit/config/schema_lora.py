@@ -38,7 +38,7 @@ class LoraArgs:
     )
     lora_path: str | None = key(
         None,
-        "An adapter directory, PEFT's or ours: train continues it (with its rank, scaling and targets); eval, chat "
-        "and export apply it to model_name_or_path where neither checkpoint nor output_dir has a model.",
+        "An adapter directory, PEFT's or ours: train continues it (with its rank, scaling and targets); eval, chat, "
+        "server and export apply it to model_name_or_path where neither checkpoint nor output_dir has a model.",
         path=True,
     )

@@ -9,7 +9,7 @@ from erniekit.config.schema_data import DATASET_TYPES
 
 @dataclass(frozen=True, kw_only=True)
 class MixtureArgs:
-    """Text beside pictures. Read only with stage: VL-SFT or VL-PT."""
+    """Text that is trained by turns with data that have pictures (docs/vision-data.md)."""
 
     group: ClassVar[str] = "text beside pictures"
 

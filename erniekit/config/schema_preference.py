@@ -29,13 +29,13 @@ def option_problems(loss_type: str, label_smoothing: float, offset_alpha: float)
 
 @dataclass(frozen=True, kw_only=True)
 class PreferenceArgs:
-    """The preference loss, what it is compared with, and how long prompts may be. Read only with stage: DPO or
-    VL-DPO.
-    """
+    """The preference loss, what it is compared with, and how long prompts may be (docs/preference.md)."""
 
     group: ClassVar[str] = "preference"
 
-    max_prompt_len: int = key(2048, "With stage: DPO, a longer prompt loses its earliest turns.", ge=1)
+    max_prompt_len: int = key(
+        2048, "A longer prompt loses its earliest turns; that of reinforcement learning is left out, and counted.", ge=1
+    )
     loss_type: str = key(
         "sigmoid",
         "The loss; formulas and papers are in erniekit/losses/preference.py.",

@@ -8,7 +8,7 @@ from erniekit.config.fields import key
 
 @dataclass(frozen=True, kw_only=True)
 class RewardModelArgs:
-    """The loss of a reward model (docs/rewards.md). Read only with stage: RM."""
+    """The loss of a reward model (docs/rewards.md)."""
 
     group: ClassVar[str] = "reward model"
 

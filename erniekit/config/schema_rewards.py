@@ -32,9 +32,7 @@ RIGHT_OR_WRONG = ("accuracy", "math", "exact", "choice")  # what the reward cosi
 
 @dataclass(frozen=True, kw_only=True)
 class RewardArgs:
-    """Which functions score a completion, and what is done where one fails (docs/rewards.md). Read only with stage:
-    RL.
-    """
+    """Which functions score a completion, and what is done where one fails (docs/rewards.md)."""
 
     group: ClassVar[str] = "rewards"
 
@@ -102,7 +100,9 @@ class RewardArgs:
     )
     judge_model: str | None = key(None, "The name of the judging model on that server.")
     judge_prompt: str | None = key(
-        None, "A file with the judge's instruction; {prompt}, {completion} and {answer} are replaced in it.", path=True
+        None,
+        "A file with the judge's instruction; {prompt}, {completion}, {answer} and {max_score} are replaced in it.",
+        path=True,
     )
     judge_max_score: float = key(
         10.0, "The best mark that the judge gives; the reward is the mark divided by it.", gt=0

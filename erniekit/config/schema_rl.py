@@ -26,7 +26,7 @@ CORRECTIONS = ("none", "tis", "mis", "icepop", "icepop_sequence", "misc")
 
 @dataclass(frozen=True, kw_only=True)
 class RLArgs:
-    """Reinforcement learning with rewards that are computed (docs/rl.md). Read only with stage: RL."""
+    """Reinforcement learning with rewards that are computed (docs/rl.md)."""
 
     group: ClassVar[str] = "reinforcement learning"
 

@@ -9,7 +9,7 @@ from erniekit.config.fields import key
 
 @dataclass(frozen=True, kw_only=True)
 class RolloutServerArgs:
-    """Rollouts from an OpenAI-compatible server (docs/rl-server.md). Read only with stage: RL."""
+    """Rollouts of text from an OpenAI-compatible server (docs/rl-server.md)."""
 
     group: ClassVar[str] = "rollout server"
 

@@ -13,7 +13,7 @@ BUILT_IN_TOOLS = (CALCULATOR, DOCUMENTS, ZOOM)
 
 @dataclass(frozen=True, kw_only=True)
 class RolloutToolArgs:
-    """Tools in the loop of reinforcement learning (docs/rl.md). Read only with stage: RL or VL-RL."""
+    """Tools in the loop of reinforcement learning (docs/rl-prompts.md)."""
 
     group: ClassVar[str] = "tools in rollouts"
 

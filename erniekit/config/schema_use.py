@@ -17,7 +17,7 @@ LEAST_LEARNED_TEMPERATURE = 1e-3  # of logits that training divides by it; far s
 
 @dataclass(frozen=True, kw_only=True)
 class GenerateArgs:
-    """Sampling, for chat and for evaluation with generation."""
+    """Sampling: of `chat` and `server`, of evaluations that generate, and of methods that generate while they train."""
 
     group: ClassVar[str] = "generation"
 

@@ -11,10 +11,11 @@ BOX_COORDINATES = ("relative", "pixels", "fraction")
 
 @dataclass(frozen=True, kw_only=True)
 class VisionArgs:
-    """How pictures and videos are read and prepared. Read only with stage: VL-SFT, VL-PT or VL-DPO.
+    """How pictures and videos are read and prepared (docs/vision-data.md). `chat` and `server` read them for every
+    model that sees pictures.
 
-    data/vision/options.py hands these to the data pipeline. Sizes and frames that are not given come from the files
-    beside the model (preprocessor_config.json), but for the choice of frames in training, which is the training code's.
+    Sizes and frames that are not given come from the files beside the model (preprocessor_config.json), but for the
+    choice of frames in training, which is the training code's.
     """
 
     group: ClassVar[str] = "vision"

@@ -71,7 +71,7 @@ _SAME: dict[str, str] = {
     "logging_steps": "log_steps log_interval logging_interval log_every",
     "save_total_limit": "max_checkpoints keep_checkpoint_max",
     "early_stopping_patience": "early_stopping early_stopping_steps patience",
-    "output_dir": "output out_dir save_dir save_path output_path checkpoint_dir export_dir save",
+    "output_dir": "output out_dir save_dir save_path output_path checkpoint_dir save",
     "logging_dir": "log_dir tensorboard_dir",
     "resume_from_checkpoint": "resume resume_from load_checkpoint resume_checkpoint",
     "ignore_load_lr_and_optim": "resume_only_model no_load_optim",
@@ -120,7 +120,7 @@ _OTHERWISE: dict[str, str] = {
     "quantization_bit load_in_8bit load_in_4bit bits qlora quant_bits quant_method quantization_method": (
         "compute_type: wint8, wint4 or nf4 stores the base in 8 or 4 bits, with fine_tuning: LoRA"
     ),
-    "torch_dtype dtype precision mixed_precision tf32 pure_bf16": "compute_type takes bf16 or fp32",
+    "torch_dtype dtype precision mixed_precision tf32 pure_bf16": "compute_type takes bf16, fp16 or fp32",
     "flash_attn use_flash_attn attention_backend": ("remove it: attention kernels are chosen by what the device has"),
     "enable_liger_kernel use_unsloth use_liger_kernel": "remove it: fused kernels are used where the device has them",
     "disable_gradient_checkpointing": "recompute: False is the default",
@@ -136,6 +136,7 @@ _OTHERWISE: dict[str, str] = {
     "use_mora lora_use_mixer pissa pissa_init": "adapters are LoRA, rsLoRA (rslora) or DoRA (use_dora)",
     "export_quantization_bit export_quantization_dataset": "quantization names the scheme of exported weights",
     "reward_model": "stage: RM trains one; stage: RL uses it with reward_funcs: reward_model and reward_model_path",
+    "export_dir": "`erniekit export` writes to export/ in output_dir",
     "disable_shuffling": "random_shuffle: False keeps the order of the files",
     "plot_loss": "remove it: loss.png is always drawn",
     "overwrite_cache": "remove it: there is no cache of encoded data",

@@ -13,7 +13,6 @@ from typing import Protocol
 
 import numpy as np
 
-from erniekit.build import Overrides
 from erniekit.checkpoint import dtypes
 from erniekit.checkpoint.model_dir import copy_companions, not_copied, write_configs
 from erniekit.checkpoint.model_reader import METADATA, ModelReader
@@ -22,6 +21,7 @@ from erniekit.checkpoint.safetensors_header import Plan
 from erniekit.checkpoint.safetensors_write import Writer
 from erniekit.export.target import model_target
 from erniekit.models.config import FORMATS, Format, ModelConfig
+from erniekit.models.overrides import Overrides
 from erniekit.models.weights import Logical
 from erniekit.utils import log
 from erniekit.utils.errors import CheckpointError

@@ -2,7 +2,6 @@
 
 from pathlib import Path
 
-from erniekit.build import Overrides, overrides_of
 from erniekit.checkpoint.adapter_config import base_of
 from erniekit.checkpoint.adapter_origin import say_if_base_differs
 from erniekit.checkpoint.chat_template import write_chat_template
@@ -33,6 +32,7 @@ from erniekit.export.quantise import (
 )
 from erniekit.export.target import check_target, model_target
 from erniekit.models.config import Format, ModelConfig
+from erniekit.models.overrides import Overrides, overrides_of
 from erniekit.quantize.calibrated import calibrated, needs_calibration, say_if_interrupted
 from erniekit.quantize.calibration import find_data
 from erniekit.quantize.quantiser import Quantiser, RoundToNearest

@@ -9,13 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from erniekit.build import Overrides
 from erniekit.checkpoint.model_dir import write_configs
 from erniekit.checkpoint.model_reader import METADATA, ModelReader
 from erniekit.checkpoint.safetensors_write import Writer
 from erniekit.export.convert import Edit, Report
 from erniekit.export.quantise_job import EditedModel, Job, MatrixError
 from erniekit.models.config import ModelConfig
+from erniekit.models.overrides import Overrides
 from erniekit.quantize.quantiser import Quantiser
 from erniekit.quantize.schemes import Options, Scheme, scheme_for
 from erniekit.quantize.tensor_parallel import Degrees, degrees_of

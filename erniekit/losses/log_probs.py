@@ -139,5 +139,26 @@ def answer_log_probs(
     log_p = token_log_probs(gather(hidden_TD, paddle.to_tensor(numbers)), head, paddle.to_tensor(labels), max_tokens)
     if own is not None:
         log_p = log_p * paddle.to_tensor(np.append(np.ones(len(numbers) - 1, np.float32), np.float32(0)))
-    sums = paddle.geometric.segment_sum(log_p, paddle.to_tensor(which))
-    return paddle.gather(sums, paddle.to_tensor(np.searchsorted(labelled, answers)))
+    counts = np.bincount(which, minlength=len(labelled))
+    of_answers = np.searchsorted(labelled, answers)
+    return _sums(log_p, (np.cumsum(counts) - counts)[of_answers], counts[of_answers])
+
+
+_PIECE = 128  # numbers that are added at a time
+
+
+def _sums(values: paddle.Tensor, starts: np.ndarray, counts: np.ndarray) -> paddle.Tensor:
+    """The sums of `counts` [N] consecutive values [n] from `starts` [N] on: [N]. Piece by piece, by tables that the
+    host makes: Paddle's segment_sum has the host wait for a GPU, and adds in an order that is another at every run.
+    """
+    while True:
+        pieces = np.maximum(1, -(-counts // _PIECE))
+        first = np.cumsum(pieces) - pieces
+        inside = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
+        table = np.full(pieces.sum() * _PIECE, len(values))  # the number of the zero behind the values
+        table[np.repeat(first * _PIECE, counts) + inside] = np.repeat(starts, counts) + inside
+        padded = paddle.concat([values, paddle.zeros([1], dtype=values.dtype)])
+        values = paddle.gather(padded, paddle.to_tensor(table)).reshape([-1, _PIECE]).sum(axis=1)
+        if len(values) == len(counts):
+            return values
+        starts, counts = first, pieces

@@ -146,7 +146,7 @@ class ModelConfig:
         """
         fields, lines = read_values(values, source)
         config = cls(**fields)
-        config._check(source, hint)
+        config.check(source, hint)
         for line in lines:
             log.once(f"{source}: {line}")
         return config
@@ -180,8 +180,8 @@ class ModelConfig:
             return config_vision.join(out, self.vision, self.layer_types, format)
         return dict(sorted(out.items()))
 
-    def _check(self, source: str, hint: str) -> None:
-        """Relations between values; each value by itself was checked on reading."""
+    def check(self, source: str, hint: str) -> None:
+        """Raise CheckpointError where values contradict one another; each value by itself was checked on reading."""
 
         def fail(what: str) -> None:
             raise CheckpointError(f"{source}: {what}. {hint}.")

@@ -5,6 +5,7 @@ from functools import lru_cache
 from typing import TYPE_CHECKING
 
 from erniekit.config import pointless
+from erniekit.config.methods import Records
 from erniekit.config.pointless import Facts
 from erniekit.config.schema import Config
 from erniekit.models.config import ModelConfig
@@ -36,6 +37,7 @@ def check_layout(cfg: Config, degrees: ParallelDims, model_config: ModelConfig) 
     process starts. ConfigError with the arithmetic.
     """
     _check_recompute(cfg, model_config)
+    _check_method(cfg, model_config)
     check_fp8_keys(cfg, model_config)
     check_model(degrees, model_config)
     if degrees.context > 1 and cfg.cp_comm_type == "a2a":
@@ -66,6 +68,24 @@ def _check_heads(degrees: ParallelDims, model_config: ModelConfig) -> None:
                 f"{degrees.tensor} = {product} does not divide the model's {size} {what} heads. Set cp_comm_type: p2p, "
                 "which divides no heads, or another degree"
             )
+
+
+def _check_method(cfg: Config, model_config: ModelConfig) -> None:
+    """ConfigError where the method does not go together with the model."""
+    if cfg.method.reads("router_replay") and cfg.router_replay != "none" and not model_config.sparse_layers:
+        raise ConfigError(
+            f"router_replay: {cfg.router_replay}: the model is dense, so no experts are chosen. Leave the key out"
+        )
+    scaling = model_config.rope_scaling
+    # The two answers of a pair share their prompt, of which each could want another rotation.
+    if cfg.method.records is not Records.PAIRS or scaling is None or scaling.kind != "dynamic":
+        return
+    if cfg.max_seq_len > scaling.length:
+        raise ConfigError(
+            f"max_seq_len: {cfg.max_seq_len}: this model's positions (rope_type dynamic) depend on a text's length "
+            f"beyond {scaling.length} tokens, and the answers of a pair share their prompt: set it to at most "
+            f"{scaling.length}, or rope_type: yarn in config.json"
+        )
 
 
 def _check_recompute(cfg: Config, model_config: ModelConfig) -> None:

@@ -52,7 +52,7 @@ def score_hidden(model: CausalLM, hidden_TD: paddle.Tensor, places: np.ndarray, 
     for chunk in chunks_of(hidden_TD, model.config.vocab_size, len(places)):
         rows = places[chunk]
         targets = paddle.to_tensor(labels[chunk].astype(np.int64))
-        logits = model.head(paddle.gather(hidden_TD, paddle.to_tensor(rows))).astype("float32")
+        logits = model.head(gather(hidden_TD, paddle.to_tensor(rows))).astype("float32")
         nll = label_nll(logits, targets)
         # Paddle's CPU softmax takes NaN and infinite logits for equal ones, which hides them; times 0 they are NaN.
         nll += logits.sum(axis=-1) * 0

@@ -49,9 +49,8 @@ class DeviceAssignment:
 
 
 def applies(x_TD: paddle.Tensor, num_pairs: int, num_experts: int, top_k: int) -> bool:
-    """Whether the fused operators can dispatch these tokens. Of nothing they return what was in memory before."""
-    fits = num_pairs > 0 and num_experts <= fused.MAX_EXPERTS and top_k <= fused.MAX_CHOICES
-    return fits and fused.applies(fused.PERMUTE, x_TD)
+    """Whether the fused operators can dispatch these tokens. Of no pairs they return what was in memory before."""
+    return num_pairs > 0 and fused.permute_applies(x_TD, num_experts, top_k)
 
 
 def assign(

@@ -6,6 +6,7 @@ its group of experts. Shared experts serve both modalities. Legend: T tokens, D 
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -77,6 +78,14 @@ class TokenInfo:
         numbers = self.count_modality(modality)
         listed = numbers if self.shares is None else self.shares.whole.count_modality(modality)
         return np.flatnonzero(self.modality == modality), [n for n, known in zip(numbers, listed, strict=True) if known]
+
+    @cached_property
+    def places(self) -> tuple[list[paddle.Tensor], paddle.Tensor]:
+        """The numbers of each modality's tokens, on the device, and where each token is once they lie one modality
+        behind the other. Uploaded once, for all layers.
+        """
+        numbers = [np.flatnonzero(self.modality == modality) for modality in (TEXT, VISION)]
+        return [paddle.to_tensor(each) for each in numbers], paddle.to_tensor(np.argsort(np.concatenate(numbers)))
 
     def count_modality(self, modality: int) -> list[int]:
         """How many tokens of a modality each row has."""
@@ -205,20 +214,19 @@ class MoELayer(nn.Layer):
         """Run each modality's tokens through its own router and experts. Vision is skipped where it has no tokens,
         unless other ranks may need its experts.
         """
-        finishes, places, decisions = [], [], {}
+        finishes, decisions = [], {}
+        numbers, back = tokens.places
         needed = self.ranks is not None and self.ranks.expert.size > 1
         for modality in (TEXT, VISION):
             where, row_lengths = tokens.of_modality(modality)
             # Context ranks count the loads of their rows together, also those that have none of a row's tokens.
             counted = len(where) or (tokens.shares is not None and row_lengths)
             if modality == TEXT or counted or needed:
-                selected = gather(x_TD, paddle.to_tensor(where))
+                selected = gather(x_TD, numbers[modality])
                 finish, routed = self._start(selected, modality, row_lengths, where, _Choosing(tokens, number))
                 finishes.append(finish)
-                places.append(where)
                 if counted:
                     decisions[modality] = _with_share(routed, tokens, modality)
-        back = paddle.to_tensor(np.argsort(np.concatenate(places)))
         return lambda: gather(concat([finish() for finish in finishes]), back), decisions
 
     def _start(

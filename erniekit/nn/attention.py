@@ -348,19 +348,19 @@ def last_rows(plan: AttentionPlan) -> np.ndarray:
 
 
 def _flash_attention(
-    qkv: paddle.Tensor, rotation: Rotation, ends_11T1: paddle.Tensor, heads: HeadLayout, rate: float
+    qkv: paddle.Tensor, rotation: Rotation, ends_11T1: paddle.Tensor, heads: HeadLayout, rate: float, seed: int
 ) -> paddle.Tensor:
     """The same through Paddle's FlashMask kernel (GPU, 16-bit): all rows as one, key j hidden from the row at which j's
     document ends, or its last branch if it is a shared prefix.
 
-    The kernel draws its dropout (`rate`) from Paddle's generator, which a step seeds: the masks differ from those of
-    nn.dropout, and they change with packing, microbatches and layout.
+    The kernel draws the masks of its dropout (`rate`) from `seed`: they differ from those of nn.dropout, and they
+    change with packing and with the layout.
     """
     num_tokens = qkv.shape[0]
     num_rotated = heads.num_heads + heads.num_kv_heads
     qk, v = qkv.reshape([num_tokens, heads.total, heads.dim]).split([num_rotated, heads.num_kv_heads], axis=1)
     q, k = rotation.turn(qk).split([heads.num_heads, heads.num_kv_heads], axis=1)
-    out = fused.flash_mask(q.unsqueeze(0), k.unsqueeze(0), v.unsqueeze(0), ends_11T1, rate)
+    out = fused.flash_mask(q.unsqueeze(0), k.unsqueeze(0), v.unsqueeze(0), ends_11T1, rate, seed)
     return out.reshape([num_tokens, heads.num_heads * heads.dim])
 
 
@@ -388,9 +388,9 @@ class PackedAttention:
     def attend(self, qkv: paddle.Tensor, layer: int) -> paddle.Tensor:
         """qkv [T, (H+2G)*d] before rotation -> context [T, H*d]. `layer` decides about dropout alone."""
         dropout, heads = self.dropout, self.heads
-        if fused.applies(fused.FLASH_MASK, qkv):
-            rate = 0.0 if dropout is None else dropout.rate_of(layer)
-            return _flash_attention(qkv, self.rotation, self._ends, heads, rate)
+        if fused.flash_mask_applies(qkv, heads.dim):
+            rate, seed = (0.0, 0) if dropout is None else (dropout.rate_of(layer), dropout.seed_of(layer))
+            return _flash_attention(qkv, self.rotation, self._ends, heads, rate, seed)
         masks = None if dropout is None else dropout.masks(layer, self.plan, heads.num_heads, heads.num_kv_heads)
         return _DocumentAttention.apply(qkv, self.rotation, self._rows, heads, masks)
 

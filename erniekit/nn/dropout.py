@@ -54,11 +54,25 @@ class AttentionDropout:
         if rate == 0.0:
             return None
         with np.errstate(over="ignore"):  # counters wrap around
-            start = _mix(np.uint64(self.step.seed) * _STRIDE + np.uint64(self.step.step) * _STEP)
-            start = _mix(start + np.uint64(layer) * _LAYER)
-            heads = _mix(start + np.arange(self.first_head, self.first_head + num_heads, dtype=np.uint64) * _HEAD)
+            heads = self._head_numbers(layer, num_heads)
             buckets = [_counters(bucket, plan, self.documents, heads) for bucket in plan.buckets]
         return LayerMasks(rate, num_kv_heads, buckets)
+
+    def seed_of(self, layer: int) -> int:
+        """For a kernel that draws the masks of a whole batch itself: a seed below 2^63 from everything above but the
+        positions.
+        """
+        with np.errstate(over="ignore"):
+            order = np.arange(len(self.documents), dtype=np.uint64)
+            batch = _mix(self.documents + order * _STRIDE).sum(dtype=np.uint64)
+            return int(_mix(self._head_numbers(layer, 1)[0] + batch) >> np.uint64(1))
+
+    def _head_numbers(self, layer: int, num_heads: int) -> np.ndarray:
+        """A number for each of this process's first heads in a layer and step: uint64 [num_heads]."""
+        start = _mix(np.uint64(self.step.seed) * _STRIDE + np.uint64(self.step.step) * _STEP)
+        start = _mix(start + np.uint64(layer) * _LAYER)
+        numbers: np.ndarray = np.arange(self.first_head, self.first_head + num_heads, dtype=np.uint64)
+        return _mix(start + numbers * _HEAD)
 
 
 @dataclass(frozen=True)

@@ -79,11 +79,14 @@ class FrameAttention:
             start += frames * length
         return np.concatenate([np.zeros(0, np.int64), *parts])
 
+    def _fetched(self) -> np.ndarray:
+        first = self.order + self.order // self.num_heads * (2 * self.num_heads)
+        return np.concatenate([first + part * self.num_heads for part in range(3)])
+
     @cached_property
     def fetch(self) -> paddle.Tensor:
         """[3*P*H]: for queries, then keys, then values, their rows in q|k|v seen as [P*3*H, d]."""
-        first = self.order + self.order // self.num_heads * (2 * self.num_heads)
-        return paddle.to_tensor(np.concatenate([first + part * self.num_heads for part in range(3)]))
+        return paddle.to_tensor(self._fetched())
 
     @cached_property
     def fetch_context(self) -> paddle.Tensor:
@@ -98,7 +101,7 @@ class FrameAttention:
     @cached_property
     def merge(self) -> paddle.Tensor:
         """The inverse of `fetch`."""
-        return paddle.to_tensor(np.argsort(self.fetch.numpy()))
+        return paddle.to_tensor(np.argsort(self._fetched()))
 
     @cached_property
     def _factors(self) -> tuple[paddle.Tensor, paddle.Tensor, paddle.Tensor]:

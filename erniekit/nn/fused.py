@@ -8,12 +8,16 @@ kernels written for that test. On a GPU they have never run: `fused_operators: f
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import paddle
 from paddle.incubate.nn import functional as incubate
 
 MAX_EXPERTS = 64  # of moe_permute and moe_unpermute
 MAX_CHOICES = 8
+# Elements that moe_permute copies at a time, and of a head that flashmask_attention reads at a time.
+_VECTOR = 8
+_MAX_HEAD_DIM = 256  # of flashmask_attention
 
 
 @dataclass(frozen=True)
@@ -45,9 +49,33 @@ def enable(enabled: bool) -> None:
     _enabled = enabled
 
 
+def are_enabled() -> bool:
+    """Whether fused operators are used where they apply."""
+    return _enabled
+
+
 def applies(operator: Operator, x: paddle.Tensor) -> bool:
     """Whether `operator` computes with x: it is on a GPU, and the kernel has its element type."""
     return _enabled and x.place.is_gpu_place() and str(x.dtype).removeprefix("paddle.") in operator.dtypes
+
+
+@lru_cache(maxsize=1)
+def compute_capability() -> tuple[int, int] | None:
+    """That of this process's GPU. None where Paddle is built without CUDA, and a test takes a CPU for a GPU."""
+    return None if paddle.version.cuda() == "False" else tuple(paddle.device.cuda.get_device_capability())
+
+
+def flash_mask_applies(qkv: paddle.Tensor, head_dim: int) -> bool:
+    """Whether `flash_mask` computes with heads of this size. Its kernel needs compute capability 8.0 (Ampere)."""
+    if head_dim % _VECTOR or head_dim > _MAX_HEAD_DIM or not applies(FLASH_MASK, qkv):
+        return False
+    return (compute_capability() or (8, 0)) >= (8, 0)
+
+
+def permute_applies(x_TD: paddle.Tensor, num_experts: int, top_k: int) -> bool:
+    """Whether `permute` and `unpermute` compute with these tokens."""
+    fits = num_experts <= MAX_EXPERTS and top_k <= MAX_CHOICES and x_TD.shape[-1] % _VECTOR == 0
+    return fits and applies(PERMUTE, x_TD)
 
 
 def rms_norm(x: paddle.Tensor, weight_D: paddle.Tensor, epsilon: float) -> paddle.Tensor:
@@ -69,11 +97,28 @@ def swiglu(gate_up: paddle.Tensor) -> paddle.Tensor:
 
 
 def flash_mask(
-    q_1THd: paddle.Tensor, k_1TGd: paddle.Tensor, v_1TGd: paddle.Tensor, ends_11T1: paddle.Tensor, dropout: float
+    q_1THd: paddle.Tensor,
+    k_1TGd: paddle.Tensor,
+    v_1TGd: paddle.Tensor,
+    ends_11T1: paddle.Tensor,
+    dropout: float = 0.0,
+    seed: int = 0,
 ) -> paddle.Tensor:
-    """Causal attention in which query i sees key j where j <= i < ends[j]: [1, T, H, d]. `ends` is int32."""
+    """Causal attention in which query i sees key j where j <= i < ends[j]: [1, T, H, d]. `ends` is int32. `dropout`:
+    the share of weights that are dropped, by a mask that follows from `seed`, and not from Paddle's generator.
+    """
     attention = paddle.nn.functional.flashmask_attention
-    return attention(q_1THd, k_1TGd, v_1TGd, startend_row_indices=ends_11T1, dropout=dropout, causal=True)
+    # The kernel takes the seed, and how many numbers have been drawn, from the host's memory.
+    drawn = paddle.to_tensor([seed, 0], dtype="int64", place=paddle.CPUPlace()) if dropout else None
+    return attention(
+        q_1THd,
+        k_1TGd,
+        v_1TGd,
+        startend_row_indices=ends_11T1,
+        dropout=dropout,
+        causal=True,
+        fixed_seed_offset=drawn,
+    )
 
 
 def grouped_product(

@@ -156,10 +156,12 @@ def _headline(job: Job) -> list[str]:
 
 def _verdict(plan: MemoryPlan) -> str:
     worst = plan.worst
-    where = f"stage {worst.stage}" if len(plan.stages) > 1 else "each rank"
+    has_stages = len(plan.stages) > 1
+    where = f"stage {worst.stage}" if has_stages else "each rank"
     of = f"{gigabytes(worst.usable)} ({gigabytes(worst.capacity)} less {RESERVE:.0%})"
     if plan.fits:
-        return f"FITS: {where} has the least left: {gigabytes(worst.headroom)} of {of}"
+        left = "the least left: " if has_stages else ""
+        return f"FITS: {where} has {left}{gigabytes(worst.headroom)} of {of}{'' if has_stages else ' left'}"
     return f"DOES NOT FIT: {where} needs {gigabytes(worst.peak)} of {of}: {gigabytes(-worst.headroom)} too much"
 
 

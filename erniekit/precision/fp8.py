@@ -49,7 +49,7 @@ def choose_fp8(cfg: Config, device: str, is_assumed: bool = False) -> Fp8Options
     if cfg.fp8 == "none":
         return None
     recipe = Recipe(cast(Scaling, cfg.fp8), cfg.fp8_scale == "pow2", cast(Fp8Format, cfg.fp8_gradients))
-    reason = "" if cfg.emulate_precision or is_assumed else fp8_kernels.missing(recipe, device)
+    reason = "" if cfg.emulate_precision or is_assumed else fp8_kernels.missing(recipe, device, cfg.compute_type)
     if reason:
         raise ConfigError(
             f"fp8: {cfg.fp8}: {reason}. emulate_precision: true computes the same numbers with fp32 products, slowly; "

@@ -21,8 +21,8 @@ _CAPABILITY = (9, 0)
 _CUDA = (12, 8)
 
 
-def missing(recipe: Recipe, device: str) -> str:
-    """Why this device does not multiply by the recipe; empty if it does."""
+def missing(recipe: Recipe, device: str, compute_type: str) -> str:
+    """Why this device does not multiply by the recipe, between tensors of the compute_type; empty if it does."""
     if not device.startswith("gpu"):
         return f"{device} has no products in FP8: these need an NVIDIA GPU of compute capability 9.0"
     capability = tuple(paddle.device.cuda.get_device_capability())
@@ -36,6 +36,8 @@ def missing(recipe: Recipe, device: str) -> str:
         return "Paddle's kernels have blocks only (fp8: blockwise)"
     if recipe.gradients != "e4m3":
         return "Paddle's kernels quantise to E4M3 only (fp8_gradients: e4m3)"
+    if compute_type == "fp16":
+        return "Paddle's kernels take and give bf16, not fp16 (compute_type: bf16)"
     return ""
 
 
@@ -95,7 +97,7 @@ class PaddleKernels:
                 using_pow2_scale=self.recipe.pow2,
                 quant_method="128x128",
             )
-            parts.append(_product(codes, _turned(scales), matrix, matrix_scales, dtype, False)[:count])
+            parts.append(_product(codes, _turned(scales), matrix, _by_four(matrix_scales), dtype, False)[:count])
         return paddle.concat(parts)
 
     def weight_gradient(
@@ -133,7 +135,7 @@ class PaddleKernels:
 
 
 def _product(a, a_scales, b, b_scales, dtype: paddle.dtype, b_is_rows: bool) -> paddle.Tensor:
-    """a [M, K] b [N, K]^T. Scales of a [K / 128, M]; of b the same, or [N / 128, K / 128] for blocks."""
+    """a [M, K] b [N, K]^T. Scales of a [K / 128, M]; of b the same, or for blocks as `_by_four` gives them."""
     return kernels.fp8_gemm_blockwise(a, a_scales, b, b_scales, dtype, is_a_1d_scaled=True, is_b_1d_scaled=b_is_rows)
 
 
@@ -165,3 +167,13 @@ def _by_expert(rows: Quantised, counts: Sequence[int]) -> list[tuple[int, paddle
 def _turned(scales: paddle.Tensor) -> paddle.Tensor:
     """Scales of rows as the product takes them: [rows, K / 128] -> [K / 128, rows]."""
     return scales.transpose([1, 0]).contiguous()
+
+
+def _by_four(scales: paddle.Tensor) -> paddle.Tensor:
+    """Scales of blocks [N / 128, K / 128] as the product takes them: it hands their address to cuBLAS, which expects
+    the next row behind a multiple of four scales.
+    """
+    missing = -scales.shape[1] % 4
+    if not missing:
+        return scales
+    return paddle.concat([scales, paddle.zeros([scales.shape[0], missing], dtype=scales.dtype)], axis=1)

@@ -47,35 +47,36 @@ def pack_for_kernels(codes: np.ndarray, bits: int) -> np.ndarray:
     """
     num_out, num_in = codes.shape
     assert num_in % 64 == 0 and num_out % 16 == 0, codes.shape
-    order, woven = _input_order(bits), 16 // bits
-    tiled = codes.view(np.uint8).reshape(num_out, -1, len(order))[:, :, order] + np.uint8(1 << bits - 1)
-    tiled = tiled.reshape(num_out // woven, woven, num_in // 64, 64).swapaxes(1, 2)
-    words = tiled.reshape(-1, 32 // bits)[:, _word_order(bits)]
-    data = words if bits == 8 else _joined(words)
+    woven = 16 // bits
+    tiles = (codes.view(np.uint8) + np.uint8(1 << bits - 1)).reshape(num_out // woven, woven, num_in // 64, 64)
+    stored = tiles.swapaxes(1, 2).reshape(-1, woven * 64)[:, np.argsort(kernel_order(bits))]
+    data = stored if bits == 8 else _joined(stored)
     return np.ascontiguousarray(data).view(np.int8).reshape(num_out * bits // 8, num_in)
 
 
 def unpack_for_kernels(packed: np.ndarray, bits: int) -> np.ndarray:
     """The inverse of `pack_for_kernels`: int8 [out, in]."""
     rows, num_in = packed.shape
-    num_out, order, woven = rows * 8 // bits, _input_order(bits), 16 // bits
-    data = np.ascontiguousarray(packed).view(np.uint8).reshape(-1, 4)
-    words = (data if bits == 8 else _halves(data))[:, np.argsort(_word_order(bits))]
-    tiled = words.reshape(num_out // woven, num_in // 64, woven, 64).swapaxes(1, 2)
-    unordered = tiled.reshape(num_out, -1, len(order))[:, :, np.argsort(order)]
-    return (unordered.reshape(num_out, num_in) - np.uint8(1 << bits - 1)).view(np.int8)
+    num_out, woven = rows * 8 // bits, 16 // bits
+    data = np.ascontiguousarray(packed).view(np.uint8).reshape(-1, 8 * bits * woven)
+    stored = (data if bits == 8 else _halves(data))[:, kernel_order(bits)]
+    codes = stored.reshape(num_out // woven, num_in // 64, woven, 64).swapaxes(1, 2).reshape(num_out, num_in)
+    return (codes - np.uint8(1 << bits - 1)).view(np.int8)
 
 
 @lru_cache(maxsize=2)
-def _input_order(bits: int) -> np.ndarray:
-    """The inputs of a tile in the order of the kernels' tensor-core instructions."""
+def kernel_order(bits: int) -> np.ndarray:
+    """Where the codes of a tile of 16 / bits outputs by 64 inputs, output after output, lie in the order of
+    `pack_for_kernels`: int64 [16 / bits * 64], counted in codes, of which a byte has its low half first.
+
+    Inputs lie in the order of the kernels' tensor-core instructions, and those of a word of 32 bits so that a kernel
+    converts several with few operations.
+    """
     per_word, row = 32 // bits, np.arange(128 // bits)
-    return 8 * (row % per_word // 2) + row % 2 + 2 * (row // per_word)
-
-
-def _word_order(bits: int) -> list[int]:
-    """Codes of a word in the order in which they are stored: so that a kernel converts several with few operations."""
-    return [0, 2, 1, 3] if bits == 8 else [0, 2, 4, 6, 1, 3, 5, 7]
+    inputs = 8 * (row % per_word // 2) + row % 2 + 2 * (row // per_word)
+    in_word = np.argsort([0, 2, 1, 3] if bits == 8 else [0, 2, 4, 6, 1, 3, 5, 7])
+    places = np.arange(16 // bits * 64).reshape(-1, per_word)[:, in_word]
+    return places.reshape(-1, len(row))[:, np.argsort(inputs)].reshape(-1)
 
 
 def _joined(values: np.ndarray) -> np.ndarray:

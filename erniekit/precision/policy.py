@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import paddle
 from paddle import nn
 
-from erniekit.nn import onednn
+from erniekit.nn import fused, onednn
 from erniekit.nn.linear import ProductFactory
 from erniekit.nn.roles import FP32_ROLES, Role, named_roles
 from erniekit.precision.fp8 import Fp8Options
@@ -36,6 +36,7 @@ class Policy:
 
 DTYPES = {"float32": paddle.float32, "bfloat16": paddle.bfloat16, "float16": paddle.float16}
 _PARAM_DTYPES = {"fp32": "float32", "fp16": "float16"}  # others: bfloat16
+_BF16 = (8, 0)  # the first compute capability with products in bf16
 
 
 def choose(compute_type: str, device: str, emulate: bool = False) -> Policy:
@@ -74,6 +75,17 @@ def of_weights(dtype: str, device: str, product: ProductFactory | None = None) -
         return Policy(dtype, product)
     log.info(f"{dtype} on CPU: the weights are rounded to it and computed with in float32")
     return Policy("float32", product, rounded_to=dtype)
+
+
+def computable(policy: Policy, compute_type: str) -> Policy:
+    """The policy. Raises ConfigError where it computes in bf16 and this process's GPU does not."""
+    capability = fused.compute_capability() if paddle.get_device().startswith("gpu") else None
+    if policy.param_dtype == "bfloat16" and capability is not None and capability < _BF16:
+        raise ConfigError(
+            f"compute_type: {compute_type} computes in bf16, which needs a GPU of compute capability 8.0 (Ampere) or "
+            f"later; this one has {capability[0]}.{capability[1]}. Set compute_type: fp16, or fp32"
+        )
+    return policy
 
 
 @contextmanager

@@ -12,15 +12,21 @@ from functools import lru_cache
 import numpy as np
 import paddle
 from paddle.autograd import PyLayer
-from paddle.nn.quant import weight_dequantize, weight_only_linear, weight_quantize
+from paddle.nn.quant import weight_only_linear
 
+from erniekit.nn import fused
 from erniekit.nn.grouped import row_spans
 from erniekit.nn.linear import Projection
 from erniekit.nn.product import Product
-from erniekit.precision.weight_only import NF4, Scheme, Schemes, dequantise, quantise
+from erniekit.precision.codes import choose_scales, encode, symmetric
+from erniekit.precision.packing import kernel_order, pack_for_kernels
+from erniekit.precision.weight_only import INT4, NF4, Scheme, Schemes, dequantise, quantise
+from erniekit.utils.arrays import transposed
 
 # Weights that are dequantised at a time: 8 MB in fp32, against which a product's start-up costs nothing.
 _BLOCK = 1 << 21
+# Compute capabilities on which Paddle's weight-only kernel takes bf16, groups of inputs, and the layout of `packing`.
+_CAPABILITIES = ((8, 0), (8, 6), (8, 9), (9, 0))
 
 
 class Matrix:
@@ -66,46 +72,63 @@ class Matrix:
 
 
 class KernelMatrix(Matrix):
-    """The same by Paddle's weight-only GPU kernels, in the layout that they choose. The backward pass dequantises the
-    whole matrix once, in 16 bits. It was written after Paddle's documentation and has never run.
+    """The same, with codes and bf16 scales in the layout of Paddle's weight-only GPU kernel, which multiplies by them
+    in the forward pass. It was written after Paddle's sources and has never run on a GPU.
+
+    Paddle's own operators for the codes are not used: on a GPU, `weight_quantize` leaves the scales of groups unset,
+    and `weight_dequantize` takes the number of groups for that of channels.
     """
 
     @staticmethod
     def fits(in_features: int, out_features: int, scheme: Scheme) -> bool:
-        """Whether the kernels accept such a matrix on this device."""
-        on_gpu = paddle.get_device().startswith("gpu")
-        return on_gpu and scheme is not NF4 and in_features % 64 == 0 and out_features % 16 == 0
+        """Whether the kernel accepts such a matrix on this device. Its tiles are 64 by 64."""
+        if not paddle.get_device().startswith("gpu") or scheme is NF4 or in_features % 64 or out_features % 64:
+            return False
+        return fused.compute_capability() in (None, *_CAPABILITIES)
 
     def fill(self, weight: np.ndarray) -> None:
         """See Matrix."""
-        if not np.isfinite(weight).all():
-            raise ValueError("a weight is not finite")
-        whole = paddle.to_tensor(weight).astype("bfloat16")
-        self.codes, self.scales = weight_quantize(whole, algo=self._algorithm, group_size=self._group)
+        spec = symmetric(self.scheme.bits, self.scheme.group)
+        packed, scales = [], []
+        for begin in range(0, self.out_features, rows := self._rows()):
+            channels = transposed(weight[:, begin : begin + rows].astype(np.float32, copy=False))
+            scales.append(choose_scales(channels, spec))
+            packed.append(pack_for_kernels(encode(channels, scales[-1], spec), spec.bits))
+        self.codes = paddle.to_tensor(np.concatenate(packed))
+        by_group = paddle.to_tensor(np.concatenate(scales).T.copy()).astype("bfloat16")
+        self.scales = by_group[0] if self.scheme.group is None else by_group  # [out], or [groups, out]
 
     def times(self, x: paddle.Tensor) -> paddle.Tensor:
         """See Matrix."""
-        kind = f"int{self.scheme.bits}"
-        return weight_only_linear(x, self.codes, weight_scale=self.scales, weight_dtype=kind, group_size=self._group)
-
-    def times_transposed(self, dy: paddle.Tensor) -> paddle.Tensor:
-        """See Matrix."""
-        return paddle.matmul(dy, self._dequantised().astype(dy.dtype), transpose_y=True)
+        if not fused.are_enabled():
+            return super().times(x)
+        major, minor = fused.compute_capability() or _CAPABILITIES[0]
+        return weight_only_linear(
+            x,
+            self.codes,
+            weight_scale=self.scales,
+            weight_dtype=f"int{self.scheme.bits}",
+            arch=10 * major + minor,
+            group_size=self.scheme.group or -1,
+        )
 
     def dense(self) -> np.ndarray:
         """See Matrix."""
-        return self._dequantised().astype("float32").numpy()
+        return transposed(np.concatenate([block.numpy() for _, _, block in self._blocks(paddle.float32)]))
 
-    @property
-    def _algorithm(self) -> str:
-        return f"weight_only_int{self.scheme.bits}"
+    def _rows(self) -> int:
+        return max(16, _BLOCK // self.in_features // 16 * 16)
 
-    @property
-    def _group(self) -> int:
-        return self.scheme.group or -1
-
-    def _dequantised(self) -> paddle.Tensor:
-        return weight_dequantize(self.codes, self.scales, algo=self._algorithm, group_size=self._group)
+    def _blocks(self, dtype: paddle.dtype) -> Iterator[tuple[int, int, paddle.Tensor]]:
+        """See Matrix."""
+        num_in, bits, rows = self.in_features, self.scheme.bits, self._rows()
+        by_group = self.scales.reshape([-1, self.out_features]).astype("float32")
+        for begin in range(0, self.out_features, rows):
+            end = min(begin + rows, self.out_features)
+            levels = _kernel_levels(self.codes[begin * bits // 8 : end * bits // 8], bits)
+            groups = levels.reshape([end - begin, by_group.shape[0], -1])
+            block = groups * by_group[:, begin:end].transpose([1, 0]).unsqueeze(-1)
+            yield begin, end, block.reshape([end - begin, num_in]).astype(dtype)
 
 
 class QuantizedWeight(Product):
@@ -140,7 +163,7 @@ class QuantizedWeight(Product):
         return np.stack([matrix.dense() for matrix in self.matrices]).reshape(self.shape)
 
     def quantized_tensors(self, weight: paddle.Tensor | None = None) -> list[dict[str, paddle.Tensor]]:
-        """See Product. The layout is that of weight_only, or the one that Paddle's kernels chose."""
+        """See Product. The layout is that of weight_only, or that of Paddle's kernel."""
         return [{"codes": matrix.codes, "scales": matrix.scales} for matrix in self.matrices]
 
 
@@ -193,15 +216,35 @@ def _pairs(scheme: Scheme, device: str) -> paddle.Tensor:
     return paddle.to_tensor(np.stack([levels[byte & 15], levels[byte >> 4]], axis=-1))
 
 
+def _halves(codes: paddle.Tensor, scheme: Scheme) -> paddle.Tensor:
+    """uint8, two 4-bit codes a byte -> [2 * bytes] fp32: the levels of the scheme, low halves first."""
+    return paddle.gather(_pairs(scheme, paddle.get_device()), codes.reshape([-1]).astype("int32")).reshape([-1])
+
+
 def _dequantised(codes: paddle.Tensor, scales: paddle.Tensor, scheme: Scheme, num_in: int) -> paddle.Tensor:
     """codes [out, width], scales [out, groups] -> [out, in] fp32; the formula of weight_only.dequantise."""
     num_out = codes.shape[0]
     if scheme.bits == 8:
         values = codes.astype("float32")
     else:
-        values = paddle.gather(_pairs(scheme, paddle.get_device()), codes.reshape([-1]).astype("int32"))
-        values = values.reshape([num_out, -1])[:, :num_in]
+        values = _halves(codes, scheme).reshape([num_out, -1])[:, :num_in]
     group, groups = scheme.group or num_in, scales.shape[1]
     if groups * group == num_in:
         return values.reshape([num_out, groups, group]).multiply_(scales.unsqueeze(-1)).reshape([num_out, num_in])
     return values * scales.repeat_interleave(group, axis=1)[:, :num_in]
+
+
+@lru_cache(maxsize=4)
+def _order(bits: int, device: str) -> paddle.Tensor:
+    return paddle.to_tensor(kernel_order(bits))
+
+
+def _kernel_levels(codes: paddle.Tensor, bits: int) -> paddle.Tensor:
+    """Codes in the layout of packing.pack_for_kernels, int8 [out * bits / 8, in] -> the whole numbers that they stand
+    for, fp32 [out, in].
+    """
+    num_in, woven = codes.shape[1], 16 // bits
+    stored = codes.view("uint8")
+    levels = stored.astype("float32") - 128 if bits == 8 else _halves(stored, INT4)
+    tiles = levels.reshape([-1, woven * 64]).index_select(_order(bits, paddle.get_device()), axis=1)
+    return tiles.reshape([-1, num_in // 64, woven, 64]).transpose([0, 2, 1, 3]).reshape([-1, num_in])

@@ -22,7 +22,7 @@ from erniekit.checkpoint.model_shape import (
     require_pictures,
     vision_start,
 )
-from erniekit.config.methods import Records
+from erniekit.config import rl_keys
 from erniekit.config.schema import Config
 from erniekit.config.schema_parallel import ZERO_STAGES
 from erniekit.data.chat.template import Template
@@ -134,19 +134,6 @@ def seed_everything(seed: int) -> None:
     paddle.seed(seed)
 
 
-def _require_own_prompts(cfg: Config, config: ModelConfig) -> None:
-    """ConfigError where the two answers of a pair, which share their prompt, could each want another rotation of it."""
-    scaling = config.rope_scaling
-    if scaling is None or scaling.kind != "dynamic" or cfg.method.records is not Records.PAIRS:
-        return
-    if cfg.max_seq_len > scaling.length:
-        raise ConfigError(
-            f"max_seq_len: {cfg.max_seq_len}: this model's positions (rope_type dynamic) depend on a text's length "
-            f"beyond {scaling.length} tokens, and the answers of a pair share their prompt: set it to at most "
-            f"{scaling.length}, or rope_type: yarn in config.json"
-        )
-
-
 def build_optimizer(
     cfg: Config, model: CausalLM, parameters: ShardedParameters, matrices: Mapping[str, muon.MatrixLayout]
 ) -> AdamW:
@@ -184,7 +171,6 @@ def build_run(cfg: Config, mesh: Mesh, method: Method | None = None) -> Run:
     tokenizer = load_tokenizer(tokenizer_dir)
     check_fits(tokenizer, prepared.config.vocab_size, str(model_dir))
     require_pictures(cfg, prepared.config, model_dir)
-    _require_own_prompts(cfg, prepared.config)
     template, loader, eval_loader = _open_data(cfg, method, model_dir, tokenizer, mesh, prepared.config.vision)
     max_steps = last_step(cfg, loader, mesh.degrees.batch)
     warn_if_nothing_compares(cfg, max_steps)
@@ -193,9 +179,9 @@ def build_run(cfg: Config, mesh: Mesh, method: Method | None = None) -> Run:
     warn_of_long_warmup(cfg, max_steps)
     for line in layout_lines(cfg, prepared.config, mesh.degrees):
         log.info(line)
-    check_frozen(cfg, prepared.config)
+    check_frozen(cfg, prepared.config, prepared.adapter)
     with all_or_none(mesh.world_group):
-        method.check(cfg, prepared, tokenizer)
+        method.check(cfg, prepared, tokenizer, mesh.degrees)
     warn_if_too_large(cfg, prepared.config, mesh)
     # All checks of the configuration are done; weights are read from here on.
     chunks = cut_layers(cfg, prepared.config, mesh.degrees.pipeline)[mesh.pipe]
@@ -255,25 +241,16 @@ def prepare(cfg: Config, model_dir: Path, mesh: Mesh) -> PreparedModel:
             require_weights(model_dir)
         options = dataclasses.replace(training_options(cfg), vision_start=vision_start(cfg, shape))
         prepared = prepare_model(model_dir, options, None if cfg.continue_training else shape)
-        _require_what_rollouts_need(cfg, prepared)
         check_layout(cfg, mesh.degrees, prepared.config)
+        _require_generation(cfg, prepared)
     return prepared
 
 
-def _require_what_rollouts_need(cfg: Config, prepared: PreparedModel) -> None:
-    """Raise ConfigError for a model that cannot generate, or not as the keys about rollouts ask for."""
-    if not cfg.method.reads("router_replay"):
-        return
-    if cfg.router_replay != "none" and not prepared.config.sparse_layers:
-        raise ConfigError(
-            f"router_replay: {cfg.router_replay}: the model is dense, so no experts are chosen. Leave the key out"
-        )
+def _require_generation(cfg: Config, prepared: PreparedModel) -> None:
+    """ConfigError where the method generates with weights that this device cannot multiply."""
     dtype = prepared.options.precision.param_dtype
-    if dtype != "float32" and paddle.get_device() == "cpu":
-        raise ConfigError(
-            f"emulate_precision: True: a CPU cannot generate with {dtype} weights. Leave it out; rollout_dtype: bf16 "
-            "rounds the weights that generate"
-        )
+    if rl_keys.generates(cfg) and dtype != "float32" and paddle.get_device() == "cpu":
+        raise ConfigError(rl_keys.no_generation(cfg))
 
 
 def _open_data(

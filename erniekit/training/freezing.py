@@ -12,6 +12,7 @@ import paddle
 
 from erniekit import lora
 from erniekit.build import lora_options
+from erniekit.checkpoint.peft_read import StoredAdapter
 from erniekit.config.schema import Config
 from erniekit.config.schema_parts import FREEZE_LM, FREEZE_VISION
 from erniekit.models.config import ModelConfig
@@ -61,9 +62,9 @@ def _means(key: str, entry: str, name: str, component: Component) -> bool:
     return _WORDS[entry] is component if entry in _WORDS else re.fullmatch(entry, name) is not None
 
 
-def check_frozen(cfg: Config, config: ModelConfig) -> None:
+def check_frozen(cfg: Config, config: ModelConfig, adapter: StoredAdapter | None = None) -> None:
     """ConfigError where an entry names no parameter of a model of this configuration, or nothing is left to train. The
-    model is made without its weights.
+    model is made without its weights. `adapter`: the saved one whose training continues.
     """
     if not cfg.freeze_config and not cfg.frozen_parameters:
         return
@@ -72,19 +73,26 @@ def check_frozen(cfg: Config, config: ModelConfig) -> None:
     frozen = frozen_names(cfg, components)
     if len(frozen) == len(components):
         raise ConfigError("freeze_config, frozen_parameters: every parameter is frozen, so nothing is left to train.")
-    if cfg.fine_tuning == "LoRA" and not cfg.lora_path and not _trains_adapters(cfg, config, components):
+    if cfg.fine_tuning == "LoRA" and not _trains_adapters(cfg, config, components, adapter):
+        cure = "." if adapter else ", or name projections of other parts in lora_target_modules."
         raise ConfigError(
             "freeze_config, frozen_parameters: every adapter belongs to a frozen part, so nothing is left to train. "
-            "Freeze less, or name projections of other parts in lora_target_modules."
+            f"Freeze less{cure}"
         )
 
 
-def _trains_adapters(cfg: Config, config: ModelConfig, components: Mapping[str, Component]) -> bool:
+def _trains_adapters(
+    cfg: Config, config: ModelConfig, components: Mapping[str, Component], adapter: StoredAdapter | None
+) -> bool:
     """Whether an adapter, or a module of modules_to_save, belongs to a part that is not frozen."""
-    slots, saved = lora.choose_slots(our_shapes(config), lora_options(cfg), config.tie_word_embeddings)
+    if adapter is None:
+        options = lora_options(cfg)
+        slots, saved = lora.choose_slots(our_shapes(config), options, config.tie_word_embeddings)
+    else:
+        options, slots, saved = adapter.options, adapter.slots, adapter.saved
     trained = {name: components[name] for name in saved}
     for module, parts in slots.items():
-        names = lora.parameter_names(module, parts, cfg.use_dora)
+        names = lora.parameter_names(module, parts, options.dora)
         trained |= dict.fromkeys(names, components[f"{module}.weight"])
     return any(
         not any(_means(key, entry, name, component) for key, entry in _entries(cfg))

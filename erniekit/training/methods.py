@@ -25,6 +25,7 @@ from erniekit.config.schema import Config
 from erniekit.config.schema_preference import wants_reference
 from erniekit.data.chat.tokenizer import Tokenizer
 from erniekit.data.loader import StepSource
+from erniekit.parallel.mesh import ParallelDims
 from erniekit.training.data import DataContext, open_evaluation_rows, open_rows
 from erniekit.training.evaluators import EvaluatedModel, EvaluationData, Evaluator, Scores, label_scores, pair_scores
 from erniekit.training.judged_evaluator import judged_scores
@@ -43,7 +44,7 @@ def _has_reference(cfg: Config) -> bool:
     return True
 
 
-def _nothing_to_check(cfg: Config, prepared: PreparedModel, tokenizer: Tokenizer) -> None:
+def _nothing_to_check(cfg: Config, prepared: PreparedModel, tokenizer: Tokenizer, degrees: ParallelDims) -> None:
     return
 
 
@@ -81,10 +82,10 @@ def _gkd_recipe(context: RecipeContext) -> Recipe:
     return GkdRecipe.build(context)
 
 
-def _require_teacher(cfg: Config, prepared: PreparedModel, tokenizer: Tokenizer) -> None:
+def _require_teacher(cfg: Config, prepared: PreparedModel, tokenizer: Tokenizer, degrees: ParallelDims) -> None:
     from erniekit.training.recipes.gkd import require_teacher
 
-    require_teacher(cfg, prepared, tokenizer)
+    require_teacher(cfg, prepared, tokenizer, degrees)
 
 
 @dataclass(frozen=True)
@@ -98,7 +99,7 @@ class Method:
     build_recipe: Callable[[RecipeContext], Recipe]
     evaluator: Evaluator
     wants_reference: Callable[[Config], bool] = _no_reference
-    check: Callable[[Config, PreparedModel, Tokenizer], None] = _nothing_to_check
+    check: Callable[[Config, PreparedModel, Tokenizer, ParallelDims], None] = _nothing_to_check
     open_data: Callable[[DataContext], StepSource] = open_rows
     open_evaluation_data: Callable[[DataContext], EvaluationData] = open_evaluation_rows
 

@@ -18,6 +18,7 @@ from erniekit.moe.expert_bias import update_biases
 from erniekit.moe.layer import MoELayer
 from erniekit.parallel import comm, pipeline
 from erniekit.parallel.grad_clip import clip_, global_norm, squared_norms
+from erniekit.parallel.mesh import Mesh
 from erniekit.training.batch_warmup import microbatches_at, warmup_steps
 from erniekit.training.build import Run
 from erniekit.training.callbacks import Callback, RunInfo, StepMetrics
@@ -191,8 +192,7 @@ class Trainer:
         """One optimizer step on this rank's microbatches."""
         started = time.perf_counter()
         step = self.state.step
-        # Noise depends on step and data rank alone: nothing to save, and no two ranks draw the same.
-        paddle.seed((self.cfg.seed * 1_000_003 + step + self.run.mesh.data * 15_485_863) % 2**32)
+        paddle.seed(noise_seed(self.cfg.seed, step, self.run.mesh))
         with span("prepare"):
             self.run.recipe.before_step(step)
             microbatches = self.run.recipe.prepare(batches)
@@ -408,6 +408,13 @@ class Trainer:
             summary |= {"best_metric": self.state.best_metric, "best_step": self.state.best_step}
         summary["data"] = self.run.loader.report()
         return summary
+
+
+def noise_seed(seed: int, step: int, mesh: Mesh) -> int:
+    """The seed of a step's noise, which follows from numbers, so that nothing has to be saved. Data ranks have other
+    tokens and stages other layers, and draw other numbers; tensor ranks share inputs, and draw the same.
+    """
+    return (seed * 1_000_003 + step + mesh.data * 15_485_863 + mesh.pipe * 32_452_843) % 2**32
 
 
 def _parts(sums: StepSums, routers: dict[str, dict[str, Any]]) -> dict[str, float]:

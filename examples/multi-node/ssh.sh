@@ -9,7 +9,7 @@
 #
 # The job's token lies in a file in the current directory that only you can read, as long as this script runs.
 # The current directory must be the same one on all hosts (code, YAML, data, output_dir on a shared file system).
-# Ctrl-C ends the job. To end it with a checkpoint: ssh HOST pkill -TERM -o -f '"erniekit train"', on one host.
+# Ctrl-C closes the connections, by which the job gets SIGHUP: it finishes its step, saves a checkpoint and ends.
 set -euo pipefail
 
 read -ra hosts <<< "${HOSTS:?set it to the names of the hosts, the first is the master}"

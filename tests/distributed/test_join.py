@@ -50,6 +50,7 @@ def start(keys, other):
         ({"max_grad_norm": 2.0}, r"max_grad_norm: 0\.5 on rank 0, 2\.0 on rank 1"),
         ({"max_seq_len": 48}, "max_seq_len: 64 on rank 0, 48 on rank 1"),
         ({"max_steps": 9}, "max_steps: 5 on rank 0, 9 on rank 1"),
+        ({"temperature": 0.5}, r"temperature: 0\.95 on rank 0, 0\.5 on rank 1"),  # stages RL and GKD train with it
         ({"tensor_parallel_degree": 2}, "tensor_parallel_degree: 1 on rank 0, 2 on rank 1"),
         ({"output_dir": "elsewhere"}, 'output_dir: ".*" on rank 0, "elsewhere" on rank 1'),
         ({"train_dataset_path": "edited.jsonl"}, "content of train_dataset_path: "),
@@ -74,10 +75,12 @@ def test_what_hosts_may_have_for_themselves_is_no_difference(world2: World, dire
 
 
 def test_every_key_but_those_of_one_host_is_compared():
-    from erniekit.config.per_host import PER_HOST
+    from erniekit.config.methods import METHODS
+    from erniekit.config.per_host import PER_HOST, compared
     from erniekit.config.schema import fields
 
     assert set(fields()) >= PER_HOST
+    assert {key for facts in METHODS.values() for key in facts.also_reads} <= set(compared("train", list(fields())))
     training = {"learning_rate", "seed", "max_steps", "num_train_epochs", "beta", "lora_rank", "moe_aux_loss_lambda"}
     assert not training & PER_HOST
 

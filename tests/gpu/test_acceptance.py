@@ -64,6 +64,6 @@ def test_every_fused_operator_is_in_one_of_its_cases(script: ModuleType):
     names = set(script.cases(False))
     assert names == {
         *("RMSNorm", "rotation, far positions", "SwiGLU", "attention, four documents", "products of experts"),
-        *("sparse layer", "head and loss"),
+        *("weights in 8 bits", "weights in 4 bits", "weights in 4 bits, one token", "sparse layer", "head and loss"),
     }
     assert len(script.fused.OPERATORS) == 8  # permute and unpermute are in the sparse layer

@@ -149,10 +149,10 @@ def _fp8_calls() -> dict[str, Call]:
         # As incubate.nn.functional.fp8_gemm_blockwise calls it, which makes tensors that a static program has not.
         "fp8 product": Call(
             {
-                "a": (E4M3, (256, 512)),
-                "sa": (F, (4, 256)),
-                "b": (E4M3, (384, 512)),
-                "sb": (F, (3, 4)),
+                "a": (E4M3, (256, 640)),
+                "sa": (F, (5, 256)),
+                "b": (E4M3, (384, 640)),
+                "sb": (F, (3, 8)),  # a multiple of four in a row
                 "out": (B, (256, 384)),
                 "empty": (F, (0,)),
                 "workspace": ("uint8", (33554432,)),
@@ -192,34 +192,19 @@ def _fp8_calls() -> dict[str, Call]:
 
 def _low_bit_calls() -> dict[str, Call]:
     """Weights in 8 and 4 bits, as precision/quantized_weight.py calls them."""
-    from paddle.nn.quant import weight_dequantize, weight_only_linear, weight_quantize
+    from paddle.nn.quant import weight_only_linear
 
     calls: dict[str, Call] = {}
     for bits, group in ((8, -1), (4, 64)):
         codes = ("int8", (WIDTH, D) if bits == 8 else (WIDTH // 2, D))
         scales = (B, (WIDTH,) if bits == 8 else (D // 64, WIDTH))
-        algorithm = f"weight_only_int{bits}"
-        calls |= {
-            f"quantise to int{bits}": Call(
-                {"w": (B, (D, WIDTH))},
-                lambda w, algo=algorithm, group=group: weight_quantize(w, algo=algo, arch=80, group_size=group),
-                (codes, scales),
+        calls[f"product with int{bits}"] = Call(
+            {"x": (B, (T, D)), "codes": codes, "scales": scales},
+            lambda x, codes, scales, bits=bits, group=group: weight_only_linear(
+                x, codes, weight_scale=scales, weight_dtype=f"int{bits}", arch=80, group_size=group
             ),
-            f"product with int{bits}": Call(
-                {"x": (B, (T, D)), "codes": codes, "scales": scales},
-                lambda x, codes, scales, bits=bits, group=group: weight_only_linear(
-                    x, codes, weight_scale=scales, weight_dtype=f"int{bits}", arch=80, group_size=group
-                ),
-                ((B, (T, WIDTH)),),  # its own gradient is not used: with scales by group there is none
-            ),
-            f"int{bits} back to bf16": Call(
-                {"codes": codes, "scales": scales},
-                lambda codes, scales, algo=algorithm, group=group: weight_dequantize(
-                    codes, scales, algo=algo, group_size=group
-                ),
-                ((B, (D, WIDTH)),),
-            ),
-        }
+            ((B, (T, WIDTH)),),  # its own gradient is not used: with scales by group there is none
+        )
     return calls
 
 
@@ -229,8 +214,7 @@ NAMES = [
     *("permute", "unpermute", "add product", "add product, first", "cross-entropy of fp32 logits", "flash mask v2"),
     *("embedding gradient", "fp8 quantise rows", "fp8 quantise rows and columns", "fp8 quantise a weight"),
     *("fp8 product", "fp8 stack and transpose", "fp8 back to bf16", "fp8 transpose by expert", "fp8 swiglu"),
-    *("fp8 swiglu, backward", "quantise to int8", "product with int8", "int8 back to bf16"),
-    *("quantise to int4", "product with int4", "int4 back to bf16"),
+    *("fp8 swiglu, backward", "product with int8", "product with int4"),
 ]
 
 

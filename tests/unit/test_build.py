@@ -12,7 +12,7 @@ from support.tiny_directories import model_directory, write_lines
 from support.tiny_sizes import MOE
 
 from erniekit import build, lora
-from erniekit.build import ModelOptions, Overrides, load_model, prepare_model
+from erniekit.build import AdapterDirectory, ModelOptions, load_model, prepare_model
 from erniekit.checkpoint.model_reader import ModelReader
 from erniekit.checkpoint.peft_attach import save_adapter
 from erniekit.config import Config, load
@@ -21,7 +21,9 @@ from erniekit.evaluate.run import evaluate
 from erniekit.export.export import export
 from erniekit.generation.load import find_model, open_model
 from erniekit.models.config import ModelConfig
-from erniekit.parallel.mesh import Mesh
+from erniekit.models.decoder import CausalLM
+from erniekit.models.overrides import Overrides
+from erniekit.parallel.mesh import Mesh, ParallelDims
 from erniekit.precision.policy import Policy
 from erniekit.training.build import build_run
 from erniekit.training.reference import SecondModel
@@ -238,6 +240,20 @@ def test_load_model_rounds_and_adapts_as_it_was_asked(workspace: Path):
     name = "model.layers.0.mlp.down_proj.weight"
     exact, short = (dict(m.named_parameters())[name].numpy() for m in (plain, rounded))
     assert 0 < np.abs(exact - short).max() < 1e-2 and not (short.view(np.uint32) & 0xFFFF).any()
+
+
+def test_tensor_ranks_do_not_divide_the_columns_of_dora(workspace: Path, tmp_path: Path, unreadable: None):
+    """A saved adapter decides that, whatever the YAML says: in training, evaluation, chat and plans."""
+    model = CausalLM(ModelConfig.from_dir(workspace / "dense"))
+    lora.attach(model, lora.LoraOptions(rank=2, dora=True))
+    save_adapter(model, tmp_path / "dora")
+    options = ModelOptions(Policy("float32"), adapter=AdapterDirectory(tmp_path / "dora"))
+    prepared = prepare_model(workspace / "dense", options)
+    mesh = Mesh.outline(ParallelDims(tensor=2), 1)
+    with pytest.raises(ConfigError, match=r"tensor_parallel_degree: 2: not with the DoRA of the adapter .*dora: "):
+        prepared.build(mesh)
+    with pytest.raises(ConfigError, match="tensor_parallel_degree: 2"):
+        build.outline(prepared.config, options, mesh, [[0, 1]], prepared.adapter)
 
 
 def test_overrides_leave_what_they_do_not_name(workspace: Path):

@@ -80,10 +80,14 @@ def inspect(report: Report, cfg: Config, command: str, facts: ModelFacts, wishes
         elif cfg.method.records is Records.PROMPTS:
             from erniekit.cli.check import prompts  # imports Paddle
 
-            found = prompts.inspect(report, section, cfg, split, facts)
-            steps.total = steps.total or found
+            found, counted = prompts.inspect(section, cfg, split, facts, wishes.decode)
+            steps.total = steps.total or counted
+            if found is not None and (wishes.preview or not report.count("error")):
+                count = wishes.preview or 1
+                tiles += prompts.show(report, found, tokenizer, cfg.answer_key, split, count, wishes.first, written)
         else:
-            tiles += _rows(report, section, cfg, split, facts, wishes, steps, opened, written)
+            feed = _rows(report, section, cfg, split, facts, wishes, steps, opened)
+            tiles += _show(report, section, feed, split, tokenizer, wishes, written)
     _draw(report, tiles, wishes)
     if wishes.records is not None:
         atomic.write_json(wishes.records, written)
@@ -100,12 +104,8 @@ def _rows(
     wishes: Wishes,
     steps: Steps,
     opened: dict[str, Dataset],
-    written: preview.Written | None,
-) -> list[Tile]:
-    """Check the rows of a split, and show some records -> their pictures. `written` takes what is to be written."""
-    tokenizer = _usable_tokenizer(cfg, facts)
-    assert tokenizer is not None
-    tiles: list[Tile] = []
+) -> Feed | None:
+    """Check the rows of a split -> where they come from; None where that cannot be opened."""
     feed: Feed | None = None
     with section.collecting():
         ranks = 1 if facts.degrees is None else facts.degrees.batch
@@ -119,8 +119,25 @@ def _rows(
                 _steps(section, cfg, loader, ranks, steps)
             if split == "eval" and usable and report.command == "train":
                 require_metric(cfg, loader)
+    return feed
+
+
+def _show(
+    report: Report,
+    section: Section,
+    feed: Feed | None,
+    split: str,
+    tokenizer: Tokenizer,
+    wishes: Wishes,
+    written: preview.Written | None,
+) -> list[Tile]:
+    """Show some records -> their pictures. `written` takes what is to be written."""
+    tiles: list[Tile] = []
+    feeds = _record_feeds(feed, split)
+    if feed is not None and not feeds and (wishes.preview or written is not None):
+        section.add("note", "token files hold no records, so there are none to show")
     if wishes.preview or not report.count("error"):
-        for name, part in _record_feeds(feed, split):
+        for name, part in feeds:
             count = wishes.preview or 1
             tiles += preview.inspect(report, part, tokenizer, name, count, wishes.first, written)
     return tiles

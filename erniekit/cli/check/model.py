@@ -1,6 +1,6 @@
 """Checks the model's files, the tokenizer, the chat template, and how the ranks divide the model."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from erniekit import hub
@@ -28,6 +28,7 @@ from erniekit.data.vision.options import inference_spec, vision_spec
 from erniekit.data.vision.processor_files import read_settings
 from erniekit.data.vision.template import load_vision_template
 from erniekit.models.config import ModelConfig
+from erniekit.models.overrides import overrides_of, training_overrides
 from erniekit.models.pipeline_layout import check_layout, chunks_to_use, layout_lines
 from erniekit.models.weights import num_parameters
 from erniekit.parallel.mesh import ParallelDims
@@ -56,7 +57,7 @@ def inspect(report: Report, cfg: Config, command: str) -> ModelFacts:
             facts.model_config = _model_config(section, cfg, directory, command)
             facts.vision = _vision(cfg, facts.model_config, directory, command)
     if command == "train":
-        _layout(report.section("layout"), cfg, facts)
+        _layout(report.section("layout"), cfg, directory, tokenizer, facts)
     elif command in launch.ON_RANKS:
         _layout_to_use(report.section("layout"), cfg, facts, command)
     if tokenizer is not None and command in launch.ON_RANKS:
@@ -129,8 +130,9 @@ def _model_config(section: Section, cfg: Config, directory: Path, command: str) 
             f"max_seq_len: {cfg.max_seq_len} is more than the model's max_position_embeddings "
             f"{stored.max_position_embeddings}: it has not seen such positions",
         )
-    depths = max(cfg.mtp_depths, stored.num_nextn_predict_layers)
-    return replace(stored, num_nextn_predict_layers=depths)
+    if command not in launch.ON_RANKS:
+        return stored
+    return (training_overrides(cfg) if command == "train" else overrides_of(cfg)).apply(stored)
 
 
 def _gets_vision(cfg: Config, directory: Path, command: str) -> bool:
@@ -156,17 +158,16 @@ def _vision(cfg: Config, model: ModelConfig, directory: Path, command: str) -> V
     return vision_spec(cfg, read_settings(processor_directory(cfg, directory), model.vision.patching))
 
 
-def _layout(section: Section, cfg: Config, facts: ModelFacts) -> None:
+def _layout(section: Section, cfg: Config, directory: Path | None, tokenizer: Path | None, facts: ModelFacts) -> None:
     with section.collecting():
         facts.degrees = launch.degrees_of(cfg)
-        if facts.model_config is None:
+        if facts.model_config is None or directory is None:
             processes = count_of(facts.degrees.world, "process", "processes")
             section.add("ok", f"{processes}; whether the degrees divide the model is not known yet")
             return
         check_layout(cfg, facts.degrees, facts.model_config)
-        wide = cfg.fine_tuning == "LoRA" and cfg.lora_rank > _COMMON_RANKS
-        if wide or cfg.lora_target_modules or cfg.modules_to_save or cfg.freeze_config or cfg.frozen_parameters:
-            _named_modules(section, cfg, facts.model_config)
+        if _is_compared_with_modules(cfg):
+            _named_modules(section, cfg, (directory, tokenizer or directory), facts.model_config, facts.degrees)
         if facts.degrees.world == 1:
             number = cfg.num_microbatches(data_ranks=1)
             rows = count_of(cfg.batch_size * number, "row")
@@ -189,19 +190,27 @@ def _layout_to_use(section: Section, cfg: Config, facts: ModelFacts, command: st
         section.add("ok", f"{count_of(degrees.world, 'process', 'processes')}{remark}")
 
 
-def _named_modules(section: Section, cfg: Config, model_config: ModelConfig) -> None:
-    """Checks that the model has the modules that are to be adapted or frozen, and no too large rank."""
+def _is_compared_with_modules(cfg: Config) -> bool:
+    """Whether keys name modules of the model or another model, or ask for what some modules cannot have."""
+    adapts = cfg.fine_tuning == "LoRA"
+    asks = adapts and (cfg.lora_rank > _COMMON_RANKS or cfg.use_dora or cfg.lora_path or cfg.lora_target_modules)
+    named = cfg.modules_to_save or cfg.freeze_config or cfg.frozen_parameters
+    return bool(asks or named or cfg.qat != "none" or cfg.method.reads("teacher_model_name_or_path"))
+
+
+def _named_modules(
+    section: Section, cfg: Config, directories: tuple[Path, Path], model_config: ModelConfig, degrees: ParallelDims
+) -> None:
+    """Checks that the model has what is to be adapted, frozen or quantised, as the run does before it reads weights."""
     try:  # imports Paddle, which takes seconds
-        from erniekit.build import check_lora
-        from erniekit.training.freezing import check_frozen
+        from erniekit.cli.check import modules
     except ModuleNotFoundError as error:
         if error.name != "paddle":
             raise
-        names = "lora_rank, lora_target_modules, modules_to_save, freeze_config, frozen_parameters"
-        section.add("note", f"{names}: not compared with the model: PaddlePaddle is not installed here")
+        names = "lora_rank, use_dora, lora_path, lora_target_modules, modules_to_save, freeze_config, frozen_parameters"
+        section.add("note", f"{names}, qat: not compared with the model: PaddlePaddle is not installed here")
         return
-    check_lora(cfg, model_config)
-    check_frozen(cfg, model_config)
+    modules.check(cfg, *directories, model_config, degrees)
 
 
 def _tokenizer(section: Section, cfg: Config, directory: Path, command: str, facts: ModelFacts) -> None:

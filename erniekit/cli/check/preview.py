@@ -47,14 +47,14 @@ def inspect(
             which = f"the first {split} record" if number == 0 else f"{split} record {number + 1}"
             section = report.section(f"{which} as the model gets it")
             with section.collecting():
-                tiles += _record(section, next(records), tokenizer, count > 1 or written is not None, split, written)
+                tiles += show(section, next(records), tokenizer, count > 1 or written is not None, split, written)
     return tiles
 
 
-def _record(
+def show(
     section: Section, record: Encoded, tokenizer: Tokenizer, is_preview: bool, split: str, written: Written | None
 ) -> list[Tile]:
-    """Add one record, and return its pictures."""
+    """Add one record, also to `written`, and return its pictures. `is_preview`: all of its documents, not one."""
     if record.dropped:
         section.add("note", f"{record.where}: dropped: {record.dropped}")
     shown = record.documents if is_preview else record.documents[:1]

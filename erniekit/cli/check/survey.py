@@ -1,7 +1,7 @@
 """Data with pictures: every record encoded as in training, with the sizes that the headers of its pictures say."""
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from itertools import islice
@@ -134,6 +134,17 @@ def _look(feed: RecordFeed, survey: Survey, decoding: "Decoding | None") -> None
                     decoding.add(some, decoder)
     finally:
         decoder.stop()
+
+
+def decode(section: Section, cfg: Config, records: Iterable[Encoded]) -> None:
+    """Add what decoding every picture and video of records finds."""
+    decoding, decoder, rest = Decoding(), MediaDecoder(num_cores(), "skip", keep=False), iter(records)
+    try:
+        while some := list(islice(rest, _DECODED_AT_ONCE)):
+            decoding.add(some, decoder)
+    finally:
+        decoder.stop()
+    decoding.report(section, _level(cfg))
 
 
 def _level(cfg: Config) -> Level:

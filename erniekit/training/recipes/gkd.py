@@ -19,12 +19,15 @@ from erniekit.generation.request import Limits
 from erniekit.generation.sampling import Sampling
 from erniekit.hub import resolve_model
 from erniekit.losses.distillation import Divergence, linear_divergence
+from erniekit.models.config import ModelConfig
 from erniekit.models.decoder import CausalLM
 from erniekit.models.inputs import ModelInputs
+from erniekit.models.overrides import Overrides
 from erniekit.models.pipeline_layout import cut_layers
 from erniekit.models.sharded_blocks import whole_weights
 from erniekit.nn.narrow import gather
 from erniekit.parallel import comm
+from erniekit.parallel.mesh import ParallelDims, check_model
 from erniekit.training.forward_pass import final_norm
 from erniekit.training.recipes.base import Recipe, RecipeContext, Term
 from erniekit.training.recipes.distilled import Teacher, places_of
@@ -34,8 +37,10 @@ from erniekit.utils.errors import ConfigError, UserError
 _KEY = 71  # tells this draw from others of the same seed
 
 
-def require_teacher(cfg: Config, prepared: PreparedModel, tokenizer: Tokenizer) -> None:
-    """Raise ConfigError if the teacher is not a model with weights and with the vocabulary of the trained one."""
+def require_teacher(cfg: Config, prepared: PreparedModel, tokenizer: Tokenizer, degrees: ParallelDims) -> None:
+    """Raise ConfigError if the teacher is not a model with weights and with the vocabulary of the trained one, or if
+    the degrees do not divide it.
+    """
     try:
         path = resolve_model(_name(cfg), cfg.download_hub)
         require_model(path)
@@ -50,6 +55,10 @@ def require_teacher(cfg: Config, prepared: PreparedModel, tokenizer: Tokenizer) 
             f"{theirs.vocab_size} tokens) than the model ({prepared.config.vocab_size} rows, {tokenizer.vocab_size} "
             "tokens), so their predictions cannot be compared. Choose a teacher with the same tokenizer."
         )
+    try:
+        _chunks_of(cfg, teacher.config, degrees)
+    except ConfigError as error:
+        raise ConfigError(f"teacher_model_name_or_path: {path} is divided as the trained model is: {error}") from None
 
 
 def _name(cfg: Config) -> str:
@@ -57,10 +66,24 @@ def _name(cfg: Config) -> str:
     return cfg.teacher_model_name_or_path
 
 
+def _chunks_of(cfg: Config, teacher: ModelConfig, degrees: ParallelDims) -> list[list[tuple[int, ...]]]:
+    """The layers of each chunk of each stage of the teacher; ConfigError where the degrees do not divide it. A list in
+    pp_seg_method has the numbers of the trained model's layers.
+    """
+    # Without experts, the ranks that share experts each hold all of it.
+    check_model(degrees if teacher.moe_num_experts else replace(degrees, expert=1), teacher)
+    named = isinstance(cfg.pp_seg_method, str)
+    return cut_layers(cfg if named else replace(cfg, pp_seg_method="balanced"), teacher, degrees.pipeline)
+
+
 def _prepared_teacher(cfg: Config, prepared: PreparedModel) -> PreparedModel:
+    """The teacher as its config.json has it: keys that change the trained model, such as rope_theta, do not concern
+    it, beside the length of rows.
+    """
     precision = replace(prepared.options.precision, qat=None)
     options = replace(
         prepared.options,
+        overrides=Overrides(min_positions=cfg.max_seq_len, score_head=False),
         precision=precision,
         adapter=None,
         recompute=None,
@@ -93,7 +116,7 @@ class GkdRecipe(Recipe):
         """The recipe of a run, with its teacher."""
         cfg, model = context.cfg, context.model
         prepared = _prepared_teacher(cfg, context.prepared)
-        chunks = cut_layers(cfg, prepared.config, model.mesh.degrees.pipeline)[model.mesh.pipe]
+        chunks = _chunks_of(cfg, prepared.config, model.mesh.degrees)[model.mesh.pipe]
         teacher = Teacher(prepared.build(model.mesh, chunks))
         log.info(f"teacher: {prepared.path}")
         stops = [context.tokenizer.eos_id] if context.template is None else context.template.stop_ids

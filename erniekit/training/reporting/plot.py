@@ -5,9 +5,9 @@ from typing import Any
 
 import numpy as np
 
-from erniekit.training.reporting.base import Callback, RunInfo
 from erniekit.training.reporting.metrics_file import FILE_NAME, read_metrics
-from erniekit.utils import atomic, log, plot_text
+from erniekit.training.reporting.picture import Picture
+from erniekit.utils import atomic, plot_text
 
 _TRAIN, _EVAL, _RATE, _QUIET = "#2563c9", "#d9480f", "#4b5563", "#9ca3af"
 _MODALITIES = {"text": "#0f766e", "image": "#9333ea", "video": "#b45309"}
@@ -39,10 +39,15 @@ def draw(records: list[dict[str, Any]], path: Path, title: str) -> None:
 
     steps, rewards = column(records, "reward_margin")
     has_rewards = len(steps) > 0
-    figure = Figure(figsize=(9, 8 if has_rewards else 6), dpi=120, layout="constrained")
+    height = 8 if has_rewards else 6
+    figure = Figure(figsize=(9, height), dpi=120)
     FigureCanvasAgg(figure)
     heights = [3, 2, 1] if has_rewards else [3, 1]
     panels = figure.subplots(len(heights), 1, sharex=True, height_ratios=heights)
+    # Fixed margins: a layout engine draws everything several times to measure it.
+    figure.subplots_adjust(
+        left=0.09, right=0.92 if has_rewards else 0.985, top=1 - 0.33 / height, bottom=0.55 / height, hspace=0.12
+    )
     upper, lower = panels[0], panels[-1]
     _draw_train(upper, *column(records, "loss"), _TRAIN, "train")
     _draw_modalities(upper, records)
@@ -117,33 +122,15 @@ def _draw_eval(axes: Any, steps: np.ndarray, values: np.ndarray) -> None:
         axes.plot(steps, values, color=_EVAL, linewidth=1.2, marker="o", markersize=5, label="evaluation")
 
 
-class LossPlot(Callback):
-    """Draws output_dir/loss.png at each save and at the end. A plot that fails is a warning: the numbers are safe."""
+class LossPlot(Picture):
+    """output_dir/loss.png."""
 
-    def __init__(self) -> None:
-        self._directory: Path | None = None
+    name = "loss.png"
+    numbers = FILE_NAME
 
-    def on_start(self, run: RunInfo) -> None:
-        """Remember the run's directory."""
-        self._directory = run.output_dir
-
-    def on_save(self, step: int, path: Path) -> None:
-        """Draw the run so far."""
-        self._draw()
-
-    def on_end(self, summary: dict[str, Any]) -> None:
-        """Draw the whole run."""
-        self._draw()
-
-    def _draw(self) -> None:
-        if self._directory is None:  # the run ended before it began
-            return
-        path = self._directory / "loss.png"
-        try:
-            records = list(read_metrics(self._directory / FILE_NAME))
-            if not any(record.get("loss") is not None for record in records):
-                return
-            with atomic.new_file(path) as temporary:
-                draw(records, temporary, self._directory.name)
-        except Exception as error:  # any error of the drawing library: a plot must not end a run
-            log.warning(f"{path}: not drawn ({type(error).__name__}: {error}); the numbers are in {FILE_NAME}")
+    def draw(self, directory: Path) -> None:
+        """Draw metrics.jsonl, once it has a loss."""
+        records = list(read_metrics(directory / FILE_NAME))
+        if any(record.get("loss") is not None for record in records):
+            with atomic.new_file(directory / self.name) as temporary:
+                draw(records, temporary, directory.name)

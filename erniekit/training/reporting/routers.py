@@ -1,31 +1,43 @@
 """Writes routers.jsonl and expert_load.png: the statistics of each sparse layer's router, step by step."""
 
 import json
+from collections import deque
 from pathlib import Path
 from typing import Any, TextIO
 
 import numpy as np
 
-from erniekit.training.reporting.base import Callback, RunInfo, StepMetrics
+from erniekit.training.reporting.base import RunInfo, StepMetrics
 from erniekit.training.reporting.metrics_file import read_records
-from erniekit.utils import atomic, log
+from erniekit.training.reporting.picture import Picture
+from erniekit.utils import atomic
 
 FILE_NAME = "routers.jsonl"
 _SHOWN_STEPS = 50  # the loads in the picture are means over the last N steps
 
 
-class RouterLog(Callback):
+class RouterLog(Picture):
     """Writes output_dir/routers.jsonl: {"step", "layers": {"1": {load_max_over_mean, entropy, ..., "load": [E]}}} a
-    step, for models with experts. Draws output_dir/expert_load.png at each save and at the end.
+    step, for models with experts, and draws output_dir/expert_load.png.
+
+    The file has tens of kilobytes a step for a large model, so it is read once, line by line, where a run resumes, and
+    what the picture shows is kept.
     """
 
+    name = "expert_load.png"
+    numbers = FILE_NAME
+
     def __init__(self) -> None:
+        super().__init__()
         self._file: TextIO | None = None
         self._path = Path()
         self._start_step = 0
+        self._last: deque[dict[str, Any]] = deque(maxlen=_SHOWN_STEPS)
+        self._worst: list[tuple[int, float, float, float]] = []  # step; mean, least and most of load_max_over_mean
 
     def on_start(self, run: RunInfo) -> None:
         """Remember the run's directory; files are created at the first step with routers."""
+        super().on_start(run)
         self._path = run.output_dir / FILE_NAME
         self._start_step = run.start_step
 
@@ -34,49 +46,54 @@ class RouterLog(Callback):
         if not metrics.routers:
             return
         if self._file is None:
-            earlier = read_records(self._path) if self._start_step and self._path.exists() else ()
-            kept = [json.dumps(record) + "\n" for record in earlier if record["step"] <= self._start_step]
-            atomic.write_text(self._path, "".join(kept))
-            self._file = open(self._path, "a", encoding="utf-8")  # noqa: SIM115 open for the run
-        self._write({"step": metrics.step, "layers": metrics.routers})
-
-    def on_save(self, step: int, path: Path) -> None:
-        """Draw the run so far."""
-        self._draw()
+            self._file = self._open()
+        record = {"step": metrics.step, "layers": metrics.routers}
+        self._file.write(json.dumps(record) + "\n")
+        self._file.flush()
+        self._keep(record)
 
     def on_end(self, summary: dict[str, Any]) -> None:
         """Draw and close."""
-        self._draw()
+        super().on_end(summary)
         if self._file is not None:
             self._file.close()
             self._file = None
 
-    def _write(self, record: dict[str, Any]) -> None:
-        assert self._file is not None
-        self._file.write(json.dumps(record) + "\n")
-        self._file.flush()
+    def draw(self, directory: Path) -> None:
+        """Draw the steps that had routers."""
+        if self._last:
+            with atomic.new_file(directory / self.name) as temporary:
+                draw(list(self._last), np.array(self._worst), temporary)
 
-    def _draw(self) -> None:
-        if self._file is None:
-            return
-        try:
-            with atomic.new_file(self._path.with_name("expert_load.png")) as temporary:
-                draw(list(read_records(self._path)), temporary)
-        except Exception as error:  # an error of the picture must not end the run
-            log.warning(f"expert_load.png could not be drawn: {error}")
+    def _open(self) -> TextIO:
+        """The file, with the records up to the step after which the run resumes."""
+        with atomic.new_file(self._path) as temporary, open(temporary, "w", encoding="utf-8") as kept:
+            if self._start_step and self._path.exists():
+                for record in read_records(self._path):
+                    if record["step"] <= self._start_step and record.get("layers"):
+                        kept.write(json.dumps(record) + "\n")
+                        self._keep(record)
+        return open(self._path, "a", encoding="utf-8")
+
+    def _keep(self, record: dict[str, Any]) -> None:
+        self._last.append(record["layers"])
+        worst = [layer["load_max_over_mean"] for layer in record["layers"].values()]
+        self._worst.append((record["step"], sum(worst) / len(worst), min(worst), max(worst)))
 
 
-def draw(records: list[dict[str, Any]], path: Path) -> None:
-    """Loads of the last steps (layers by experts, 1 = even) over the busiest expert's load in time."""
+def draw(last: list[dict[str, Any]], worst: np.ndarray, path: Path) -> None:
+    """Loads of the last steps (layers by experts, 1 = even) over the busiest expert's load in time.
+
+    `last`: what the routers of each layer did, of the last steps. `worst` [steps, 4], float64: the step, and the mean,
+    the least and the most over layers of the busiest expert's load over the mean load.
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    layers = list(records[-1]["layers"])
-    last = records[-_SHOWN_STEPS:]
-    loads = np.array([np.mean([record["layers"][layer]["load"] for record in last], axis=0) for layer in layers])
+    layers = list(last[-1])
+    loads = np.array([np.mean([step[layer]["load"] for step in last], axis=0) for layer in layers])
     shares = loads / np.maximum(loads.mean(axis=1, keepdims=True), 1e-9)  # a step of text alone: nothing of vision
-    steps = [record["step"] for record in records]
-    worst = np.array([[record["layers"][layer]["load_max_over_mean"] for layer in layers] for record in records])
+    steps, mean, least, most = worst.T
     figure = Figure(figsize=(9, 3 + 0.25 * len(layers)), dpi=120, layout="constrained")
     FigureCanvasAgg(figure)
     upper, lower = figure.subplots(2, 1, height_ratios=[1 + 0.15 * len(layers), 1])
@@ -86,8 +103,8 @@ def draw(records: list[dict[str, Any]], path: Path) -> None:
     upper.set_xlabel("expert")
     upper.set_title(f"expert load over the last {len(last)} steps (1 = even)", loc="left", fontsize=11)
     figure.colorbar(image, ax=upper)
-    lower.plot(steps, worst.mean(axis=1), color="#2563c9", linewidth=1.5, label="mean over layers")
-    lower.fill_between(steps, worst.min(axis=1), worst.max(axis=1), color="#2563c9", alpha=0.15, label="range")
+    lower.plot(steps, mean, color="#2563c9", linewidth=1.5, label="mean over layers")
+    lower.fill_between(steps, least, most, color="#2563c9", alpha=0.15, label="range")
     lower.axhline(1.0, color="#9ca3af", linewidth=0.8)
     lower.set_ylabel("max / mean load")
     lower.set_xlabel("optimizer step")

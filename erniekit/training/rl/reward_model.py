@@ -6,7 +6,7 @@ from functools import cached_property
 import numpy as np
 import paddle
 
-from erniekit.build import AdapterDirectory, ModelOptions, Overrides, prepare_model
+from erniekit.build import AdapterDirectory, ModelOptions, prepare_model
 from erniekit.checkpoint.adapter_config import base_of
 from erniekit.checkpoint.model_dir import find_checkpoint, is_adapter
 from erniekit.config.schema import Config
@@ -16,6 +16,7 @@ from erniekit.data.packed_batch import IGNORE, Document, PackedBatch, join_rows,
 from erniekit.generation.thinking import OPEN
 from erniekit.models.decoder import CausalLM
 from erniekit.models.inputs import ModelInputs
+from erniekit.models.overrides import Overrides
 from erniekit.models.scoring import last_token_scores
 from erniekit.precision import policy
 from erniekit.rewards import Sample

@@ -56,8 +56,6 @@ KERNELS: dict[str, tuple[str, ...]] = {
     "fused_linear_param_grad_add": _FLOATS,
     "embedding_grad_add_to": _FLOATS,
     "cross_entropy_with_softmax": _FLOATS,
-    "weight_quantize": _HALVES,
-    "weight_dequantize": _HALVES,
     "weight_only_linear": _HALVES,
     "weight_only_linear_grad": _HALVES,
     "fp8_quant_blockwise": ("float32", "float64", "bfloat16"),

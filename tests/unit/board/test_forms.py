@@ -1,5 +1,7 @@
 """Form -> YAML -> Config, for every shipped configuration and for what users type."""
 
+import json
+import zlib
 from pathlib import Path
 
 import pytest
@@ -15,6 +17,7 @@ from erniekit.utils.errors import UserError
 
 CONFIGS = REPOSITORY / "examples" / "configs"
 FILES = sorted(str(path.relative_to(CONFIGS)) for path in CONFIGS.rglob("*.yaml"))
+GOLDEN = REPOSITORY / "tests" / "golden" / "translated_keys.txt"
 COMMANDS = {"run_eval": "eval", "run_export": "export", "run_chat": "chat"}
 
 
@@ -135,3 +138,24 @@ def test_what_is_no_configuration_is_refused(runs: Runs):
         forms.check("output_dir: ${oc.env:HOME}\n", "train", runs)
     with pytest.raises(UserError, match="bytes"):
         forms.check("#" * (MAX_BYTES + 1), "train", runs)
+
+
+def translated() -> list[str]:
+    """A line for each key that has words in Chinese: its name, and a checksum of its English documentation."""
+    words = json.loads((REPOSITORY / "erniekit/board/strings/keys_zh.json").read_text("utf-8"))
+    return [f"{name} {zlib.crc32(schema.fields()[name].metadata['doc'].encode()):08x}" for name in sorted(words)]
+
+
+def test_the_words_in_chinese_are_those_of_the_present_documentation():
+    """Where the documentation of a key has changed, change its line in keys_zh.json too, then accept both:
+
+    PYTHONPATH=.:tests python tests/unit/board/test_forms.py > tests/golden/translated_keys.txt
+    """
+    changed = set(translated()) ^ set(GOLDEN.read_text("utf-8").splitlines())
+    assert not changed, (
+        f"compare keys_zh.json with the schema: {', '.join(sorted({line.split()[0] for line in changed}))}"
+    )
+
+
+if __name__ == "__main__":
+    print("\n".join(translated()))

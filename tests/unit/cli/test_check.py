@@ -7,15 +7,22 @@ import sys
 from pathlib import Path
 
 import pytest
+from support import tiny_sizes
 from support.source_tree import REPOSITORY
+from support.tiny_directories import model_directory
 
-from erniekit import config
-from erniekit.cli import check
+from erniekit import config, lora
+from erniekit.build import load_model
+from erniekit.checkpoint.fingerprint import fingerprint
+from erniekit.checkpoint.peft_attach import save_adapter
+from erniekit.cli import check, launch
 from erniekit.cli.check import data as check_data
 from erniekit.cli.check import output as check_output
 from erniekit.cli.check.report import count_of
 from erniekit.models.config import ModelConfig
-from erniekit.utils.errors import ConfigError
+from erniekit.parallel.mesh import Mesh
+from erniekit.training.build import build_run
+from erniekit.utils.errors import ConfigError, UserError
 
 DENSE = str(REPOSITORY / "examples/models/tiny-dense")
 MOE = str(REPOSITORY / "examples/models/tiny-moe")
@@ -291,6 +298,79 @@ def test_parameters_to_freeze_are_those_of_the_model(given):
     assert "freeze_vision means no parameter of this model" in findings(given(freeze_config="freeze_vision"), "error")
     assert "every parameter is frozen" in findings(given(frozen_parameters="language"), "error")
     assert findings(given(frozen_parameters=".*norm.*"), "error") == ""
+
+
+LORA = {"fine_tuning": "LoRA", "continue_training": True}
+
+
+@pytest.mark.parametrize(
+    ("model", "keys", "expected"),
+    [
+        ("moe", {"use_dora": True}, "use_dora: .* in a mixture of experts only attention can have DoRA"),
+        ("dense", {"lora_path": "nowhere"}, "nowhere"),
+        ("moe", {"lora_path": "dora"}, "is an adapter for another base"),
+        ("dense", {"lora_path": "dora", "tensor_parallel_degree": 2}, "tensor_parallel_degree: 2: not with the DoRA"),
+        ("dense", {"lora_path": "dora", "sharding": "stage3"}, "sharding: stage3 is not built .* Set sharding: stage2"),
+        ("dense", {"lora_path": "dora", "qat": "w8a8"}, "qat: w8a8: weights with a DoRA adapter"),
+        ("dense", {"lora_path": "dora", "stage": "RM"}, "stage: RM: .* has no score head"),
+        ("dense", {"lora_path": "dora", "frozen_parameters": "language"}, "every parameter is frozen"),
+        ("dense", {"lora_path": "dora", "frozen_parameters": r".*self_attn.*"}, "every adapter belongs to a frozen"),
+        ("dense", {"rope_scaling": "yarn", "max_seq_len": 128}, ""),
+        ("scaled", {"rope_scaling": "linear", "max_seq_len": 256}, "rope_scaling: linear: .* are scaled already"),
+        ("moe", {"moe_group_experts": True}, "moe_group_experts: 5 experts do not divide into moe_k 2 groups"),
+        ("dense", {"qat": "wint4", "quantization_group_size": 64}, "qat: wint4: projections with 32, 64 inputs"),
+        ("dense", {"stage": "GKD", "teacher_model_name_or_path": "nowhere"}, "teacher_model_name_or_path: .*nowhere"),
+        ("dense", {"stage": "GKD", "teacher_model_name_or_path": "moe"}, ""),
+        (
+            "dense",
+            {"stage": "GKD", "teacher_model_name_or_path": "moe", "pipeline_parallel_degree": 3},
+            "teacher_model_name_or_path: .* is divided as the trained model is: .*3 stages need a layer each",
+        ),
+    ],
+)
+def test_what_the_model_or_an_adapter_does_not_allow_is_found_before_the_start(tmp_path, models, model, keys, expected):
+    """By check and by the training alike, which reads no weight."""
+    of_pairs = {"src": ["q"], "tgt": [], "response": [["a"], ["b"]], "sort": [1, 0]}
+    data = of_pairs if keys.get("stage") == "RM" else {"src": ["q"], "tgt": ["a"]}
+    (tmp_path / "data.jsonl").write_text("\n".join(json.dumps(data | {"src": [f"q {i}"]}) for i in range(9)))
+    adapts = LORA if keys.keys() & {"use_dora", "lora_path"} else {"continue_training": True}
+    paths = {
+        name: models / value for name, value in keys.items() if name in ("lora_path", "teacher_model_name_or_path")
+    }
+    values = {
+        "model_name_or_path": models / model,
+        "train_dataset_path": tmp_path / "data.jsonl",
+        "output_dir": tmp_path / "out",
+        "max_seq_len": 64,
+        "max_steps": 1,
+        "compute_type": "fp32",
+    }
+    given = [f"{name}={value}" for name, value in (values | adapts | keys | paths).items()]
+    found = findings(given, "error")
+    assert re.search(expected, found) if expected else found == ""
+    if not expected:
+        return
+    cfg = config.load(None, given, "train")
+    if launch.degrees_of(cfg).world == 1:
+        with pytest.raises(UserError, match=expected):
+            build_run(cfg, Mesh.single())
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """Models dense (6 layers), moe (2 layers, 5 experts) and scaled (of 128 positions), and an adapter with DoRA."""
+    path = tmp_path_factory.mktemp("models")
+    sparse = {name: value for name, value in tiny_sizes.MOE.items() if name != "vocab_size"}
+    model_directory(path / "dense", num_hidden_layers=6, max_position_embeddings=64, intermediate_size=64)
+    model_directory(path / "moe", **sparse | {"moe_num_experts": 5})
+    scaling = {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 64}
+    model_directory(path / "scaled", max_position_embeddings=128, rope_scaling=scaling)
+    model = load_model(path / "dense")
+    lora.attach(model, lora.LoraOptions(rank=2, dora=True, targets=("qkv_proj", "o_proj")), tied=True)
+    state = lora.state_of(model)
+    state.base_fingerprint = fingerprint(path / "dense")
+    save_adapter(model, path / "dora")
+    return path
 
 
 @pytest.mark.parametrize("command", ["export", "split"])

@@ -1,5 +1,6 @@
 """`erniekit version`."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -29,7 +30,7 @@ def test_version_takes_no_arguments():
 
 
 def test_help_takes_the_name_of_one_command():
-    with pytest.raises(ConfigError, match="takes the name of one command, but got: train learning_rate"):
+    with pytest.raises(ConfigError, match="takes the name of one command or key, but got: train learning_rate"):
         info.help(["train", "learning_rate"])
 
 
@@ -76,6 +77,11 @@ def test_help_needs_no_paddle():
     subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, check=True, capture_output=True)
 
 
+def test_help_knows_the_other_name_of_a_command(capsys: pytest.CaptureFixture[str]):
+    assert info.help(["serve"]) == 0
+    assert capsys.readouterr().out.startswith("erniekit server: ")
+
+
 def test_the_first_screen_says_what_this_is_not():
     assert "not Baidu's official ERNIEKit" in info.usage() and "Nothing here has run on a GPU" in info.usage()
 
@@ -96,5 +102,22 @@ def test_help_of_a_command_without_keys_lists_its_options():
 
 
 def test_help_of_a_misspelt_command_names_the_nearest():
-    with pytest.raises(ConfigError, match=r"no command named 'trian' \(did you mean train\?\)"):
+    with pytest.raises(ConfigError, match=r"no command and no key named 'trian' \(did you mean train\?\)"):
         info.usage("trian")
+
+
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [("cutoff_len", "did you mean max_seq_len?"), ("tokenizer", "it is another name of tokenizer_name_or_path")],
+)
+def test_help_of_another_name_of_a_key_says_ours(name: str, hint: str):
+    with pytest.raises(ConfigError, match=f"no key named '{name}' \\({re.escape(hint)}\\)"):
+        info.usage(name)
+
+
+def test_help_of_a_key_says_what_it_means_and_who_reads_it():
+    text = " ".join(info.usage("learning_rate").split())
+    assert text.startswith("learning_rate (5e-05; at least 0): Highest learning rate. Read by: train.")
+    assert text.endswith("Default with stage RL or VL-RL: 1e-06.")
+    assert "Read by: train, eval, chat, server." in info.usage("max_pixels")
+    assert all("Read by: " in info.usage(name) for name in schema.fields().keys() - COMMANDS.keys())

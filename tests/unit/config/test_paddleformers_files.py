@@ -372,7 +372,7 @@ def test_the_one_value_is_taken(read, line):
     [
         ("sep_parallel_size: 2", "context_parallel_degree with cp_comm_type: a2a"),
         ("expert_tensor_model_parallel_size: 2", "tensor parallelism of its own for experts"),
-        ("train_mtp_only: true", "freezing parts of the model"),
+        ("train_mtp_only: true", "frozen_parameters names what is not trained"),
         ("make_offline_data: true", "data sets prepared offline"),
         ("num_empty_layers_add_in_tail: 2", "layers added or left out at the model's end"),
     ],

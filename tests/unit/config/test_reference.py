@@ -3,8 +3,10 @@
 import make_config_page as tool
 import wrap_docs
 
+from erniekit.cli import info
 from erniekit.config import pointless, reference, schema
 from erniekit.config.compat_keys import RULES
+from erniekit.config.methods import METHODS
 
 
 def test_the_page_is_current():
@@ -49,3 +51,31 @@ def test_a_command_lists_no_key_that_it_never_reads():
     assert {"vision_config_path", "max_pixels", "checkpoint", "stage"} <= listed["eval"] & listed["chat"]
     assert {"eval_dataset_path", "box_coordinates", "packing"} <= listed["eval"] - listed["chat"]
     assert "stream" in listed["chat"] - listed["eval"] and "chat_tools" not in listed["train"]
+
+
+def test_a_group_names_the_methods_that_read_it():
+    assert reference.group_doc("vision").endswith("Read only with stage: VL-SFT, VL-PT, VL-DPO or VL-RL.")
+    assert reference.group_doc("rewards").endswith("Read only with stage: RL or VL-RL.")
+    of_pairs = "DPO or VL-DPO; `max_prompt_len` also with RM, RL or VL-RL; `beta` also with KTO."
+    assert reference.group_doc("preference").endswith(f"Read only with stage: {of_pairs}")
+    assert "stage:" not in reference.group_doc("optimizer")
+    written = [group.__doc__ or "" for group in schema.GROUPS.values()]
+    assert not any("with stage:" in text for text in written)
+
+
+def test_commands_list_what_methods_that_generate_read():
+    """`train` the sampling of rollouts, `eval` what it takes to score completions."""
+    listed = {
+        command: {entry.name for entries in reference.by_group(command).values() for entry in entries}
+        for command in ("train", "eval")
+    }
+    assert {key for facts in METHODS.values() for key in facts.also_reads} <= listed["train"]
+    assert {"reward_funcs", "max_completion_length", "tools", "max_prompt_len", "soft_max_length"} <= listed["eval"]
+
+
+def test_defaults_of_methods_are_in_the_page_and_in_help():
+    assert ("learning_rate", "1e-06", "RL or VL-RL") in reference.method_defaults()
+    assert ("top_p", "1.0", "GKD, RL or VL-RL") in reference.method_defaults()
+    page, text = tool.page(), info.usage("train")
+    for key, value, stages in reference.method_defaults():
+        assert f"| {stages} | `{key}` | `{value}` |" in page and f"  {key}: {value} with stage: {stages}" in text

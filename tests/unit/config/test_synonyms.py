@@ -32,6 +32,8 @@ KNOWN = [*schema.fields(), *RULES]
         ("learning-rate", "did you mean learning_rate?"),
         ("Max_Steps", "did you mean max_steps?"),
         ("cutof_len", "did you mean max_seq_len?"),
+        ("export_dir", "`erniekit export` writes to export/ in output_dir"),
+        ("pure_bf16", "compute_type takes bf16, fp16 or fp32"),
     ],
 )
 def test_hints(name: str, expected: str):

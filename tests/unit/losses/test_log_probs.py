@@ -5,6 +5,7 @@ import paddle
 import pytest
 from support.numeric import numeric_gradient
 
+from erniekit.losses import log_probs
 from erniekit.losses.lm import Head, linear_cross_entropy
 from erniekit.losses.log_probs import answer_log_probs, token_log_probs, token_statistics
 
@@ -109,3 +110,19 @@ def test_without_its_gradient_the_entropy_is_only_reported():
     head = Head(paddle.randn([6, 20]), False)
     log_p, entropy = token_statistics(hidden, head, paddle.zeros([5], dtype="int64"), 8, entropy_gradient=False)
     assert entropy.stop_gradient and not log_p.stop_gradient
+
+
+@pytest.mark.parametrize("length", [1, 128, 129, 20_000])
+def test_sums_of_answers_longer_than_a_piece(length: int):
+    """Beside a short one and one without values, in another order than they lie in. fp32 sums of up to 20,000."""
+    values = np.random.default_rng(0).normal(size=length + 5).astype(np.float32)
+    starts, counts = np.array([3, 0, 2, length + 3]), np.array([length, 2, 0, 2])
+    numbers = paddle.to_tensor(values, stop_gradient=False)
+    sums = log_probs._sums(numbers, starts, counts)
+    expected = [
+        values[start : start + count].sum(dtype=np.float64) for start, count in zip(starts, counts, strict=True)
+    ]
+    np.testing.assert_allclose(sums.numpy(), expected, rtol=0, atol=1e-6 * (1 + np.abs(values).sum()))
+    (sums * paddle.to_tensor([1.0, 2.0, 3.0, 4.0])).sum().backward()
+    expected_gradient = np.array([2.0, 2.0, 0.0, *[1.0] * length, 4.0, 4.0])
+    np.testing.assert_array_equal(numbers.grad.numpy(), expected_gradient)

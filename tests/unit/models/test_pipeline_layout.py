@@ -1,13 +1,15 @@
 """Which chunk of a stage reaches a parameter; what the model does not have is refused before a weight is read."""
 
+import dataclasses
+
 import paddle
 import pytest
 from support import tiny_sizes
 from support.source_tree import REPOSITORY
 
-from erniekit.build import check_lora
 from erniekit.config import load
 from erniekit.models.config import ModelConfig
+from erniekit.models.config_rope import scaled_positions
 from erniekit.models.decoder import CausalLM
 from erniekit.models.pipeline_layout import check_layout, layout_lines, parameter_chunks
 from erniekit.nn.shard import RankShard
@@ -67,17 +69,19 @@ def test_what_cannot_be_recomputed_is_refused_with_the_layout(given, expected):
     check_layout(fine, ParallelDims(), MOE)
 
 
-@pytest.mark.parametrize(
-    ("given", "expected"),
-    [
-        ({"lora_target_modules": "q_prj"}, "lora_target_modules: q_prj: no projection of this model has that name"),
-        ({"modules_to_save": "nrom"}, "modules_to_save: nrom: not a module of this model"),
-    ],
-)
-def test_what_cannot_be_adapted_is_refused_from_the_shapes_alone(given, expected):
-    with pytest.raises(ConfigError, match=expected):
-        check_lora(load(None, TRAIN | {"fine_tuning": "LoRA"} | given), DENSE)
-    check_lora(load(None, TRAIN | {"fine_tuning": "LoRA", "lora_target_modules": "q_proj"}), DENSE)
+@pytest.mark.parametrize("scaling", ["dynamic", "yarn"])
+def test_pairs_and_replayed_experts_are_refused_from_config_json_alone(scaling):
+    pairs = load(None, TRAIN | {"stage": "DPO", "max_seq_len": 128})
+    scaled = dataclasses.replace(DENSE, rope_scaling=scaled_positions(scaling, 64, 128))
+    if scaling == "dynamic":
+        with pytest.raises(ConfigError, match=r"max_seq_len: 128: .* the answers of a pair share their prompt"):
+            check_layout(pairs, ParallelDims(), scaled)
+    else:
+        check_layout(pairs, ParallelDims(), scaled)
+    replayed = load(None, TRAIN | {"stage": "RL", "reward_funcs": "length", "router_replay": "r3"})
+    check_layout(replayed, ParallelDims(), MOE)
+    with pytest.raises(ConfigError, match="router_replay: r3: the model is dense"):
+        check_layout(replayed, ParallelDims(), DENSE)
 
 
 def test_keys_that_this_model_and_these_ranks_make_pointless_are_named():

@@ -7,7 +7,7 @@ import paddle
 import pytest
 from support.numeric import numeric_gradient
 
-from erniekit.nn import attention
+from erniekit.nn import attention, fused
 from erniekit.nn.attention import HeadLayout, PackedAttention
 from erniekit.nn.attention_mask import make_plan
 from erniekit.nn.dropout import AttentionDropout, DropoutStep, number_documents
@@ -214,3 +214,40 @@ def test_without_dropout_nothing_is_different():
     plain, zero = mixer(tokens, segments_of(40), None), mixer(tokens, segments_of(40), DropoutStep(RATE, 7, 3))
     for a, b in zip(run(plain, qkv), run(zero, qkv, layer=0), strict=True):
         np.testing.assert_array_equal(a, b)
+
+
+def test_a_gpus_kernel_gets_a_seed_of_what_it_masks(monkeypatch: pytest.MonkeyPatch):
+    """The same for the same tokens, layer, step and heads, whatever was drawn before; another where one of them is
+    another: those of tensor ranks, stages and microbatches.
+    """
+    drawn = []
+
+    def kernel(q, k, v, startend_row_indices, *, dropout, causal, fixed_seed_offset):
+        assert causal and (dropout > 0) == (fixed_seed_offset is not None)
+        if dropout:
+            assert fixed_seed_offset.dtype == paddle.int64 and fixed_seed_offset.place.is_cpu_place()
+            drawn.append((dropout, *fixed_seed_offset.tolist()))
+        return q
+
+    monkeypatch.setattr(paddle.nn.functional, "flashmask_attention", kernel)
+    monkeypatch.setattr(fused, "flash_mask_applies", lambda *_: True)
+    monkeypatch.setattr(fused, "rotate", lambda x, cos, sin: x)
+    tokens, qkv = draw(0, 7)
+    segments, step = segments_of(3, 4), DropoutStep(RATE, 5, 6)
+
+    def ask(tokens=tokens, layer=LAYER, step=step, first_head=0, segments=segments) -> None:
+        mixer(tokens, segments, step, first_head=first_head).attend(paddle.to_tensor(qkv), layer)
+
+    ask(layer=0)  # it drops nothing
+    assert not drawn
+    ask()
+    ask()
+    assert drawn[0] == drawn[1] and drawn[0][0] == RATE * LAYER / LAYERS and drawn[0][2] == 0
+    ask(layer=LAYER - 1)
+    ask(step=DropoutStep(RATE, 5, 7))
+    ask(step=DropoutStep(RATE, 6, 6))
+    ask(first_head=4)
+    ask(tokens=tokens + 1)
+    ask(tokens=np.concatenate([tokens[3:], tokens[:3]]), segments=segments_of(4, 3))
+    seeds = [seed for _, seed, _ in drawn[1:]]
+    assert len(set(seeds)) == len(seeds) == 7 and all(0 <= seed < 1 << 63 for seed in seeds)

@@ -3,6 +3,7 @@
 import numpy as np
 import paddle
 import pytest
+from support.host_reads import counted
 
 from erniekit.nn import blockwise, frame_attention
 from erniekit.nn.frame_attention import FrameAttention, frame_runs
@@ -58,3 +59,12 @@ def test_value_and_gradient(limits, monkeypatch):
         found.append((out.numpy(), qkv.grad.numpy()))
     for mine, expected in zip(*found, strict=True):
         np.testing.assert_allclose(mine, expected, rtol=0, atol=2e-6)
+
+
+def test_nothing_is_read_from_the_device():
+    cos, sin = paddle.ones([44, 1, DIM // 2]), paddle.zeros([44, 1, DIM // 2])
+    qkv = paddle.ones([44, 3 * HEADS * DIM])
+    qkv.stop_gradient = False
+    with counted() as transfers:
+        FrameAttention(frame_runs(GRID), cos, sin, HEADS).attend(qkv).sum().backward()
+    assert not transfers.reads and transfers.uploads

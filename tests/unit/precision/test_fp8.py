@@ -45,7 +45,12 @@ def test_a_hopper_gpu_uses_paddles_kernels():
 @pytest.mark.usefixtures("hopper")
 @pytest.mark.parametrize(
     ("keys", "message"),
-    [({"fp8": "rowwise"}, "blocks only"), ({"fp8": "tensorwise"}, "blocks only"), ({"fp8_gradients": "e5m2"}, "E4M3")],
+    [
+        ({"fp8": "rowwise"}, "blocks only"),
+        ({"fp8": "tensorwise"}, "blocks only"),
+        ({"fp8_gradients": "e5m2"}, "E4M3"),
+        ({"compute_type": "fp16"}, "take and give bf16, not fp16"),
+    ],
 )
 def test_what_the_kernels_lack_is_named(keys: dict[str, str], message: str):
     with pytest.raises(ConfigError, match=rf"{message}.*emulate_precision: true"):

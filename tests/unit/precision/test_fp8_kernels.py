@@ -48,6 +48,9 @@ class Kernels:
         (m, k), (n, other) = a.shape, b.shape
         assert k == other and k % 128 == 0 and m % 128 == 0 and n % 128 == 0
         assert is_a_1d_scaled and a_scale.shape == [k // 128, m] and a_scale.is_contiguous()
+        if not is_b_1d_scaled:  # the kernel reads rows of a multiple of four scales, whatever the shape says
+            assert b_scale.shape == [n // 128, -(-k // 512) * 4] and b_scale.is_contiguous()
+            b_scale = b_scale[:, : k // 128]
         assert b_scale.shape == ([k // 128, n] if is_b_1d_scaled else [n // 128, k // 128])
         left = Quantised(a, a_scale.T, Tile(1, 128)).dequantised()
         turned = b_scale.T if is_b_1d_scaled else b_scale

@@ -4,6 +4,7 @@ import numpy as np
 import paddle
 import pytest
 from support.fp8_reference import factor_of, fp8_values
+from support.host_reads import counted
 
 from erniekit.precision.fp8_tensor import Tile, quantise
 
@@ -96,3 +97,16 @@ def test_stacks_and_16_bit_inputs():
         quantise(short, Tile(1, 128)).dequantised().numpy(),
         quantise(short.astype("float32"), Tile(1, 128)).dequantised().numpy(),
     )
+
+
+def test_on_another_device_the_host_does_not_look_for_unknown_numbers(monkeypatch: pytest.MonkeyPatch):
+    x = paddle.to_tensor(wild((5, 200)))
+    expected = quantise(x, Tile(1, 128))
+    monkeypatch.setattr(paddle.base.core.Place, "is_cpu_place", lambda _: False)
+    with counted() as transfers:
+        made = quantise(x, Tile(1, 128)), quantise(paddle.ones([3, 128]), Tile(1, 128))
+    assert not transfers.reads
+    monkeypatch.undo()
+    np.testing.assert_array_equal(made[0].codes.view("uint8").numpy(), expected.codes.view("uint8").numpy())
+    np.testing.assert_array_equal(made[0].scales.numpy(), expected.scales.numpy())
+    np.testing.assert_array_equal(made[1].dequantised().numpy(), 1.0)

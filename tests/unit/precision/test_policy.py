@@ -4,11 +4,14 @@ import paddle
 import pytest
 from support.tiny_models import tiny_model
 
+from erniekit.build import inference_options, training_options
+from erniekit.config import load
 from erniekit.models.config import ModelConfig
 from erniekit.models.decoder import CausalLM
 from erniekit.models.init import init_weights
 from erniekit.moe.layer import MoELayer, MoESizes
 from erniekit.moe.router import RouterOptions
+from erniekit.nn import fused
 from erniekit.precision import policy
 from erniekit.precision.policy import Policy
 from erniekit.utils.errors import ConfigError
@@ -36,6 +39,26 @@ def test_a_cpu_emulates_sixteen_bits_where_it_is_asked_to(compute_type: str, exp
     assert policy.choose(compute_type, "gpu:0").param_dtype == expected
     with pytest.raises(ConfigError, match=f"emulate_precision: this run is on gpu:0, which has {compute_type} itself"):
         policy.choose(compute_type, "gpu:0", emulate=True)
+
+
+@pytest.mark.parametrize(
+    ("compute_type", "capability", "refused"),
+    [("bf16", (7, 5), True), ("wint8", (7, 0), True), ("fp16", (7, 5), False), ("bf16", (8, 0), False)],
+)
+def test_a_gpu_without_bf16_is_refused_before_weights_are_read(
+    compute_type: str, capability: tuple[int, int], refused: bool, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(paddle, "get_device", lambda: "gpu:0")
+    monkeypatch.setattr(fused, "compute_capability", lambda: capability)
+    keys = {"model_name_or_path": "m", "output_dir": "o", "train_dataset_path": "t.jsonl", "fine_tuning": "LoRA"}
+    cfg = load(None, keys | {"compute_type": compute_type}, "train")
+    for options in (training_options, inference_options):
+        if refused:
+            with pytest.raises(ConfigError, match=rf"compute_type: {compute_type} .* 8\.0 .* {capability[0]}\."):
+                options(cfg)
+        else:
+            assert options(cfg).precision.param_dtype in ("bfloat16", "float16")
+    assert training_options(cfg, "gpu:0"), "a device that is only assumed is not asked"
 
 
 def test_a_model_that_exists_is_cast_where_it_is():

@@ -20,7 +20,7 @@ FETCH = "utils/device_sums.py:fetch"  # losses, metrics, norms, routers' numbers
 EXPERTS = "moe/layer.py:_start"  # the choice of experts, which gives the sizes of the dropless products
 SPARSE_LAYERS = 3  # of the model "moe"
 LORA = {"fine_tuning": "LoRA", "lora_rank": 4, "continue_training": True}
-LABELS, PAIRS = 3, 4  # uploads of a microbatch's labels: places, labels, weights; of a set of answers
+LABELS, PAIRS = 3, 3  # uploads of a microbatch's labels: places, labels, weights; of a set of answers
 
 
 @pytest.fixture(scope="module")
@@ -55,6 +55,12 @@ def test_a_sparse_layer_adds_one_read_and_one_upload(directory: Path, method: di
         "training/recipes/causal.py": LABELS * microbatches,
         "moe/dispatch.py": SPARSE_LAYERS * microbatches,
     }
+
+
+def test_a_layer_of_two_modalities_adds_two_reads_and_what_finds_them_is_uploaded_once(directory: Path):
+    found = step(directory, "vl", rows=4)
+    assert found["reads"] == {FETCH: 1, EXPERTS: 2 * SPARSE_LAYERS * 2}
+    assert found["uploads"]["moe/layer.py"] == 3 * 2
 
 
 def test_recomputation_and_prediction_ahead(directory: Path):

@@ -3,6 +3,8 @@
 import dataclasses
 import json
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
 import pytest
 from support import equality
@@ -14,7 +16,7 @@ from erniekit.training.batch_warmup import microbatches_at
 from erniekit.training.build import build_run
 from erniekit.training.callbacks import Callback, build_callbacks
 from erniekit.training.evaluators import Scores
-from erniekit.training.trainer import Trainer
+from erniekit.training.trainer import Trainer, noise_seed
 from erniekit.utils.errors import EvaluationError
 
 SAMPLES = 12 * 9  # of equality.prepare
@@ -110,3 +112,12 @@ def test_the_last_checkpoint_is_saved_before_an_evaluation_can_fail(directory: P
     with pytest.raises(EvaluationError, match="after step 2: the loss on the evaluation data is nan"):
         Trainer(run, []).fit()
     assert (tmp_path / "out" / "checkpoint-2").is_dir() and not (tmp_path / "out" / "model.safetensors").exists()
+
+
+def test_noise_differs_between_steps_data_ranks_and_stages_but_not_between_tensor_ranks():
+    def seed(step: int = 3, **place: int) -> int:
+        return noise_seed(42, step, cast(Mesh, SimpleNamespace(**{"data": 0, "pipe": 0, "tensor": 0} | place)))
+
+    seeds = [seed(data=data, pipe=pipe, step=step) for data in range(8) for pipe in range(8) for step in range(20)]
+    assert len(set(seeds)) == len(seeds) and all(0 <= one < 2**32 for one in seeds)
+    assert seed(tensor=1) == seed()

@@ -10,7 +10,7 @@ from support.source_tree import REPOSITORY
 from support.tiny_directories import write_lines
 from support.vision_directories import vision_model_directory
 
-from erniekit.cli import check
+from erniekit.cli import check, tokenize
 from erniekit.utils.errors import ConfigError
 
 
@@ -98,3 +98,68 @@ def test_a_preview_of_a_wrong_number(given):
     for wrong in ("some", "-1", "100000"):
         with pytest.raises(ConfigError, match=f"preview={wrong}: expected a number of records from 0 to 1000"):
             check.run([*given, f"preview={wrong}"])
+
+
+def test_prompts_of_reinforcement_learning_are_shown_too(tmp_path, capsys):
+    lines = [{"src": [f"{number}+1="], "answer": f"{number + 1}"} for number in range(4)]
+    values = {
+        "model_name_or_path": REPOSITORY / "examples/models/tiny-dense",
+        "continue_training": False,
+        "stage": "RL",
+        "reward_funcs": "exact",
+        "train_dataset_path": write_lines(tmp_path / "prompts.jsonl", lines),
+        "max_completion_length": 8,
+        "output_dir": tmp_path / "out",
+    }
+    words = [f"{name}={value}" for name, value in values.items()]
+    assert check.run([*words, "preview=2", "first=3", f"records={tmp_path}/out.json"]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    third, fourth = said.split("train prompt 3 as the model gets it")[1].split("train prompt 4 as the model gets it")
+    assert "prompts.jsonl:3: " in third and "2+1=" in third and "answer: '3'" in third and "answer: '4'" in fourth
+    written = json.loads((tmp_path / "out.json").read_text())
+    assert [record["where"].rpartition(":")[2] for record in written] == ["3", "4"]
+    tokens = written[0]["documents"][0]["tokens"]
+    assert "2+1=" in "".join(text for text, _, _ in tokens) and not any(trained for _, trained, _ in tokens)
+    assert check.run(words) == 0
+    assert "the first train prompt as the model gets it" in " ".join(capsys.readouterr().out.split())
+
+
+def test_token_files_have_no_records_to_show(tmp_path, capsys):
+    model = REPOSITORY / "examples/models/tiny-dense"
+    text = write_lines(tmp_path / "text.jsonl", [{"text": f"{number}+1={number + 1}"} for number in range(40)])
+    tokenize.run([str(text), f"tokenizer={model}", f"output={tmp_path}/part", "workers=0"])
+    words = [f"model_name_or_path={model}", "continue_training=false", "dataset_type=pretrain", "max_seq_len=16"]
+    words += [f"input_dir={tmp_path}/part", "split=1,0,0", "max_steps=1", f"output_dir={tmp_path}/out"]
+    assert check.run([*words, "preview=2"]) == 0
+    assert "token files hold no records" in " ".join(capsys.readouterr().out.split())
+    assert check.run(words) == 0
+    assert "token files hold no records" not in " ".join(capsys.readouterr().out.split())
+
+
+def test_pictures_of_prompts_are_decoded_and_shown(tmp_path, capsys):
+    vision_model_directory(tmp_path / "vl")
+    for name in ("whole", "broken"):
+        write_picture(tmp_path / f"{name}.png", 120, 60)
+    content = (tmp_path / "broken.png").read_bytes()
+    (tmp_path / "broken.png").write_bytes(content[: len(content) // 2])
+    asks = {"messages": [{"role": "user", "content": "<image>Where?"}], "answer": "there"}
+    values = {
+        "model_name_or_path": tmp_path / "vl",
+        "continue_training": False,
+        "stage": "VL-RL",
+        "reward_funcs": "exact",
+        "train_dataset_path": write_lines(
+            tmp_path / "prompts.jsonl", [asks | {"images": [f"{name}.png"]} for name in ("whole", "broken")]
+        ),
+        "train_dataset_type": "messages",
+        "max_seq_len": 200,
+        "max_completion_length": 8,
+        "output_dir": tmp_path / "out",
+    }
+    words = [f"{name}={value}" for name, value in values.items()]
+    assert check.run([*words, "preview=1", f"sheet={tmp_path}/sheet.png"]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "1: whole.png: 120 x 60 pixels -> 56 x 28, 2 tokens" in said and (tmp_path / "sheet.png").is_file()
+    assert check.run([*words, "decode=true"]) == 1
+    said = " ".join(capsys.readouterr().out.split())
+    assert "prompts.jsonl:2: " in said and "1 picture or video decoded" in said
