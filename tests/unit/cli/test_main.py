@@ -93,7 +93,7 @@ def test_help_of_one_command(args: tuple[str, ...], capsys: pytest.CaptureFixtur
 
 def test_help_of_a_command_that_is_not_there(capsys: pytest.CaptureFixture[str]):
     assert cli.main(["help", "trian"]) == 1
-    assert "no command named 'trian'" in capsys.readouterr().err
+    assert "no command and no key named 'trian' (did you mean train?)" in capsys.readouterr().err
 
 
 def test_unknown_command_names_the_nearest_and_shows_the_usage():
