@@ -384,7 +384,8 @@ def test_a_server_that_ends_tells_its_clients(model_dir: Path, monkeypatch: pyte
             thread.start()
         metrics = f"{url.removesuffix('/v1')}/metrics"
         for _ in range(500):
-            if 'num_requests_waiting{model_name="m"} 4.0' in httpx.get(metrics, headers=KEY_HEADER).text:
+            text = httpx.get(metrics, headers=KEY_HEADER).text
+            if all(f'num_requests_{state}{{model_name="m"}} 4.0' in text for state in ("running", "waiting")):
                 break
             time.sleep(0.01)
     for thread in asking:

@@ -191,5 +191,5 @@ def test_a_dense_model_is_refused(tmp_path: Path):
 
 
 def test_weights_that_a_cpu_cannot_generate_with_are_refused(keys: dict[str, Any]):
-    with pytest.raises(ConfigError, match="emulate_precision: True: a CPU cannot generate with bfloat16 weights"):
+    with pytest.raises(ConfigError, match="emulate_precision: True: a CPU cannot generate with bf16 weights"):
         run(keys, "out", compute_type="bf16", emulate_precision=True)
