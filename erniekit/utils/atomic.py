@@ -18,8 +18,8 @@ from typing import Any
 
 from erniekit.utils import log
 
-# Temporary names begin with a dot and end in .tmp, so that no reader of the directory uses them.
 _NOT_BUILT = {errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}  # what a system says of what it cannot do
+# Temporary names begin with a dot and end in .tmp, so that no reader of the directory uses them.
 _LONGEST_NAME = 255  # bytes, on all file systems in use
 _TEMPORARY = re.compile(r"\.(?P<name>.+)\.(new|removed)(-\d+-\d+)?\.tmp$")
 
