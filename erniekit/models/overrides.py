@@ -16,9 +16,9 @@ class Overrides:
     """The changes that a configuration makes to a model's config.json. The defaults change nothing.
 
     `min_positions`: max_position_embeddings is raised to this value, and with `rope_scaling` positions are scaled to
-    it. `mtp_depths`: the minimum number of blocks of
-    multi-token prediction; blocks that the weights lack are initialised at random. `score_head`: whether the model is a
-    reward model, whose head starts at random where the weights have none; None: as it is.
+    it. `mtp_depths`: the minimum number of blocks of multi-token prediction; blocks that the weights lack are
+    initialised at random. `score_head`: whether the model is a reward model, whose head starts at random where the
+    weights have none; None: as it is.
     """
 
     rope_theta: float | None = None

@@ -11,9 +11,10 @@ from typing import Any, TextIO
 import numpy as np
 
 from erniekit.checkpoint.model_dir import how_it_goes_on, resuming_command
-from erniekit.training.reporting.base import Callback, RunInfo, StepMetrics
+from erniekit.training.reporting.base import RunInfo, StepMetrics
 from erniekit.training.reporting.metrics_file import FILE_NAME as METRICS_FILE
-from erniekit.training.reporting.metrics_file import read_metrics, read_records
+from erniekit.training.reporting.metrics_file import drop_later_records, read_metrics
+from erniekit.training.reporting.picture import Picture
 from erniekit.training.reporting.plot import column, smooth
 from erniekit.utils import atomic, log, plot_text
 from erniekit.utils.errors import TrainError
@@ -23,36 +24,31 @@ _WIDTH = 60  # characters of a text in the log
 _BLUE, _ORANGE, _GREEN, _PURPLE, _GREY = "#2563c9", "#d9480f", "#0f766e", "#9333ea", "#6b7280"
 
 
-class CompletionLog(Callback):
+class CompletionLog(Picture):
     """Writes output_dir/samples.jsonl, a line for each completion that was generated, and logs a few of them. Draws
-    reward.png and rollout.png at each save and at the end. It does nothing for methods that generate nothing.
+    reward.png and rollout.png. It does nothing for methods that generate nothing.
 
     A run that resumes after step s first drops the lines of later steps.
     """
+
+    name = "reward.png, rollout.png"
+    numbers = METRICS_FILE
 
     def __init__(self, writes: bool, num_shown: int, every: int) -> None:
         """`writes`: whether samples.jsonl is written. num_shown, every: completions that are logged, and the optimizer
         steps between two times that they are.
         """
+        super().__init__()
         self._writes, self._num_shown, self._every = writes, num_shown, every
         self._file: TextIO | None = None
-        self._directory: Path | None = None
         self._command: Callable[[], str] = str  # what resumes the run, as text
         self._shown_at: int | None = None
-        self._start_step = 0
 
     def on_start(self, run: RunInfo) -> None:
         """Remember the run's directory, and shorten a file that a killed run left."""
-        self._directory, self._start_step = run.output_dir, run.start_step
+        super().on_start(run)
         self._command = partial(resuming_command, run.config)
-        path = run.output_dir / FILE_NAME
-        if not path.exists():
-            return
-        kept = [record for record in read_records(path) if record["step"] <= run.start_step]
-        if kept:
-            atomic.write_text(path, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in kept))
-        else:
-            path.unlink()
+        drop_later_records(run.output_dir / FILE_NAME, run.start_step)
 
     def on_step(self, metrics: StepMetrics) -> None:
         """Append the completions that were generated for the step, and log some of them."""
@@ -66,16 +62,12 @@ class CompletionLog(Callback):
             for line in sample_lines(metrics.samples, self._num_shown):
                 log.info(line)
 
-    def on_save(self, step: int, path: Path) -> None:
-        """Draw the run so far."""
-        self._draw()
-
     def on_end(self, summary: dict[str, Any]) -> None:
         """Draw the whole run, and close the file."""
         if self._file is not None:
             self._file.close()
             self._file = None
-        self._draw()
+        super().on_end(summary)
 
     def _write(self, path: Path, samples: Sequence[dict[str, Any]]) -> None:
         try:
@@ -89,19 +81,14 @@ class CompletionLog(Callback):
                 f"{self._command()} again: {how_it_goes_on(path.parent)}."
             ) from error
 
-    def _draw(self) -> None:
-        if self._directory is None:
-            return
-        records = list(read_metrics(self._directory / METRICS_FILE))
+    def draw_run(self, directory: Path) -> None:
+        """Draw metrics.jsonl, once it has a reward."""
+        records = list(read_metrics(directory / METRICS_FILE))
         if not any(record.get("reward") is not None for record in records):
             return
         for name, draw in (("reward.png", draw_rewards), ("rollout.png", draw_rollouts)):
-            path = self._directory / name
-            try:
-                with atomic.new_file(path) as temporary:
-                    draw(records, temporary, self._directory.name)
-            except Exception as error:  # any error of the drawing library: a plot must not end a run
-                log.warning(f"{path}: not drawn ({type(error).__name__}: {error}); the numbers are in {METRICS_FILE}")
+            with atomic.new_file(directory / name) as temporary:
+                draw(records, temporary, directory.name)
 
 
 def sample_lines(samples: Sequence[dict[str, Any]], count: int) -> list[str]:

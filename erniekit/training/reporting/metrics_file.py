@@ -46,6 +46,25 @@ def _is_metrics(record: dict[str, Any]) -> bool:
     return all(value is None or type(value) in (int, float) for value in record.values())
 
 
+def drop_later_records(
+    path: Path, last_step: int, keep: Callable[[dict[str, Any]], object] = lambda record: None
+) -> None:
+    """Drop the records of steps after `last_step` from a file of JSON lines, with one record in memory at a time.
+    `keep` is called with each of the others. A file without any is removed.
+    """
+    if not path.exists():
+        return
+    any_kept = False
+    with atomic.new_file(path) as temporary, open(temporary, "w", encoding="utf-8") as kept:
+        for record in read_records(path):
+            if record["step"] <= last_step:
+                kept.write(json.dumps(record, ensure_ascii=False) + "\n")
+                keep(record)
+                any_kept = True
+    if not any_kept:
+        path.unlink()
+
+
 def copy_lines(path: Path, target: Path, last_step: float = math.inf) -> None:
     """Copy the records of steps up to `last_step` to `target`, which does not exist afterwards if there are none."""
     kept = [record for record in read_metrics(path) if record["step"] <= last_step] if path.is_file() else []

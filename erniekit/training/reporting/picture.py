@@ -11,7 +11,8 @@ SECONDS_BETWEEN = 60  # between the drawings at saves, since training waits for 
 
 
 class Picture(Callback):
-    """Draws output_dir/`name` at saves, at most once in SECONDS_BETWEEN, and at the end of the run.
+    """Draws output_dir/`name`, of which there may be several, at saves, at most once in SECONDS_BETWEEN, and at the end
+    of the run.
 
     A drawing that fails is a warning, since the numbers are in the file `numbers`.
     """
@@ -36,7 +37,7 @@ class Picture(Callback):
         """Draw the whole run."""
         self._draw()
 
-    def draw(self, directory: Path) -> None:
+    def draw_run(self, directory: Path) -> None:
         """Replace `name` in the run's directory; nothing where there is nothing to draw."""
         raise NotImplementedError
 
@@ -44,7 +45,7 @@ class Picture(Callback):
         if self._directory is None:  # the run ended before it began
             return
         try:
-            self.draw(self._directory)
+            self.draw_run(self._directory)
         except Exception as error:  # any error of the drawing library: a picture must not end a run
             path = self._directory / self.name
             log.warning(f"{path}: not drawn ({type(error).__name__}: {error}); the numbers are in {self.numbers}")

@@ -128,7 +128,7 @@ class LossPlot(Picture):
     name = "loss.png"
     numbers = FILE_NAME
 
-    def draw(self, directory: Path) -> None:
+    def draw_run(self, directory: Path) -> None:
         """Draw metrics.jsonl, once it has a loss."""
         records = list(read_metrics(directory / FILE_NAME))
         if any(record.get("loss") is not None for record in records):

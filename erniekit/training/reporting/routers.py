@@ -8,7 +8,7 @@ from typing import Any, TextIO
 import numpy as np
 
 from erniekit.training.reporting.base import RunInfo, StepMetrics
-from erniekit.training.reporting.metrics_file import read_records
+from erniekit.training.reporting.metrics_file import drop_later_records
 from erniekit.training.reporting.picture import Picture
 from erniekit.utils import atomic
 
@@ -46,7 +46,8 @@ class RouterLog(Picture):
         if not metrics.routers:
             return
         if self._file is None:
-            self._file = self._open()
+            drop_later_records(self._path, self._start_step, self._keep)
+            self._file = open(self._path, "a", encoding="utf-8")  # noqa: SIM115 open for the run
         record = {"step": metrics.step, "layers": metrics.routers}
         self._file.write(json.dumps(record) + "\n")
         self._file.flush()
@@ -59,26 +60,24 @@ class RouterLog(Picture):
             self._file.close()
             self._file = None
 
-    def draw(self, directory: Path) -> None:
+    def draw_run(self, directory: Path) -> None:
         """Draw the steps that had routers."""
         if self._last:
             with atomic.new_file(directory / self.name) as temporary:
                 draw(list(self._last), np.array(self._worst), temporary)
 
-    def _open(self) -> TextIO:
-        """The file, with the records up to the step after which the run resumes."""
-        with atomic.new_file(self._path) as temporary, open(temporary, "w", encoding="utf-8") as kept:
-            if self._start_step and self._path.exists():
-                for record in read_records(self._path):
-                    if record["step"] <= self._start_step and record.get("layers"):
-                        kept.write(json.dumps(record) + "\n")
-                        self._keep(record)
-        return open(self._path, "a", encoding="utf-8")
-
     def _keep(self, record: dict[str, Any]) -> None:
-        self._last.append(record["layers"])
-        worst = [layer["load_max_over_mean"] for layer in record["layers"].values()]
-        self._worst.append((record["step"], sum(worst) / len(worst), min(worst), max(worst)))
+        layers: Any = record.get("layers")
+        if _has_loads(layers):
+            self._last.append(layers)
+            worst = [layer["load_max_over_mean"] for layer in layers.values()]
+            self._worst.append((record["step"], sum(worst) / len(worst), min(worst), max(worst)))
+
+
+def _has_loads(layers: Any) -> bool:
+    """Whether a record, which a file may have from elsewhere, is one that on_step writes."""
+    known = isinstance(layers, dict) and all(isinstance(layer, dict) for layer in layers.values())
+    return known and bool(layers) and all({"load", "load_max_over_mean"} <= layer.keys() for layer in layers.values())
 
 
 def draw(last: list[dict[str, Any]], worst: np.ndarray, path: Path) -> None:

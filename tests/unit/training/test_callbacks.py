@@ -15,7 +15,7 @@ from rich.console import Console
 from erniekit.config.schema import Config
 from erniekit.models.picture_balance import PatchLoad
 from erniekit.training.callbacks import Callback, RunInfo, StepMetrics, build_callbacks
-from erniekit.training.reporting import metrics_file, plot, routers
+from erniekit.training.reporting import metrics_file, plot
 from erniekit.training.reporting import picture as picture_module
 from erniekit.training.reporting.metrics_file import MetricsFile, read_metrics
 from erniekit.training.reporting.plot import LossPlot, smooth
@@ -183,56 +183,6 @@ def test_the_plot_is_a_png_of_the_whole_record_drawn_at_saves_and_at_the_end(
     file.on_evaluate(100, {"eval_loss": 0.5})
     picture.on_end({})
     assert (tmp_path / "loss.png").read_bytes() != first
-
-
-def test_saves_soon_after_one_another_do_not_wait_for_pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    drawn: list[float] = []
-    now = [100.0]
-    monkeypatch.setattr(picture_module.time, "monotonic", lambda: now[0])
-    monkeypatch.setattr(LossPlot, "draw", lambda self, directory: drawn.append(now[0]))
-    picture = LossPlot()
-    picture.on_start(run_info(tmp_path))
-    for now[0] in (130, 159, 160, 170, 219, 220, 230):
-        picture.on_save(1, tmp_path)
-    picture.on_end({})
-    assert drawn == [160, 220, 230]
-
-
-def routed(step: int, load: list[float]) -> StepMetrics:
-    layer = {"load_max_over_mean": max(load) / (sum(load) / len(load)), "entropy": 1.0, "load": load}
-    return step_metrics(step, routers={"1": layer, "2": layer})
-
-
-def test_the_record_of_routers_goes_on_after_the_step_that_is_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """Two records of one run, of which the second resumes after step 60, are that of an uninterrupted run."""
-    shown: list[tuple[list[Any], np.ndarray]] = []
-    monkeypatch.setattr(routers, "draw", lambda last, worst, path: shown.append((last, worst)) or path.write_text(""))
-    loads = {step: [1.0, step, 3.0, 2.0] for step in range(1, 101)}
-    whole, first, second = RouterLog(), RouterLog(), RouterLog()
-    (tmp_path / "whole").mkdir()
-    for log_of_run, directory, steps, start in (
-        (whole, "whole", range(1, 101), 0),
-        (first, ".", range(1, 80), 0),
-        (second, ".", range(61, 101), 60),
-    ):
-        log_of_run.on_start(run_info(tmp_path / directory, start))
-        for step in steps:
-            log_of_run.on_step(routed(step, loads[step]))
-        log_of_run.on_end({})
-    assert (tmp_path / "routers.jsonl").read_text() == (tmp_path / "whole" / "routers.jsonl").read_text()
-    (last, worst), _, (last_resumed, worst_resumed) = shown
-    assert last == last_resumed and [step["1"]["load"][1] for step in last] == list(range(51, 101))
-    np.testing.assert_array_equal(worst, worst_resumed)
-    assert worst[-1].tolist() == [100, *[100 / 26.5] * 3]
-
-
-def test_the_loads_of_experts_are_drawn(tmp_path: Path):
-    log_of_run = RouterLog()
-    log_of_run.on_start(run_info(tmp_path))
-    for step in range(1, 4):
-        log_of_run.on_step(routed(step, [1.0, 2.0, 3.0, 2.0]))
-    log_of_run.on_end({})
-    assert (tmp_path / "expert_load.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_a_failing_plot_is_a_warning_and_the_record_stays(
