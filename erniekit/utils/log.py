@@ -20,6 +20,8 @@ _handler.setFormatter(logging.Formatter("[erniekit] %(message)s"))
 _logger.addHandler(_handler)
 _logger.setLevel(logging.INFO)
 _logger.propagate = False
+# Paddle lets every library's INFO lines through; matplotlib has one about its list of fonts.
+logging.getLogger("matplotlib").setLevel(logging.WARNING)
 
 
 def set_rank(rank: int) -> None:
