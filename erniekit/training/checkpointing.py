@@ -203,9 +203,11 @@ class Saver:
             )
 
     def save(self, state: TrainState) -> Path:
-        """Write checkpoint-N atomically, then remove the oldest checkpoints beyond save_total_limit. With
-        use_async_save it has only been copied when this returns, and later errors are raised by the next save.
+        """Note the position of the data in `state` and write checkpoint-N atomically, then remove the oldest
+        checkpoints beyond save_total_limit. With use_async_save it has only been copied when this returns, and later
+        errors are raised by the next save.
         """
+        state.data = self.run.loader.state_dict()
         files: list[RankFiles] = []
         adds = []
         for directory, tensors in (self._weights() | self.run.recipe.extra_weights()).items():

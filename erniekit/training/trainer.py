@@ -162,7 +162,6 @@ class Trainer:
         if self.profiler is not None:
             self.profiler.after_step(metrics)
         heartbeat.step(self.state.step)
-        self.state.data = self.run.loader.state_dict()
         every = self.cfg.check_replicas_steps
         if every > 0 and self.state.step % every == 0:
             self.check_replicas(self.state.step)
