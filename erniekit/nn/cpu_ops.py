@@ -26,16 +26,16 @@ _SOFTMAX, _SWISH, _GELU, _LINEAR = 0x30000, 0x2C, 0x31, 0x26
 ADD, MULTIPLY, DIVIDE, SUBTRACT = 0x1FFF0, 0x1FFF1, 0x1FFF4, 0x1FFF5
 SOURCE_GRADIENT, RESULT_GRADIENT = 129, 145
 _FEW = 4096  # numbers up to which Paddle's swiglu, a loop without vectors, is faster than starting numpy
-MOST_IN_ONE_THREAD = 1 << 18  # numbers up to which one thread is faster than several that have to wait for one another
+MAX_IN_ONE_THREAD = 1 << 18  # numbers up to which one thread is faster than several that have to wait for one another
 
 
 def applies(x: paddle.Tensor) -> bool:
-    """Whether oneDNN computes with x."""
-    return 0 not in x.shape and knows(x)
+    """Whether oneDNN can compute with x, which must not be empty."""
+    return 0 not in x.shape and supports(x)
 
 
-def knows(x: paddle.Tensor) -> bool:
-    """The same of x with any number of rows, none included."""
+def supports(x: paddle.Tensor) -> bool:
+    """Whether oneDNN can compute with tensors like x; x itself may have no rows."""
     return (
         x.dtype == paddle.float32
         and x.place.is_cpu_place()

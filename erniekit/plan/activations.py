@@ -323,7 +323,7 @@ def _simulate(job: Job, stage: int, chunks: Sequence[Sequence[Operation]], input
     shown = {kind: size for kind, size in live.shown.items() if size}
     kept = tuple(sum(kinds.values()) for kinds in live.kinds)
     on_host = sum(operation.on_host for chunk in chunks for operation in chunk) / len(chunks)
-    return StageActivations(live.peak, shown, kept, live.num_chunks, on_host * live.most_chunks)
+    return StageActivations(live.peak, shown, kept, live.num_chunks, on_host * live.max_chunks)
 
 
 def representative_microbatches(job: Job) -> int:
@@ -344,12 +344,12 @@ class _Live:
         self._totals = [sum(sizes.values()) for sizes in kinds]
         self.chunks: Counter[int] = Counter()
         self.microbatches: set[int] = set()
-        self.peak, self.num_chunks, self.most_chunks = 0.0, 0, 0
+        self.peak, self.num_chunks, self.max_chunks = 0.0, 0, 0
         self.shown: Sizes = {}
 
     def reach(self, beside: Sizes, num_chunks: int) -> None:
         """A pass takes `beside`, by kind, in addition to what is kept."""
-        self.most_chunks = max(self.most_chunks, num_chunks)
+        self.max_chunks = max(self.max_chunks, num_chunks)
         kept = sum(count * self._totals[number] for number, count in self.chunks.items())
         now = self.inputs * len(self.microbatches) + kept + sum(beside.values())
         if now <= self.peak:
