@@ -83,7 +83,7 @@ def softmax(scores: paddle.Tensor) -> paddle.Tensor:
 
 
 def softmax_(scores: paddle.Tensor) -> paddle.Tensor:
-    """The same in place."""
+    """`softmax` in place."""
     if not applies(scores):
         return nn.functional.softmax_(scores, axis=-1)
     length, address = scores.shape[-1], scores.data_ptr()
@@ -253,7 +253,7 @@ def add_to_each(x: paddle.Tensor, y: paddle.Tensor) -> paddle.Tensor:
 
 
 def add_to_each_(x: paddle.Tensor, y: paddle.Tensor) -> paddle.Tensor:
-    """The same in place."""
+    """`add_to_each` in place."""
     return x.add_(y) if not (applies(x) and applies(y)) else _add_to_each(x, y, x)
 
 

@@ -24,7 +24,7 @@ def _halves_index(num_rows: int) -> paddle.Tensor:
 
 
 class _SwiGLU(PyLayer):
-    """For the CPU. Gate and up are gathered into two whole tensors."""
+    """SwiGLU on a CPU, with gate and up gathered into two contiguous tensors."""
 
     @staticmethod
     def forward(ctx, gate_up: paddle.Tensor) -> paddle.Tensor:

@@ -24,7 +24,7 @@ Sizes = dict[str, float]  # bytes by kind of operation
 
 @dataclass(frozen=True)
 class StageActivations:
-    """Of one stage: the largest sum of activations at one time in a step, and what it consists of, by kind; and the
+    """The activations of one stage: their largest sum at one time in a step, and what it consists of, by kind; and the
     bytes that one microbatch keeps in each chunk of the stage. `on_host`: the most that waits in host memory.
     """
 
@@ -238,7 +238,7 @@ def _experts(device: Device, experts: Experts, rows: float, beside: float) -> li
 
 
 def _alone(device: Device) -> Device:
-    """The same for what the tensor ranks do not exchange."""
+    """The device for what is not divided over tensor ranks."""
     return replace(device, tensor_ranks=1)
 
 
@@ -385,7 +385,9 @@ def _forward_peak(chunk: Sequence[Operation]) -> Sizes:
 
 
 def _backward_peak(chunk: Sequence[Operation]) -> Sizes:
-    """The same for the backward pass, with the gradients of weights that wait for its end."""
+    """What exists when one backward pass through a chunk takes most, by kind, with the gradients of weights that wait
+    for its end.
+    """
     found: Sizes = {}
     total, peak, gradients = sum(operation.kept for operation in chunk), 0.0, 0.0
     for number, operation in reversed(list(enumerate(chunk))):

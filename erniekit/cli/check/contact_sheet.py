@@ -86,7 +86,7 @@ def _picture(frames: np.ndarray, boxes: Sequence[Sequence[float]]) -> Image.Imag
 
 
 def _fitted(picture: Image.Image, side: int) -> Image.Image:
-    """With its longer side at most `side`; a small one is enlarged a whole number of times, which keeps its pixels."""
+    """The picture with its longer side at most `side`. A small one is enlarged by a whole factor, to stay sharp."""
     longest = max(picture.size)
     if longest * 2 <= side:
         times = side // longest
