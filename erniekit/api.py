@@ -50,7 +50,7 @@ def train(yaml_path: str, **overrides: Any) -> Any:
         effect in the configuration, as the command does.
 
     Raises:
-        ConfigError: a key is unknown, has the wrong type, or asks for what this version cannot do.
+        ConfigError: a key is unknown, has the wrong type, or requests what this version does not support.
         UserError: anything else that the user can fix (data, checkpoint, disk).
     """
     cfg = config.load(yaml_path, overrides, command="train")

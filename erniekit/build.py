@@ -369,7 +369,7 @@ def prepare_model(model_dir: str | Path, options: ModelOptions, shape: ModelConf
         reader = text if options.vision_start is None else TextWeights(text, options.vision_start)
         stored = reader.config
         if text.quantised:
-            _say_quantised(text, options)
+            _log_quantised(text, options)
             options = _without_qat(options)
     model_config = options.overrides.apply(stored)
     depths = model_config.num_nextn_predict_layers
@@ -395,7 +395,7 @@ def _without_qat(options: ModelOptions) -> ModelOptions:
     return dataclasses.replace(options, precision=dataclasses.replace(options.precision, qat=None))
 
 
-def _say_quantised(reader: ModelReader, options: ModelOptions) -> None:
+def _log_quantised(reader: ModelReader, options: ModelOptions) -> None:
     """Log that quantised weights are used as what their codes stand for, and whether they are rounded again."""
     what = f"{reader.path}: quantised weights ({reader.quantised}) are used as the numbers that their codes stand for"
     if options.training:

@@ -41,17 +41,17 @@ def resolve_dataset(name_or_path: str, download_hub: str | None = None, key: str
 
 
 def find_model(name_or_path: str) -> Path | None:
-    """As resolve_model, but nothing is downloaded: None for a Hub name."""
+    """The directory of resolve_model if it is on this machine; None for a Hub name. Downloads nothing."""
     return _find(name_or_path, "model_name_or_path", "model", _MODEL_FILES, CheckpointError)
 
 
 def find_tokenizer(name_or_path: str) -> Path | None:
-    """As resolve_tokenizer, but nothing is downloaded: None for a Hub name."""
+    """The directory of resolve_tokenizer if it is on this machine; None for a Hub name. Downloads nothing."""
     return _find(name_or_path, "tokenizer_name_or_path", "model", _TOKENIZER_FILES, CheckpointError)
 
 
 def find_dataset(name_or_path: str, key: str = "train_dataset_path") -> Path | None:
-    """As resolve_dataset, but nothing is downloaded: None for a Hub name."""
+    """The path of resolve_dataset if it is on this machine; None for a Hub name. Downloads nothing."""
     return _find(name_or_path, key, "dataset", _DATA_FILES, DataError)
 
 

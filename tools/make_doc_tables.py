@@ -24,13 +24,13 @@ COMMANDS = {"run_chat": "chat", "run_eval": "eval", "run_export": "export"}  # a
 # What an alias does with its value, where it is more than passing it on.
 CONVERSIONS: dict[Callable[..., object], str] = {
     compat.negated: "`True` becomes `False`, `False` becomes `True`",
-    compat.lora_flag: "`True` means `LoRA`; `False` says nothing",
+    compat.lora_flag: "`True` means `LoRA`; `False` sets nothing",
     compat.weak: "gives way to the key itself",
     compat.weaker: "gives way to the key itself and to its other names",
     compat.bf16_flag: "`True` means `bf16`, `False` means `fp32`, where nothing else gives a precision",
     compat.is_given: "a granularity there, `True` or `False` here",
-    compat.fp16_flag: "`True` means `fp16`; `False` says nothing",
-    compat.lowprecision_moment: "`True` means `bf16`; `False` says nothing",
+    compat.fp16_flag: "`True` means `fp16`; `False` sets nothing",
+    compat.lowprecision_moment: "`True` means `bf16`; `False` sets nothing",
     compat.quantisation: "`weight_only_int8`: `wint8`; `weight_only_int4`: `wint4`; `weight_only_mix`: `wint4/8`; "
     "`wint8`, `wint4`, `wint4/8` and `nf4` as they are",
     compat.async_save: "the word `async_save` switches it on; the other words have no effect",

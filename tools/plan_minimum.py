@@ -52,13 +52,13 @@ def _row(file: str, gpus: int) -> tuple[str, str]:
     cfg = config.load(str(CONFIGS / f"ERNIE-4.5-{file}.yaml"), [], "train")
     per_node = min(gpus, 8)
     try:
-        job = command.job_of(cfg, command.Wishes(gpus=gpus, gpus_per_node=per_node), card)
+        job = command.job_of(cfg, command.PlanOptions(gpus=gpus, gpus_per_node=per_node), card)
         plan = plan_memory(job, card.memory_bytes, outline_stage)
         first = _said(plan)
         if plan.fits:
             return first, ""
     except UserError:
-        job = command.job_of(cfg, command.Wishes(), card)
+        job = command.job_of(cfg, command.PlanOptions(), card)
         first = f"they do not divide {gpus}"
     other = advice.least_cluster(job, card.memory_bytes, outline_stage, gpus)
     if other is not None:

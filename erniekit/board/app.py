@@ -179,7 +179,9 @@ def _text(body: Body, name: str, default: str | None = None) -> str:
 
 
 def _asked(board: Board, body: Body) -> tuple[str, Path, tuple[str, ...], tuple[str, ...]]:
-    """Of a run to be: its text, its directory, what follows `erniekit`, and which of that overrides the text."""
+    """The run that a request describes: its YAML text, its directory, the arguments after `erniekit`, and those of
+    them that override the text.
+    """
     directory = board.runs.new_directory(_text(body, "name", "") or "run")
     words = board.runs.words(_command(_text(body, "command", "train")), directory, body.get("own_output") is True)
     return _text(body, "yaml"), directory, words, words[2:] if words[0] != "server" else ()

@@ -24,8 +24,8 @@ from erniekit.utils.directory_lock import DirectoryLock
 from erniekit.utils.errors import ConfigError, UserError
 
 COMMANDS = ("train", "eval", "export", "split", "server")
-MOST_LOG = 1 << 16  # bytes of a log in one answer
-MOST_RECORDS = 2000  # of metrics.jsonl in one answer; of more, every k-th
+MAX_LOG = 1 << 16  # bytes of a log in one answer
+MAX_RECORDS = 2000  # of metrics.jsonl in one answer; of more, every k-th
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _JOB = "job.json"
 _ENTRY = "from erniekit.cli.main import main; sys.exit(main())"
@@ -113,7 +113,7 @@ class Run:
 
     def log(self, offset: int) -> dict[str, Any]:
         """The log from a byte on, or its end where there is more of it."""
-        return dict(zip(("text", "offset", "skipped"), _tail(self.directory / job.LOG, MOST_LOG, offset), strict=True))
+        return dict(zip(("text", "offset", "skipped"), _tail(self.directory / job.LOG, MAX_LOG, offset), strict=True))
 
     def metrics(self, mark: str) -> dict[str, Any]:
         """The records after `mark`, which an earlier answer gave; all, with `restart`, where the file is another one
@@ -131,7 +131,7 @@ class Run:
             return {"mark": "", "records": [], "restart": bool(mark), "every": 1}
         whole = data[: data.rfind(b"\n") + 1]
         records = [record for line in whole.decode(errors="replace").splitlines() if (record := _record(line))]
-        every = max(1, -(-len(records) // MOST_RECORDS))
+        every = max(1, -(-len(records) // MAX_RECORDS))
         kept = [record for n, record in enumerate(records) if n % every == 0 or "loss" not in record]
         mark = f"{facts.st_ino}:{offset + len(whole)}"
         return {"mark": mark, "records": kept, "restart": offset == 0, "every": every}

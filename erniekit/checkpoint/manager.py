@@ -11,7 +11,7 @@ import shutil
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from erniekit.checkpoint.model_dir import checkpoint_dir, how_it_goes_on, list_checkpoints, move_staged, staging_of
+from erniekit.checkpoint.model_dir import checkpoint_dir, list_checkpoints, move_staged, staging_of, where_it_resumes
 from erniekit.checkpoint.rank_files import RankFiles
 from erniekit.checkpoint.save_job import Save
 from erniekit.parallel.agree import on_first
@@ -43,7 +43,7 @@ def disk_errors(what: str, where: Path, unharmed: str, command: Callable[[], str
         hint = f"Free some space ({free / 1e6:,.1f} MB are left)" if full else "Fix this"
         raise CheckpointError(
             f"{what} could not be written to {where}: {reason}. {unharmed}{hint} and run {command()} again; "
-            f"{how_it_goes_on(where)}."
+            f"{where_it_resumes(where)}."
         ) from error
 
 

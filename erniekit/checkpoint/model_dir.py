@@ -74,8 +74,8 @@ def resuming_command(cfg: Config) -> str:
     return f"the same command with {' '.join(words)}" if words and may_hold_some else "the same command"
 
 
-def how_it_goes_on(output_dir: Path) -> str:
-    """Where a training that is started again begins, in a few words."""
+def where_it_resumes(output_dir: Path) -> str:
+    """A clause for messages: where the training resumes when the same command is run again."""
     if list_checkpoints(output_dir):
         return "it resumes from the newest checkpoint"
     return "it begins where this run began, since there is no checkpoint yet"

@@ -142,7 +142,7 @@ def save_model(
     """
     if held_weights(model):
         raise CheckpointError(
-            "the weights of this model are quantised, and no weight file is made from them: save its adapter and merge "
+            "the weights of this model are quantised and cannot be saved: save its adapter and merge "
             "it into the weights that the model was loaded from."
         )
     if state_of(model) is not None:

@@ -66,7 +66,7 @@ def load_adapter(model: CausalLM, directory: str | Path, into: Mapping[str, padd
     assert state is not None, "the model has no adapter"
     stored = read_adapter(directory, model.config)
     stored_state = LoraState(stored.options, stored.slots, stored.saved)
-    if _essence(stored_state) != _essence(state):
+    if _compared_facts(stored_state) != _compared_facts(state):
         raise CheckpointError(
             f"{directory} holds another adapter than the configuration asks for.\n  There: {describe(stored_state)}\n"
             f"  Expected: {describe(state)}\nSet the LoRA keys as they were, or give this run another output_dir."
@@ -74,10 +74,8 @@ def load_adapter(model: CausalLM, directory: str | Path, into: Mapping[str, padd
     fill(model, stored, into)
 
 
-def _essence(state: LoraState) -> object:
-    """The facts that must be equal for an adapter's tensors to fit another. Scalings are rounded, as files
-    store alpha.
-    """
+def _compared_facts(state: LoraState) -> object:
+    """What must be equal for the tensors of one adapter to fit another. Scalings are rounded, as files store alpha."""
     slots = {(m, p): (s.rank, round(s.scaling, 5)) for m, parts in state.slots.items() for p, s in parts.items()}
     return slots, set(state.saved), state.options.dora
 

@@ -51,7 +51,7 @@ def configure(args: list[str], command: str) -> Config:
         command: the sub-command.
 
     Raises:
-        ConfigError: the arguments, the file or a key is wrong, or asks for what this version cannot do.
+        ConfigError: the arguments, the file or a key is wrong, or requests what this version does not support.
     """
     if command in ON_RANKS and is_worker():
         _begin_worker(os.environ)

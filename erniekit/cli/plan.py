@@ -23,11 +23,11 @@ from erniekit.utils import atomic, log
 from erniekit.utils.errors import ConfigError
 from erniekit.utils.host_memory import host_memory
 
-DEFAULT_GPU, MOST_GPUS_PER_NODE = "H800", 8
+DEFAULT_GPU, MAX_GPUS_PER_NODE = "H800", 8
 
 
 @dataclass(frozen=True)
-class Wishes:
+class PlanOptions:
     """The options of `plan` that are not keys of the configuration."""
 
     gpus: int | None = None
@@ -51,53 +51,53 @@ def run(args: list[str]) -> int:
         return _calibrate(args[1:])
     values, command_args = options.read("plan", args, _OPTIONS)
     options.require("plan", command_args, "Missing configuration file. Give a YAML or JSON file, or key=value.")
-    wishes = Wishes(**values)
+    plan_options = PlanOptions(**values)
     path, overrides = launch.read_arguments(command_args)
     cfg = config.load(path, overrides, "train", allow_extra=launch.allows_extra())
     config.require_supported(cfg, "train")
-    card = load_hardware(wishes.gpu, wishes.hardware)
-    job = job_of(cfg, wishes, card)
-    report = _report(job, card, wishes)
+    card = load_hardware(plan_options.gpu, plan_options.hardware)
+    job = job_of(cfg, plan_options, card)
+    report = _report(job, card, plan_options)
     print(report.to_text())
-    values = report.to_dict() | _beyond(report, card, wishes)
-    if wishes.json:
-        atomic.write_text(Path(wishes.json), json.dumps(values, ensure_ascii=False, indent=2) + "\n")
-    if wishes.chart:
+    values = report.to_dict() | _beyond(report, card, plan_options)
+    if plan_options.json:
+        atomic.write_text(Path(plan_options.json), json.dumps(values, ensure_ascii=False, indent=2) + "\n")
+    if plan_options.chart:
         from erniekit.plan.chart import draw
 
-        draw(report.memory, report.time, Path(wishes.chart))
-        log.info(f"chart: {wishes.chart}")
+        draw(report.memory, report.time, Path(plan_options.chart))
+        log.info(f"chart: {plan_options.chart}")
     return 0 if report.memory.fits else 3
 
 
-def job_of(cfg: Config, wishes: Wishes, card: Hardware) -> Job:
+def job_of(cfg: Config, plan_options: PlanOptions, card: Hardware) -> Job:
     """The job that a configuration and the options describe. ConfigError where they do not fit together."""
     model = training_overrides(cfg).apply(_model(cfg))
     gpu = CPU if card.name.lower() == CPU else card.name
-    gpus = wishes.gpus or ParallelDims.from_config(cfg).world
-    per_node = wishes.gpus_per_node or min(gpus, MOST_GPUS_PER_NODE)
+    gpus = plan_options.gpus or ParallelDims.from_config(cfg).world
+    per_node = plan_options.gpus_per_node or min(gpus, MAX_GPUS_PER_NODE)
     if gpus > per_node and gpus % per_node:
         raise ConfigError(
             f"gpus: {gpus} do not make whole hosts of gpus_per_node: {per_node} ({gpus} / {per_node} = "
             f"{gpus / per_node:.2f}). Give a multiple of {per_node}."
         )
     _check_precision(cfg, card)
-    pictures = _picture_tokens(cfg, model, wishes)
-    return make_job(cfg, model, Cluster(gpus, gpu, per_node), wishes.document_tokens, pictures)
+    pictures = _picture_tokens(cfg, model, plan_options)
+    return make_job(cfg, model, Cluster(gpus, gpu, per_node), plan_options.document_tokens, pictures)
 
 
-def _picture_tokens(cfg: Config, model: ModelConfig, wishes: Wishes) -> int:
+def _picture_tokens(cfg: Config, model: ModelConfig, plan_options: PlanOptions) -> int:
     """Tokens of a row that stand for pictures. ConfigError for pictures or documents that a row cannot hold."""
-    if wishes.picture_tokens and (model.vision is None or not cfg.method.vision):
+    if plan_options.picture_tokens and (model.vision is None or not cfg.method.vision):
         reason = "the model has no vision" if model.vision is None else "this stage reads text alone"
-        raise ConfigError(f"picture_tokens: {wishes.picture_tokens}: {reason}. Leave it out.")
-    if (wishes.document_tokens or 0) > cfg.max_seq_len:
+        raise ConfigError(f"picture_tokens: {plan_options.picture_tokens}: {reason}. Leave it out.")
+    if (plan_options.document_tokens or 0) > cfg.max_seq_len:
         raise ConfigError(
-            f"document_tokens: {wishes.document_tokens} is more than a row of max_seq_len: {cfg.max_seq_len} tokens "
-            "holds. Give at most that."
+            f"document_tokens: {plan_options.document_tokens} is more than a row of max_seq_len: {cfg.max_seq_len} "
+            "tokens holds. Give at most that."
         )
-    pictures = wishes.picture_tokens or 0
-    if wishes.picture_tokens is None and model.vision is not None and cfg.method.vision:
+    pictures = plan_options.picture_tokens or 0
+    if plan_options.picture_tokens is None and model.vision is not None and cfg.method.vision:
         pictures = cfg.max_seq_len // 2
     if pictures > cfg.max_seq_len:
         raise ConfigError(f"picture_tokens: {pictures} of a row of max_seq_len: {cfg.max_seq_len} tokens")
@@ -135,7 +135,7 @@ def _model(cfg: Config) -> ModelConfig:
     )
 
 
-def _beyond(report: Any, card: Hardware, wishes: Wishes) -> dict[str, Any]:
+def _beyond(report: Any, card: Hardware, plan_options: PlanOptions) -> dict[str, Any]:
     """Print what goes beyond one step, write its timeline and trace, and return the values for the JSON file."""
     from erniekit.plan import outlook
     from erniekit.plan.memory import MemoryPlan, plan_memory
@@ -146,12 +146,12 @@ def _beyond(report: Any, card: Hardware, wishes: Wishes) -> dict[str, Any]:
 
     beyond = outlook.outlook(report.memory, report.time, card, plan)
     print("\n".join(["", *beyond.to_lines()]))
-    if wishes.timeline or wishes.trace:
-        _write_timeline(report.time, wishes)
+    if plan_options.timeline or plan_options.trace:
+        _write_timeline(report.time, plan_options)
     return beyond.to_dict()
 
 
-def _write_timeline(time: Any, wishes: Wishes) -> None:
+def _write_timeline(time: Any, plan_options: PlanOptions) -> None:
     """Simulate the step of all ranks, and write that of the slowest data rank."""
     from erniekit.plan import outlook, timeline
     from erniekit.plan.simulate import Disturbance, simulate_step
@@ -159,16 +159,16 @@ def _write_timeline(time: Any, wishes: Wishes) -> None:
     step = simulate_step(time, Disturbance(outlook.JITTER))
     after = [stage.after for stage in time.stages]
     finished = step.timeline.finished[:, step.slowest].tolist()
-    if wishes.timeline:
+    if plan_options.timeline:
         title = f"{time.run.layout.gpus} x {time.card.name}: {step.seconds:.2f} s a step, the slowest data rank"
-        timeline.draw_timeline(Path(wishes.timeline), step.timeline.events, after, finished, title)
-        log.info(f"timeline: {wishes.timeline}")
-    if wishes.trace:
-        timeline.write_trace(Path(wishes.trace), timeline.chrome_trace(step.timeline.events, after, finished))
-        log.info(f"trace: {wishes.trace}")
+        timeline.draw_timeline(Path(plan_options.timeline), step.timeline.events, after, finished, title)
+        log.info(f"timeline: {plan_options.timeline}")
+    if plan_options.trace:
+        timeline.write_trace(Path(plan_options.trace), timeline.chrome_trace(step.timeline.events, after, finished))
+        log.info(f"trace: {plan_options.trace}")
 
 
-def _report(job: Job, card: Hardware, wishes: Wishes) -> Any:
+def _report(job: Job, card: Hardware, plan_options: PlanOptions) -> Any:
     from erniekit.plan import advice
     from erniekit.plan.memory import plan_memory
     from erniekit.plan.report import Report
@@ -176,7 +176,7 @@ def _report(job: Job, card: Hardware, wishes: Wishes) -> Any:
     from erniekit.plan.timing import plan_time
     from erniekit.training.outline import outline_layers, outline_stage
 
-    capacity = wishes.memory or _capacity(job, card)
+    capacity = plan_options.memory or _capacity(job, card)
     memory = plan_memory(job, capacity, outline_stage)
     found = advice.changes(memory, capacity, outline_stage, card)
     cure = advice.cheapest_fit(found)
@@ -187,10 +187,10 @@ def _report(job: Job, card: Hardware, wishes: Wishes) -> Any:
         saving=advice.most_saving(found),
         cure=cure,
         least=advice.least_cluster(job, capacity, outline_stage) if needs_more else None,
-        tokens=wishes.tokens or _tokens(job),
-        assumptions=_assumptions(job, card, wishes),
+        tokens=plan_options.tokens or _tokens(job),
+        assumptions=_assumptions(job, card, plan_options),
         found=None
-        if not wishes.search
+        if not plan_options.search
         else search(
             job,
             card,
@@ -213,9 +213,9 @@ def _tokens(job: Job) -> float | None:
     return float(job.cfg.max_steps * job.step_tokens) if job.cfg.max_steps > 0 else None
 
 
-def _assumptions(job: Job, card: Hardware, wishes: Wishes) -> list[str]:
+def _assumptions(job: Job, card: Hardware, plan_options: PlanOptions) -> list[str]:
     lines = []
-    if wishes.gpu == DEFAULT_GPU:
+    if plan_options.gpu == DEFAULT_GPU:
         lines.append(f"gpu={DEFAULT_GPU}: give gpu=NAME for another one")
     documents = "one document each" if job.document_tokens is None else f"documents of {job.document_tokens} tokens"
     lines.append(f"rows are full ({job.row_tokens} tokens, {documents}); every token has a label")

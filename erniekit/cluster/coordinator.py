@@ -162,7 +162,7 @@ class Coordinator:
             return self._tell(host)
         if self._running and host is not None:
             return host.reply
-        return {"kind": "wait", "why": self._who_is_here()}
+        return {"kind": "wait", "why": self._present_hosts()}
 
     def _answer_spare(self, host_id: str, now: float) -> Message:
         """The reply to a host that came when the job was running or over. It may be a lost host that its scheduler has
@@ -249,19 +249,20 @@ class Coordinator:
             else:
                 smallest = self._layouts[-1].world
                 self._give_up(
-                    f"{self._who_is_here()}\nThe job needs at least {smallest} processes, there are {num_slots}"
+                    f"{self._present_hosts()}\nThe job needs at least {smallest} processes, there are {num_slots}"
                 )
         elif waited > self._limits.rendezvous:
             hint = (
                 "Is the command running there, with the same MASTER_ADDR and MASTER_PORT? Is a firewall "
                 f"between them? rendezvous_timeout (now {self._limits.rendezvous:g}) is how long the hosts wait."
             )
-            self._give_up(f"{self._who_is_here()} after {self._limits.rendezvous:g} s. {hint}")
+            self._give_up(f"{self._present_hosts()} after {self._limits.rendezvous:g} s. {hint}")
 
     def _forget_silent_spares(self, now: float) -> None:
         self._spares = {host: seen for host, seen in self._spares.items() if now - seen <= self._limits.detect}
 
-    def _who_is_here(self) -> str:
+    def _present_hosts(self) -> str:
+        """A line for messages: how many hosts are connected, which, and which node numbers are missing."""
         hosts = sorted(self._hosts.values(), key=lambda host: host.order)
         present = ", ".join(f"node {h.node} {h.label}" if h.node is not None else h.label for h in hosts)
         nodes_present = {host.node for host in hosts}

@@ -36,7 +36,7 @@ class Server:
     def __init__(self, address: tuple[str, int], coordinator: Coordinator, token: str) -> None:
         self.coordinator = coordinator
         self._listener = socket.create_server(address, backlog=4096)
-        self._door = handshake.Door(self._listener, token, _PURPOSE)
+        self._authenticator = handshake.Authenticator(self._listener, token, _PURPOSE)
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._admit, daemon=True, name="rendezvous")
         self._thread.start()
@@ -51,12 +51,12 @@ class Server:
         """Stop accepting agents."""
         self._closing.set()
         self._thread.join()
-        self._door.close()
+        self._authenticator.close()
         self._listener.close()
 
     def _admit(self) -> None:
         while not self._closing.is_set():
-            sock = self._door.admit(0.2)
+            sock = self._authenticator.accept(0.2)
             if sock is not None:
                 threading.Thread(target=self._converse, args=(sock,), daemon=True).start()
 

@@ -62,7 +62,7 @@ class Later:
     commands: tuple[str, ...] = RUN
     otherwise: str = ""
 
-    def asks(self, value: Any) -> bool:
+    def is_unsupported(self, value: Any) -> bool:
         """Whether `value` requests the feature."""
         return _plain(value) not in (None, "", 0, False, [], {}, *self.safe)
 
@@ -74,7 +74,7 @@ class Fixed:
     only: tuple[Any, ...]
     why: str
 
-    def asks(self, value: Any) -> bool:
+    def is_unsupported(self, value: Any) -> bool:
         """Whether `value` is one that is not supported."""
         value = plain(value)
         if isinstance(value, str):

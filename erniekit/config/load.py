@@ -125,7 +125,7 @@ class _State:
             self.notes.append(f"{old.written} ({old.place}): no effect: {new.written} ({new.place}) decides")
 
     def _fixed(self, rule: compat.Fixed, entry: read.Entry) -> None:
-        if rule.asks(entry.value):
+        if rule.is_unsupported(entry.value):
             self.problems.append(f"{entry.name}: {shortened(str(plain(entry.value)))}: {rule.why} ({entry.place})")
 
     def _alias(self, given: dict[str, _Given], rule: compat.Alias, entry: read.Entry) -> None:

@@ -57,12 +57,12 @@ def _reasons(cfg: Config, command: str, facts: Facts) -> dict[str, str]:
         if command in rule.commands and rule.when(cfg, facts):
             why = rule.why.format_map(vars(cfg) | {"command": command})
             for name in rule.keys.split():
-                if asks(cfg, name):
+                if is_requested(cfg, name):
                     reason_of_key.setdefault(name, why)
     return reason_of_key
 
 
-def asks(cfg: Config, name: str) -> bool:
+def is_requested(cfg: Config, name: str) -> bool:
     """Whether the user gave a key with a value that requests something."""
     field, value = _FIELDS[name], vars(cfg)[name]
     is_off = value in (None, False, "", (), 0, field.metadata["off"]) or (name in _DEGREES.split() and value == 1)

@@ -79,7 +79,8 @@ class ModelArgs:
     recompute_modules: tuple[str, ...] = list_of(
         str,
         "With recompute_granularity: selective, what is recomputed: attention (with projections), core_attn (without), "
-        "mlp (dense feed-forward), moe (sparse ones; of these, experts or shared_experts), vision; loss_fn always is.",
+        "mlp (dense feed-forward), moe (sparse ones; of these, experts or shared_experts), vision; loss_fn changes "
+        "nothing.",
         ("core_attn",),
         choices=RECOMPUTE_MODULES,
     )

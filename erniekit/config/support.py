@@ -15,7 +15,7 @@ def unsupported(cfg: Config, command: str = "train") -> list[str]:
         lines.append(f"stage: {cfg.method.name} ({cfg.method.later}); it has {built}")
     for name, value in cfg.extras:
         rule = RULES[name]
-        if isinstance(rule, Later) and command in rule.commands and rule.asks(value):
+        if isinstance(rule, Later) and command in rule.commands and rule.is_unsupported(value):
             lines.append(f"{name}: {value} ({rule.feature})")
     return lines
 
@@ -25,7 +25,7 @@ def require_supported(cfg: Config, command: str = "train") -> None:
     missing = unsupported(cfg, command)
     if missing:
         listing = "".join(f"\n  {line}" for line in missing)
-        raise ConfigError(f"{cfg.source or 'the configuration'} asks for what this version cannot do yet:{listing}")
+        raise ConfigError(f"{cfg.source or 'the configuration'} requests what this version does not support:{listing}")
 
 
 def notes(cfg: Config, command: str) -> list[str]:
@@ -37,8 +37,8 @@ def notes(cfg: Config, command: str) -> list[str]:
             lines.append(f"{name}: no effect: {rule.why}")
         elif isinstance(rule, Detail):
             lines.append(f"{name}: no effect: read only with {rule.of}, which this version does not have")
-        elif isinstance(rule, Later) and rule.asks(value) and command not in rule.commands:
+        elif isinstance(rule, Later) and rule.is_unsupported(value) and command not in rule.commands:
             lines.append(f"{name}: no effect: `{command}` does not need it")
-        elif isinstance(rule, Later) and rule.otherwise and not rule.asks(value):
+        elif isinstance(rule, Later) and rule.otherwise and not rule.is_unsupported(value):
             lines.append(f"{name}: no effect: {rule.otherwise}")
     return lines + pointless.notes(cfg, command)

@@ -82,8 +82,8 @@ class Lengths:
 
 @dataclass(frozen=True)
 class _Measured:
-    """Of the encoded records: their numbers int64 [K], documents each int32 [K], and those documents' tokens and
-    patches [M].
+    """The encoded records: their numbers int64 [K], how many documents each has int32 [K], and the tokens and patches
+    of those documents [M].
     """
 
     numbers: np.ndarray

@@ -166,7 +166,8 @@ class _Chunk:
     worker: Worker | None = None
     error: Exception | None = None
 
-    def hand_on(self) -> Iterator[Encoded]:
+    def results(self) -> Iterator[Encoded]:
+        """The records in the order of `numbers`. Raises the worker's error at the first one that is missing."""
         for number in self.numbers:
             if number not in self.encoded:
                 assert self.error is not None
@@ -241,11 +242,11 @@ class EncodingService:
                 if len(waiting) > 2 * num_workers and waiting[0].worker is not None:
                     free.append(self._collect(waiting[0]))  # limit how far chunks that need no worker run ahead
                 while waiting and waiting[0].worker is None:
-                    yield from waiting.popleft().hand_on()
+                    yield from waiting.popleft().results()
             while waiting:
                 if waiting[0].worker is not None:
                     self._collect(waiting[0])
-                yield from waiting.popleft().hand_on()
+                yield from waiting.popleft().results()
         finally:
             for worker in mine:
                 worker.stop()

@@ -33,7 +33,7 @@ _SHOWN = 3  # the number of cut prompts that are named; the others are only coun
 
 
 @dataclass(frozen=True)
-class _Asked:
+class _BenchmarkPrompt:
     """A question as the model sees it: token ids, the same as text, and whether the text ends inside a thought."""
 
     item: ChoiceQuestion
@@ -195,16 +195,16 @@ def _examples(cfg: Config, root: Path, questions: Sequence[ChoiceQuestion]) -> d
 
 def _ask(
     cfg: Config, found: PreparedChatModel, benchmark: Benchmark, item: ChoiceQuestion, examples: list[ChoiceQuestion]
-) -> _Asked:
+) -> _BenchmarkPrompt:
     if not cfg.eval_chat_template:
         prompt = benchmark.prompt(item, examples)
-        return _Asked(item, found.tokenizer.encode_plain(prompt), prompt, in_thought=False)
+        return _BenchmarkPrompt(item, found.tokenizer.encode_plain(prompt), prompt, in_thought=False)
     ids = found.template.prompt_ids(benchmark.messages(item, examples), None, found.enable_thinking)
     prompt = found.tokenizer.decode(ids)
-    return _Asked(item, ids, prompt, opens_thought(prompt))
+    return _BenchmarkPrompt(item, ids, prompt, opens_thought(prompt))
 
 
-def _within_context(asked: Sequence[_Asked], context: int) -> tuple[list[_Asked], int]:
+def _within_context(asked: Sequence[_BenchmarkPrompt], context: int) -> tuple[list[_BenchmarkPrompt], int]:
     """The questions, of prompts that do not fit only their last `context` tokens, and the number of those."""
     if context < 1:
         raise ConfigError("max_new_tokens: leaves no room for a prompt in the model's context. Lower it.")
@@ -217,7 +217,7 @@ def _within_context(asked: Sequence[_Asked], context: int) -> tuple[list[_Asked]
     return [replace(each, ids=each.ids[-context:]) for each in asked], len(cut)
 
 
-def _by_likelihood(cfg: Config, opened: ChatModel, asked: Sequence[_Asked]) -> list[Choice]:
+def _by_likelihood(cfg: Config, opened: ChatModel, asked: Sequence[_BenchmarkPrompt]) -> list[Choice]:
     """Choose the letters to which the model gives the highest probabilities."""
     pairs = [(each.ids, _letter_ids(opened.tokenizer, each, letter, cfg)) for each in asked for letter in LETTERS]
     with progress_bar(cfg) as progress:
@@ -237,7 +237,7 @@ def _by_likelihood(cfg: Config, opened: ChatModel, asked: Sequence[_Asked]) -> l
     return choices
 
 
-def _letter_ids(tokenizer: Tokenizer, asked: _Asked, letter: str, cfg: Config) -> list[int]:
+def _letter_ids(tokenizer: Tokenizer, asked: _BenchmarkPrompt, letter: str, cfg: Config) -> list[int]:
     """The tokens of a letter behind the prompt: as they are written there, so a space may be part of them."""
     if cfg.eval_chat_template:
         return tokenizer.encode_plain(letter)
@@ -245,7 +245,7 @@ def _letter_ids(tokenizer: Tokenizer, asked: _Asked, letter: str, cfg: Config) -
     return whole[len(tokenizer.encode_plain(asked.prompt)) :]
 
 
-def _by_generation(cfg: Config, opened: ChatModel, asked: Sequence[_Asked]) -> list[Choice]:
+def _by_generation(cfg: Config, opened: ChatModel, asked: Sequence[_BenchmarkPrompt]) -> list[Choice]:
     """Let the model write, and read the letters that its answers name. Without a chat template the first line is the
     answer, since the model may continue with a question of its own.
     """

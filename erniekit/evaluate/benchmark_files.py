@@ -21,7 +21,7 @@ from erniekit.utils.errors import ConfigError, DataError
 from erniekit.utils.user_files import kind, parse_json, read_text
 
 LETTERS = "ABCD"
-_MOST_LINES = 5  # bad lines that an error names; the others are counted
+_MAX_LINES = 5  # bad lines that an error names; the others are counted
 _COLUMNS = ("question", *LETTERS.lower(), "answer")
 
 
@@ -62,8 +62,8 @@ def read_split(root: Path, split: str, key: str) -> list[ChoiceQuestion]:
             except BadLine as error:
                 problems.append(str(error))
     if problems:
-        more = f"\nand {len(problems) - _MOST_LINES} more" if len(problems) > _MOST_LINES else ""
-        raise DataError("\n".join(problems[:_MOST_LINES]) + more)
+        more = f"\nand {len(problems) - _MAX_LINES} more" if len(problems) > _MAX_LINES else ""
+        raise DataError("\n".join(problems[:_MAX_LINES]) + more)
     if not questions:
         raise DataError(f"{key}: the files of the split {split} in {root} have no questions.")
     return questions

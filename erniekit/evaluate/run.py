@@ -183,7 +183,7 @@ def _target(cfg: Config) -> Path:
 
 def _write(target: Path, results: dict[str, Any], predictions: Sequence[Prediction | Choice] | None) -> None:
     """Write the files atomically; predictions first, since the results mark a finished evaluation."""
-    _say_replaced(target / RESULTS_FILE, results)
+    _log_replaced(target / RESULTS_FILE, results)
     files = {RESULTS_FILE: json.dumps(results, indent=2, ensure_ascii=False, allow_nan=False) + "\n"}
     if predictions is not None:
         lines = (json.dumps(prediction.record(), ensure_ascii=False) for prediction in predictions)
@@ -198,7 +198,7 @@ def _write(target: Path, results: dict[str, Any], predictions: Sequence[Predicti
     log.info(f"results: {', '.join(str(target / name) for name in files)}")
 
 
-def _say_replaced(file: Path, results: dict[str, Any]) -> None:
+def _log_replaced(file: Path, results: dict[str, Any]) -> None:
     """Log if the results of another model, or of another kind of evaluation, are replaced."""
     try:
         before = read_json_object(file, UserError)

@@ -25,7 +25,7 @@ from erniekit.utils.runtime import keep_freed_memory, wanted_threads
 
 # More threads need more memory, one weight each, and four are faster than most disks. Operations on small matrices are
 # over before another thread has the interpreter: two threads took twice as long as one with 131,072 weights a matrix.
-_MOST_THREADS = 4
+_MAX_THREADS = 4
 _LARGE = 1 << 19
 
 
@@ -72,7 +72,7 @@ def write_quantised(
     quantised already, or has weights that are not finite.
     """
     source, config, scheme = _opened(source_dir, format, quantisation, overrides)
-    _say_rounding(source)
+    _log_rounding(source)
     edited = EditedModel(source, None if edit is None else edit(source), config)
     quantiser = quantisation.quantiser(edited, scheme)
     _require_ranges(scheme, quantiser, config)
@@ -95,7 +95,7 @@ def write_quantised(
 def _num_threads(scheme: Scheme, config: ModelConfig) -> int:
     """How many threads are of use: one where most matrices are small."""
     sizes = sorted(matrix.shape[0] * matrix.shape[1] for matrix in scheme.every_matrix(config))
-    return min(_MOST_THREADS, wanted_threads()) if sizes and sizes[len(sizes) // 2] >= _LARGE else 1
+    return min(_MAX_THREADS, wanted_threads()) if sizes and sizes[len(sizes) // 2] >= _LARGE else 1
 
 
 def check_quantised(
@@ -156,7 +156,7 @@ def describe(report: QuantisedReport) -> str:
     )
 
 
-def _say_rounding(source: ModelReader) -> None:
+def _log_rounding(source: ModelReader) -> None:
     """Log a line if weights that are not quantised lose precision."""
     kept = {source.dtype_of(logical) for logical in source.logicals if not logical.keep_fp32} - {"BF16"}
     if kept:

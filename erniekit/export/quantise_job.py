@@ -105,7 +105,7 @@ class _Unit(NamedTuple):
 
 
 class _Checksum(NamedTuple):
-    """Of rows `begin` to `end` of a tensor of the target."""
+    """The checksum of rows `begin` to `end` of a tensor of the target."""
 
     name: str
     begin: int
@@ -135,7 +135,7 @@ class Job:
 
     @property
     def errors(self) -> tuple[MatrixError, ...]:
-        """Of every quantised matrix, in the order of the file."""
+        """The errors of every quantised matrix, in the order of the file."""
         return tuple(self._errors.values())
 
     def plan(self, logical: Logical) -> Plan:

@@ -69,7 +69,7 @@ class ThoughtParser:
     def _thought(self, pieces: list[tuple[Part, str]]) -> bool:
         place = self._buffer.find(CLOSE)
         if place < 0:
-            self._give_certain(pieces, "thought", len(self._buffer) - num_unsure(self._buffer, (CLOSE,)))
+            self._emit(pieces, "thought", len(self._buffer) - num_unsure(self._buffer, (CLOSE,)))
             return False
         self._give(pieces, "thought", self._buffer[:place].strip() if self._fresh else self._buffer[:place].rstrip())
         self._state, self._buffer, self._fresh = "after", self._buffer[place + len(CLOSE) :], True
@@ -86,29 +86,29 @@ class ThoughtParser:
 
     def _bare(self, pieces: list[tuple[Part, str]]) -> bool:
         """An answer behind a thought, without tags of its own; blank space at its end is left out."""
-        self._give_certain(pieces, "answer", len(self._buffer.rstrip()))
+        self._emit(pieces, "answer", len(self._buffer.rstrip()))
         return False
 
     def _framed(self, pieces: list[tuple[Part, str]]) -> bool:
         """An answer that began with its tag."""
         place = self._buffer.find(_ANSWER_CLOSE)
         if place < 0:
-            self._give_certain(pieces, "answer", len(self._buffer) - num_unsure(self._buffer, (_ANSWER_CLOSE,)))
+            self._emit(pieces, "answer", len(self._buffer) - num_unsure(self._buffer, (_ANSWER_CLOSE,)))
             return False
         behind = self._buffer[place + len(_ANSWER_CLOSE) :].lstrip()
         if _CALL.startswith(behind) and behind != _CALL:  # what comes next decides
-            self._give_certain(pieces, "answer", len(self._buffer[:place].rstrip()))
+            self._emit(pieces, "answer", len(self._buffer[:place].rstrip()))
             return False
         if behind.startswith(_CALL):  # what follows the answer stays apart from it
-            self._give_certain(pieces, "answer", len(self._buffer[:place].rstrip()))
+            self._emit(pieces, "answer", len(self._buffer[:place].rstrip()))
             space = self._buffer.index(_ANSWER_CLOSE) + len(_ANSWER_CLOSE)
             self._state, self._buffer = "bare", self._buffer[space:]
             self._fresh = False
         else:
-            self._give_certain(pieces, "answer", place + len(_ANSWER_CLOSE))
+            self._emit(pieces, "answer", place + len(_ANSWER_CLOSE))
         return True
 
-    def _give_certain(self, pieces: list[tuple[Part, str]], part: Part, count: int) -> None:
+    def _emit(self, pieces: list[tuple[Part, str]], part: Part, count: int) -> None:
         """Return the first `count` characters of the buffer."""
         text, self._buffer = self._buffer[:count], self._buffer[count:]
         self._give(pieces, part, text.lstrip() if self._fresh else text)

@@ -60,7 +60,7 @@ class AdapterSet:
         return self._parts[num_tokens]
 
     def of_expert_rows(self) -> list[_Part]:
-        """The same of the rows of a layer's experts, whose routing was noted last."""
+        """The parts for the rows of a layer's experts, whose routing was noted last."""
         if set(self._rows) <= {None}:
             return []
         assert self._sources is not None, "a sparse layer notes its routing"
@@ -83,7 +83,7 @@ class AdapterSet:
 
 
 class SeveralAdapters(nn.Layer):
-    """In the adapter slot of a projection: the adapters that different rows have, by name."""
+    """Occupies the adapter slot of a projection with the adapters of different rows, by name."""
 
     def __init__(self, adapters: Mapping[str, Adapter], chosen: AdapterSet) -> None:
         super().__init__()

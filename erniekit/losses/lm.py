@@ -156,8 +156,8 @@ class HeadGradients:
             self._bias = part if self._bias is None else self._bias + part
 
     def result(self, hidden_TD: paddle.Tensor, scale: paddle.Tensor | None = None) -> tuple[paddle.Tensor | None, ...]:
-        """Of hidden, weight and, if there is one, bias, each times `scale` (fp32; None: 1) in the dtype of what it
-        belongs to; None where that is frozen.
+        """The gradients of hidden, weight and, if there is one, bias, each times `scale` (fp32; None: 1) and in the
+        dtype of its tensor; None where that is frozen.
         """
         wide = (None if hidden_TD.stop_gradient else paddle.concat(self._hidden), self._weight, self._bias)
         owners = (hidden_TD, self.head.weight, self.head.bias)

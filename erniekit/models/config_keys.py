@@ -240,7 +240,7 @@ def check_keys(config: JsonObject, fields: Mapping[str, Any]) -> list[str]:
 
 
 def check_vision_keys(vision: JsonObject, others: Mapping[str, Any]) -> list[str]:
-    """The same for the keys of a vision_config that are not read."""
+    """Check the keys of a vision_config that are not read, as `check_keys` does; returns lines for the log."""
     lines = []
     for key, value in others.items():
         if value is not None and key not in OWN_KEYS and key not in _HARMLESS_IN_VISION:

@@ -50,8 +50,8 @@ def describe_fp8(model: CausalLM, options: Fp8Options) -> str:
 
 
 def adapted_layers(model: CausalLM, options: Fp8Options) -> list[int]:
-    """Those of `options.recompute_layers` on this process whose experts have adapters, which need the products of the
-    projections, so that nothing is computed again there.
+    """The layers of `options.recompute_layers` on this process whose experts have adapters, which need the products of
+    the projections, so that nothing is computed again there.
     """
     numbers = options.recompute_layers & set(model.model.layers.numbers) if "experts" in options.parts else ()
     return [number for number in sorted(numbers) if _experts_have_adapters(model.model.layers[number])]

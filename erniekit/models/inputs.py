@@ -64,7 +64,7 @@ class Pictures:
 
 @dataclass(frozen=True)
 class EncodedPictures:
-    """The same behind the resampler: `features` [M, D], and the token numbers `places` int64 [M] that they replace."""
+    """Pictures behind the resampler: `features` [M, D], and the token numbers `places` int64 [M] that they replace."""
 
     features: paddle.Tensor
     places: np.ndarray
@@ -96,7 +96,7 @@ class ModelInputs:
     shared: SharedBatch | None = None
 
     def select(self, places: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Of token numbers of the batch, ascending: a mask of those that are in this pass, and their rows in it."""
+        """A mask of the ascending token numbers of the batch that are in this pass, and their rows in it."""
         if self.shared is None:
             return np.ones(len(places), bool), places
         return self.shared.shard.select(places)
@@ -269,7 +269,7 @@ def token_info(config: ModelConfig, row_lengths: list[int], modality: np.ndarray
 
 
 def _with_record(config: ModelConfig, tokens: TokenInfo, batch: PackedBatch) -> TokenInfo:
-    """With the experts that a batch's tokens were sent to before, where they were recorded."""
+    """`tokens` with the experts that they were sent to during generation, where these were recorded."""
     table = batch.completions
     if table.experts is None:
         return tokens
@@ -277,7 +277,7 @@ def _with_record(config: ModelConfig, tokens: TokenInfo, batch: PackedBatch) -> 
 
 
 def shared_token_info(config: ModelConfig, shard: ContextShard, modality: np.ndarray) -> TokenInfo:
-    """The same for a context rank's part of a batch, of which `modality` [T] is."""
+    """The TokenInfo of a context rank's part of a batch; `modality` [T] is that of the whole batch."""
     whole = token_info(config, shard.row_lengths, modality)
     own = None if whole.modality is None else whole.modality[shard.tokens]
     return TokenInfo(shard.own_row_lengths, own, RowShares(shard.group, whole))

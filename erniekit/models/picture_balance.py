@@ -91,7 +91,7 @@ class PicturePlan:
 
     @cached_property
     def _encoded(self) -> list[np.ndarray]:
-        """Of each rank, the units that this one encodes."""
+        """The units of each rank that this rank encodes."""
         chosen = [encoders == self.group.index for encoders in self.encoders]
         return [units[mask] for units, mask in zip(self.units, chosen, strict=True)]
 

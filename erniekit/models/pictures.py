@@ -54,7 +54,7 @@ class PictureTables:
     positions: np.ndarray
 
     def on_device(self) -> Pictures | None:
-        """For models.inputs; None without any picture."""
+        """The tables as tensors on the device, for models.inputs; None without any picture."""
         return Pictures(paddle.to_tensor(self.patches), self.grid, self.places) if len(self.grid) else None
 
 

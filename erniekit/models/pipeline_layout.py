@@ -24,7 +24,7 @@ def schedule_of(cfg: Config) -> str:
     return "interleaved" if cfg.virtual_pp_degree > 1 and cfg.pipeline_schedule == "1f1b" else cfg.pipeline_schedule
 
 
-def cut_layers(cfg: Config, model_config: ModelConfig, stages: int) -> list[list[tuple[int, ...]]]:
+def assign_layers(cfg: Config, model_config: ModelConfig, stages: int) -> list[list[tuple[int, ...]]]:
     """The layers of each chunk of each stage: piece c * stages + s of the model is chunk c of stage s."""
     chunks = max(cfg.virtual_pp_degree, 1)
     costs = layer_costs(model_config, cfg.max_seq_len // 2)
@@ -42,7 +42,7 @@ def check_layout(cfg: Config, degrees: ParallelDims, model_config: ModelConfig) 
     check_model(degrees, model_config)
     if degrees.context > 1 and cfg.cp_comm_type == "a2a":
         _check_heads(degrees, model_config)
-    cut_layers(cfg, model_config, degrees.pipeline)
+    assign_layers(cfg, model_config, degrees.pipeline)
 
 
 def chunks_to_use(cfg: Config, model_config: ModelConfig, degrees: ParallelDims, stage: int) -> list[tuple[int, ...]]:
@@ -52,7 +52,7 @@ def chunks_to_use(cfg: Config, model_config: ModelConfig, degrees: ParallelDims,
     check_model(degrees, model_config)
     if degrees.pipeline == 1:
         return [tuple(range(model_config.num_hidden_layers))]
-    return cut_layers(cfg, model_config, degrees.pipeline)[stage]
+    return assign_layers(cfg, model_config, degrees.pipeline)[stage]
 
 
 def _check_heads(degrees: ParallelDims, model_config: ModelConfig) -> None:
@@ -145,7 +145,7 @@ def layout_lines(cfg: Config, model_config: ModelConfig, degrees: ParallelDims) 
         f"{degrees.batch} = {cfg.batch_size * microbatches * degrees.batch} rows"
     ]
     if degrees.pipeline > 1:
-        stages = cut_layers(cfg, model_config, degrees.pipeline)
+        stages = assign_layers(cfg, model_config, degrees.pipeline)
         lines.append(describe(schedule_of(cfg), microbatches, stages))
     return lines + notes
 

@@ -51,7 +51,7 @@ def products(model: paddle.nn.Layer) -> dict[str, tuple[Projection, Product]]:
 
 
 def held_weights(model: paddle.nn.Layer) -> dict[str, tuple[Projection, Product]]:
-    """Those of `products` that hold a weight, so that the model has no parameter of that name."""
+    """The entries of `products` that hold a weight, so that the model has no parameter of that name."""
     return {name: pair for name, pair in products(model).items() if pair[1].holds_weight}
 
 

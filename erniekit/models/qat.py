@@ -104,7 +104,7 @@ class MovingRanges:
 
     @paddle.no_grad()
     def update(self) -> None:
-        """At the end of a step; all ranks call it."""
+        """Update the ranges at the end of a step; all ranks call it."""
         mesh = self._mesh
         self._update(self._experts, [mesh.expert_data_group])
         self._update(self._others, [mesh.data_group, mesh.tensor_group])

@@ -32,7 +32,7 @@ def frame_pairs(grid_N3: np.ndarray, merge_size: int) -> tuple[np.ndarray, np.nd
 
 
 class _GELU(PyLayer):
-    """For the CPU, as one node that keeps x."""
+    """GELU on a CPU, as one node that keeps x."""
 
     @staticmethod
     def forward(ctx, x: paddle.Tensor) -> paddle.Tensor:

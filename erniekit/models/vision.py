@@ -98,7 +98,7 @@ class VisionAttention(nn.Layer):
 
 
 class _QuickGELU(PyLayer):
-    """For the CPU, as one node that keeps x."""
+    """QuickGELU on a CPU, as one node that keeps x."""
 
     @staticmethod
     def forward(ctx, x: paddle.Tensor) -> paddle.Tensor:

@@ -307,13 +307,14 @@ def our_shapes(config: ModelConfig) -> dict[str, Shape]:
 
 
 def projection_shapes(config: ModelConfig) -> dict[str, Shape]:
-    """The same of the weights of the projections of the decoder's layers, without multi-token prediction."""
+    """The shapes, as in `our_shapes`, of the projections of the decoder's layers, without multi-token prediction."""
     return {name: shape for name, shape in our_shapes(config).items() if _PROJECTION.fullmatch(name)}
 
 
 def layer_matrices(config: ModelConfig) -> dict[str, Shape]:
-    """The same of every parameter with the role PROJECTION (nn/roles.py), also of the vision part and of multi-token
-    prediction: all matrices but embedding, head and routers. For what must not import Paddle; a test compares both.
+    """The shapes, as in `our_shapes`, of every parameter with the role PROJECTION (nn/roles.py), also of the vision
+    part and of multi-token prediction: all matrices but embedding, head and routers. For what must not import Paddle; a
+    test compares both.
     """
     return {
         name: shape

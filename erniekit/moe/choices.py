@@ -27,7 +27,7 @@ class RecordedChoices:
     replays: bool = True
 
     def of(self, layer: int, tokens: np.ndarray | None) -> np.ndarray:
-        """Those of a layer and of the tokens with these numbers (None: of all), int64 [n, K]."""
+        """The experts that a layer chose for the tokens with these numbers (None: for all), int64 [n, K]."""
         column = self.table[:, self.layers.index(layer)]
         return (column if tokens is None else column[tokens]).astype(np.int64)
 

@@ -116,7 +116,7 @@ class Heads:
 
     @property
     def _addresses(self) -> tuple[int, int]:
-        """Of k and v."""
+        """The addresses of k and v."""
         return self.k.data_ptr(), self.v.data_ptr()
 
     def _queries(self, address: int, block: Block, unit: int) -> tuple[int, int]:

@@ -13,7 +13,7 @@ from paddle.incubate.nn import functional as incubate
 
 from erniekit.nn.cpu_ops import (
     ADD,
-    MOST_IN_ONE_THREAD,
+    MAX_IN_ONE_THREAD,
     MULTIPLY,
     RESULT_GRADIENT,
     SOURCE_GRADIENT,
@@ -76,7 +76,7 @@ def rms_norm(x_TD: paddle.Tensor, weight_D: paddle.Tensor, epsilon: float) -> pa
     if runtime.has_avx512():
         return incubate.fused_rms_norm(x_TD, weight_D, None, epsilon, 1)[0]
     # Paddle's operation is compiled for AVX-512 and nothing else.
-    if math.prod(x_TD.shape) > MOST_IN_ONE_THREAD:
+    if math.prod(x_TD.shape) > MAX_IN_ONE_THREAD:
         return rms_norm_forward(x_TD, weight_D, epsilon)[0]
     rows, out = memory_of(x_TD), unfilled_like(x_TD)
     scale_T = np.einsum("td,td->t", rows, rows)

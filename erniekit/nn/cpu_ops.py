@@ -26,16 +26,16 @@ _SOFTMAX, _SWISH, _GELU, _LINEAR = 0x30000, 0x2C, 0x31, 0x26
 ADD, MULTIPLY, DIVIDE, SUBTRACT = 0x1FFF0, 0x1FFF1, 0x1FFF4, 0x1FFF5
 SOURCE_GRADIENT, RESULT_GRADIENT = 129, 145
 _FEW = 4096  # numbers up to which Paddle's swiglu, a loop without vectors, is faster than starting numpy
-MOST_IN_ONE_THREAD = 1 << 18  # numbers up to which one thread is faster than several that have to wait for one another
+MAX_IN_ONE_THREAD = 1 << 18  # numbers up to which one thread is faster than several that have to wait for one another
 
 
 def applies(x: paddle.Tensor) -> bool:
-    """Whether oneDNN computes with x."""
-    return 0 not in x.shape and knows(x)
+    """Whether oneDNN can compute with x, which must not be empty."""
+    return 0 not in x.shape and supports(x)
 
 
-def knows(x: paddle.Tensor) -> bool:
-    """The same of x with any number of rows, none included."""
+def supports(x: paddle.Tensor) -> bool:
+    """Whether oneDNN can compute with tensors like x; x itself may have no rows."""
     return (
         x.dtype == paddle.float32
         and x.place.is_cpu_place()
@@ -83,7 +83,7 @@ def softmax(scores: paddle.Tensor) -> paddle.Tensor:
 
 
 def softmax_(scores: paddle.Tensor) -> paddle.Tensor:
-    """The same in place."""
+    """`softmax` in place."""
     if not applies(scores):
         return nn.functional.softmax_(scores, axis=-1)
     length, address = scores.shape[-1], scores.data_ptr()
@@ -253,7 +253,7 @@ def add_to_each(x: paddle.Tensor, y: paddle.Tensor) -> paddle.Tensor:
 
 
 def add_to_each_(x: paddle.Tensor, y: paddle.Tensor) -> paddle.Tensor:
-    """The same in place."""
+    """`add_to_each` in place."""
     return x.add_(y) if not (applies(x) and applies(y)) else _add_to_each(x, y, x)
 
 

@@ -59,8 +59,8 @@ class AttentionDropout:
         return LayerMasks(rate, num_kv_heads, buckets)
 
     def seed_of(self, layer: int) -> int:
-        """For a kernel that draws the masks of a whole batch itself: a seed below 2^63 from everything above but the
-        positions.
+        """The seed, below 2^63, for a kernel that draws the masks of a whole batch itself. It follows from everything
+        that decides a mask except the positions.
         """
         with np.errstate(over="ignore"):
             order = np.arange(len(self.documents), dtype=np.uint64)
@@ -137,7 +137,7 @@ def _mix(x: np.ndarray) -> np.ndarray:
 
 
 def _mix32(x: np.ndarray) -> np.ndarray:
-    """The same for uint32, in place (the finaliser of MurmurHash3)."""
+    """Mix the bits of uint32 numbers in place (the finaliser of MurmurHash3)."""
     x ^= x >> np.uint32(16)
     x *= np.uint32(0x85EBCA6B)
     x ^= x >> np.uint32(13)

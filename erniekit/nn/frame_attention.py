@@ -105,8 +105,8 @@ class FrameAttention:
 
     @cached_property
     def _factors(self) -> tuple[paddle.Tensor, paddle.Tensor, paddle.Tensor]:
-        """Of the rows [P*H, d]: the cosines, the sines, which are negative in the first half, and which half of a row
-        stands where the other is needed, [2*P*H].
+        """The cosines and sines of the rows [P*H, d] (sines are negative in the first half), and the numbers [2*P*H] of
+        the half rows that swap the halves of each row.
         """
         patch = paddle.to_tensor(self.order // self.num_heads)
         tables = [paddle.concat(pair, axis=-1).squeeze(1) for pair in ([self.cos, self.cos], [-self.sin, self.sin])]

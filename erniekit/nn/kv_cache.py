@@ -252,7 +252,7 @@ class KVCache:
 
     @property
     def _shape(self) -> list[int]:
-        """Of a layer's buffer."""
+        """The shape of a layer's buffer."""
         return [self.num_places, self.heads.num_kv_heads, self.capacity, self.heads.dim]
 
     def _made(self, buffers: list[paddle.Tensor | None], layer: int, dtype: paddle.dtype) -> paddle.Tensor:
@@ -332,12 +332,12 @@ class _Step:
 
     @cached_property
     def of_token(self) -> TokenAttention:
-        """For a step of one token."""
+        """The attention of a step of one token per row."""
         return TokenAttention(self.heads, self.rotary, self.places[:, 0], self.positions[:, 0])
 
     @cached_property
     def rotation(self) -> Rotation:
-        """Of all tokens [B*n]."""
+        """The rotation of all tokens [B*n]."""
         heads, flat = self.heads, self.positions.reshape(-1, *self.positions.shape[2:])
         return self.rotary.at(flat, heads.num_heads + heads.num_kv_heads, heads.num_kv_heads, row=self.num_tokens)
 

@@ -64,7 +64,7 @@ class Projection(Shardable):
         return self.adapter is not None and self.product is not None and self.product.quantises_adapted
 
     def multiply_adapted(self, x: paddle.Tensor, counts: list[int] | None = None) -> paddle.Tensor:
-        """As `multiply`, by the weight with the adapter in it, where `quantises_adapted`."""
+        """Multiply as `multiply` does, by the weight with the adapter added to it; only where `quantises_adapted`."""
         assert self.adapter is not None and self.product is not None and self.weight is not None
         return self.product(x, self.adapter.added(self.weight), counts)
 

@@ -24,7 +24,7 @@ def _halves_index(num_rows: int) -> paddle.Tensor:
 
 
 class _SwiGLU(PyLayer):
-    """For the CPU. Gate and up are gathered into two whole tensors."""
+    """SwiGLU on a CPU, with gate and up gathered into two contiguous tensors."""
 
     @staticmethod
     def forward(ctx, gate_up: paddle.Tensor) -> paddle.Tensor:
@@ -63,7 +63,7 @@ def _is_small(gate_up_RW: paddle.Tensor) -> bool:
     if not (decoding.is_running() and cpu_ops.applies(gate_up_RW)):
         return False
     rows, width = gate_up_RW.shape
-    return rows * width <= cpu_ops.MOST_IN_ONE_THREAD
+    return rows * width <= cpu_ops.MAX_IN_ONE_THREAD
 
 
 class _GatedProducts(PyLayer):
@@ -118,8 +118,8 @@ def gated(projection: Projection, x: paddle.Tensor, counts: list[int] | None = N
     The steps of the graph do not depend on the number of rows, which may be none: see moe.all_to_all.permute.
     """
     weight = projection.lone_weight
-    few = decoding.is_running() and x.shape[0] * projection.out_features <= cpu_ops.MOST_IN_ONE_THREAD
-    if few or weight is None or not (cpu_ops.knows(x) and cpu_ops.applies(weight)):
+    few = decoding.is_running() and x.shape[0] * projection.out_features <= cpu_ops.MAX_IN_ONE_THREAD
+    if few or weight is None or not (cpu_ops.supports(x) and cpu_ops.applies(weight)):
         return swiglu(projection(x) if counts is None else projection(x, counts))
     rows = x.reshape([-1, x.shape[-1]])
     made = call(_GatedProducts, rows, weight, [rows.shape[0]] if counts is None else counts)

@@ -127,4 +127,4 @@ def _decoded(x: paddle.Tensor, y: paddle.Tensor, transpose_x: bool, transpose_y:
 
 def _is_large(x: paddle.Tensor) -> bool:
     """Whether making an operation of our own takes little of its time, and several threads help."""
-    return math.prod(x.shape) > cpu_ops.MOST_IN_ONE_THREAD
+    return math.prod(x.shape) > cpu_ops.MAX_IN_ONE_THREAD

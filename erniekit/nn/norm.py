@@ -93,8 +93,8 @@ class RMSNorm(DeclaresRoles):
 
 
 class _LayerNorm(PyLayer):
-    """For the CPU, where Paddle's own backward pass takes 20 times as long as the forward pass. Keeps x, and mean and
-    variance of each token where oneDNN computes it; else see _RMSNorm.
+    """Layer normalisation on a CPU, where Paddle's own backward pass takes 20 times as long as the forward pass. Keeps
+    x, and mean and variance of each token where oneDNN computes it; else see _RMSNorm.
     """
 
     @staticmethod

@@ -13,7 +13,7 @@ from erniekit.nn.frequencies import RopeScaling, scaled_frequencies
 
 # A table with a row for every head lets one complex product rotate a fused projection. Paddle's CPU product is six
 # times slower where it has to broadcast over heads, so such a table is made there up to this size.
-MOST_EXPANDED_BYTES = 100_000_000
+MAX_EXPANDED_BYTES = 100_000_000
 _BLOCK = 256  # tokens whose table is expanded at once where the whole would be larger than that; fits a CPU's cache
 _ITEM_BYTES = np.dtype(np.complex64).itemsize
 
@@ -81,7 +81,7 @@ class Rotary:
 
 
 def _is_expanded(num_tokens: int, num_heads: int, head_dim: int) -> bool:
-    return paddle.get_device() == "cpu" and num_tokens * num_heads * head_dim // 2 * _ITEM_BYTES <= MOST_EXPANDED_BYTES
+    return paddle.get_device() == "cpu" and num_tokens * num_heads * head_dim // 2 * _ITEM_BYTES <= MAX_EXPANDED_BYTES
 
 
 def table_bytes(num_tokens: int, num_heads: int, head_dim: int) -> int:

@@ -53,7 +53,7 @@ def init(timeout_seconds: float = 600, on_wait: OnWait | None = None) -> World:
     joined = World(env.rank, env.world_size, tuple(env.trainer_endpoints))
     token = runtime.job_token_of([endpoint.rpartition(":")[0] for endpoint in joined.endpoints])
     if paddle.get_device().startswith("gpu"):
-        tcp_transport.roll_call(joined, token, timeout_seconds)
+        tcp_transport.wait_for_ranks(joined, token, timeout_seconds)
         dist.init_parallel_env()
     else:
         _backend.links = tcp_transport.connect(joined, token, timeout_seconds)

@@ -57,9 +57,7 @@ class ContextShard:
         return np.diff(ends, prepend=0).tolist()
 
     def select(self, places: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Of the token numbers `places`: a mask of those that are on this rank, and for these the rows at which this
-        rank has them.
-        """
+        """A mask of the token numbers `places` that are on this rank, and the rows at which this rank has those."""
         rows = np.searchsorted(self.tokens, places)
         inside = np.minimum(rows, max(len(self.tokens) - 1, 0))
         mask = self.tokens[inside] == places if len(self.tokens) else np.zeros(len(places), bool)

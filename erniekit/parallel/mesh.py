@@ -40,7 +40,7 @@ class ParallelDims:
             if self.data % degree:
                 raise ConfigError(
                     f"{key}: {degree} does not divide the {self.data} data ranks ({self.data} / {degree} = "
-                    f"{self.data / degree:.2f}): it takes whole groups of data ranks. Make data_parallel_degree * "
+                    f"{self.data / degree:.2f}): the data ranks must form whole groups. Make data_parallel_degree * "
                     f"sharding_parallel_degree a multiple of {degree}."
                 )
 

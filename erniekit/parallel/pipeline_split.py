@@ -110,7 +110,7 @@ def _by_list(num_layers: int, num_chunks: int, numbers: list[int]) -> list[tuple
     if len(numbers) != num_chunks + 1:
         raise ConfigError(
             f"{where} names {len(numbers) - 1} chunks, but pipeline_parallel_degree x virtual_pp_degree is "
-            f"{num_chunks}, which takes {num_chunks + 1} numbers"
+            f"{num_chunks}, which needs {num_chunks + 1} numbers"
         )
     if numbers[0] != 0 or numbers[-1] not in (num_layers, num_layers + ITEMS_BESIDE_LAYERS):
         raise ConfigError(

@@ -69,7 +69,7 @@ class _RingAttention(PyLayer):
 def _gradients(
     ring: RingAttention, do: paddle.Tensor, q: paddle.Tensor, kv: paddle.Tensor, out: paddle.Tensor, lse: np.ndarray
 ) -> tuple[paddle.Tensor, paddle.Tensor]:
-    """Those of this rank's rotated queries [G, t * r, d] and of its keys and values [2, G, t, d]."""
+    """The gradients of this rank's rotated queries [G, t * r, d] and of its keys and values [2, G, t, d]."""
     heads, group, travelling = ring.heads, ring.group, ring.plan.travelling
     dq, dkv_own = paddle.zeros_like(q), paddle.zeros_like(kv)
     queries, of_queries = _queries(q, out, lse, heads), memory_of(dq)

@@ -27,7 +27,7 @@ from contextlib import ExitStack, closing, suppress
 from erniekit.parallel.process_group import World
 from erniekit.utils import job_token
 from erniekit.utils.errors import TrainError
-from erniekit.utils.handshake import PROOF_SECONDS, Door, NotOurs, WrongToken, prove
+from erniekit.utils.handshake import PROOF_SECONDS, Authenticator, NotOurs, WrongToken, prove
 
 _HELLO = struct.Struct("<8s16sI")  # magic, digest of the job's addresses, rank
 _MAGIC = b"ernlink1"
@@ -172,14 +172,14 @@ def connect(world: World, token: str, timeout_seconds: float) -> Links:
     Raises:
         TrainError: an address is taken, ranks did not come in time, or have another token; the message names them.
     """
-    with _listen(world) as listener, closing(Door(listener, token, _PURPOSE)) as door:
-        # Rank 0 is connected with every rank now. Of every other pair, the higher rank calls the lower one.
-        sockets = _roll_call(world, token, door, timeout_seconds)
+    with _listen(world) as listener, closing(Authenticator(listener, token, _PURPOSE)) as authenticator:
+        sockets = _gather_ranks(world, token, authenticator, timeout_seconds)
+        # Rank 0 is connected to every rank. Of every other pair, the higher rank connects to the lower one.
         deadline = time.monotonic() + _ALL_HERE_SECONDS
         for rank in range(1, world.rank):
             sockets[rank] = _call(world, token, rank, deadline)
         while len(sockets) < world.size - 1:
-            sock, rank = _answer(world, door, deadline)
+            sock, rank = _accept_rank(world, authenticator, deadline)
             if sock is None:
                 absent = [r for r in range(world.size) if r != world.rank and r not in sockets]
                 raise _missing(world, absent, _ALL_HERE_SECONDS)
@@ -187,28 +187,31 @@ def connect(world: World, token: str, timeout_seconds: float) -> Links:
     return Links(world, {rank: _Peer(sock, world.name(rank)) for rank, sock in sorted(sockets.items())})
 
 
-def roll_call(world: World, token: str, timeout_seconds: float) -> None:
+def wait_for_ranks(world: World, token: str, timeout_seconds: float) -> None:
     """Wait until every rank has called rank 0, for backends that make their own connections afterwards.
 
     Raises:
         TrainError: ranks did not come in time, or have another token; the message names them.
     """
     with ExitStack() as stack:
-        door = None
+        authenticator = None
         if world.rank == 0:
-            door = stack.enter_context(closing(Door(stack.enter_context(_listen(world)), token, _PURPOSE)))
-        sockets = _roll_call(world, token, door, timeout_seconds)
+            listener = stack.enter_context(_listen(world))
+            authenticator = stack.enter_context(closing(Authenticator(listener, token, _PURPOSE)))
+        sockets = _gather_ranks(world, token, authenticator, timeout_seconds)
     for sock in sockets.values():
         sock.close()
 
 
-def _roll_call(world: World, token: str, door: Door | None, timeout_seconds: float) -> dict[int, socket.socket]:
+def _gather_ranks(
+    world: World, token: str, authenticator: Authenticator | None, timeout_seconds: float
+) -> dict[int, socket.socket]:
     """Every rank calls rank 0, which replies with the missing ranks, so that all raise the same error."""
     deadline = time.monotonic() + timeout_seconds
     sockets: dict[int, socket.socket] = {}
-    if door is not None and world.rank == 0:
+    if authenticator is not None and world.rank == 0:
         while len(sockets) < world.size - 1:
-            sock, rank = _answer(world, door, deadline)
+            sock, rank = _accept_rank(world, authenticator, deadline)
             if sock is None:
                 break
             sockets[rank] = sock
@@ -301,10 +304,10 @@ def _call(world: World, token: str, rank: int, deadline: float) -> socket.socket
     raise TrainError(f"{missing} (The last attempt: {reason}.)")
 
 
-def _answer(world: World, door: Door, deadline: float) -> tuple[socket.socket | None, int]:
+def _accept_rank(world: World, authenticator: Authenticator, deadline: float) -> tuple[socket.socket | None, int]:
     """The next rank of this job; (None, -1) when time is up."""
     while (left := deadline - time.monotonic()) > 0:
-        sock = door.admit(left)
+        sock = authenticator.accept(left)
         if sock is None:
             break
         try:

@@ -103,7 +103,7 @@ class ShardedParameters:
 
     @paddle.no_grad()
     def chunk_of(self, name: str, parameter: paddle.Tensor) -> paddle.Tensor:
-        """As `local_chunk`, of another tensor of a parameter's shape."""
+        """The `local_chunk` of another tensor of a parameter's shape."""
         entry = self.entries[name]
         return parameter if entry.placement.shard.size == 1 else chunk_of(entry, parameter)
 
@@ -132,7 +132,7 @@ class ShardedParameters:
         return joined_chunks(comm.all_gather(chunk, entry.placement.shard), entry.shape)
 
     def gather(self, name: str, chunk: paddle.Tensor) -> np.ndarray:
-        """As `whole`, but the result is on the host."""
+        """The result of `whole` as an array on the host."""
         entry = self.entries[name]
         if entry.placement.shard.size == 1:
             return chunk.numpy()

@@ -24,7 +24,7 @@ Sizes = dict[str, float]  # bytes by kind of operation
 
 @dataclass(frozen=True)
 class StageActivations:
-    """Of one stage: the largest sum of activations at one time in a step, and what it consists of, by kind; and the
+    """The activations of one stage: their largest sum at one time in a step, and what it consists of, by kind; and the
     bytes that one microbatch keeps in each chunk of the stage. `on_host`: the most that waits in host memory.
     """
 
@@ -238,7 +238,7 @@ def _experts(device: Device, experts: Experts, rows: float, beside: float) -> li
 
 
 def _alone(device: Device) -> Device:
-    """The same for what the tensor ranks do not exchange."""
+    """The device for what is not divided over tensor ranks."""
     return replace(device, tensor_ranks=1)
 
 
@@ -323,7 +323,7 @@ def _simulate(job: Job, stage: int, chunks: Sequence[Sequence[Operation]], input
     shown = {kind: size for kind, size in live.shown.items() if size}
     kept = tuple(sum(kinds.values()) for kinds in live.kinds)
     on_host = sum(operation.on_host for chunk in chunks for operation in chunk) / len(chunks)
-    return StageActivations(live.peak, shown, kept, live.num_chunks, on_host * live.most_chunks)
+    return StageActivations(live.peak, shown, kept, live.num_chunks, on_host * live.max_chunks)
 
 
 def representative_microbatches(job: Job) -> int:
@@ -344,12 +344,12 @@ class _Live:
         self._totals = [sum(sizes.values()) for sizes in kinds]
         self.chunks: Counter[int] = Counter()
         self.microbatches: set[int] = set()
-        self.peak, self.num_chunks, self.most_chunks = 0.0, 0, 0
+        self.peak, self.num_chunks, self.max_chunks = 0.0, 0, 0
         self.shown: Sizes = {}
 
     def reach(self, beside: Sizes, num_chunks: int) -> None:
         """A pass takes `beside`, by kind, in addition to what is kept."""
-        self.most_chunks = max(self.most_chunks, num_chunks)
+        self.max_chunks = max(self.max_chunks, num_chunks)
         kept = sum(count * self._totals[number] for number, count in self.chunks.items())
         now = self.inputs * len(self.microbatches) + kept + sum(beside.values())
         if now <= self.peak:
@@ -385,7 +385,9 @@ def _forward_peak(chunk: Sequence[Operation]) -> Sizes:
 
 
 def _backward_peak(chunk: Sequence[Operation]) -> Sizes:
-    """The same for the backward pass, with the gradients of weights that wait for its end."""
+    """What exists when one backward pass through a chunk takes most, by kind, with the gradients of weights that wait
+    for its end.
+    """
     found: Sizes = {}
     total, peak, gradients = sum(operation.kept for operation in chunk), 0.0, 0.0
     for number, operation in reversed(list(enumerate(chunk))):

@@ -17,8 +17,8 @@ from erniekit.precision.weight_only import SCHEMES
 from erniekit.utils.errors import UserError
 
 # Sizes of clusters that are tried for a model that does not fit, up to this many GPUs.
-MOST_GPUS = 16384
-_MOST_TRIED = 400
+MAX_GPUS = 16384
+_MAX_TRIED = 400
 
 
 @dataclass(frozen=True)
@@ -115,7 +115,7 @@ def least_cluster(job: Job, capacity: float, outline: Outline, gpus: int | None 
         divided = candidate.degrees.pipeline, candidate.degrees.tensor
         if divided in hopeless:
             continue
-        if tried == _MOST_TRIED:
+        if tried == _MAX_TRIED:
             return None
         tried += 1
         plan = _first_stages(candidate, capacity, outline)
@@ -180,7 +180,7 @@ def _sizes(job: Job) -> list[tuple[int, int, int, int]]:
         for pipeline, tensor, expert, copies in product(pipelines, tensors, experts, (1, 2, 4, 8))
         if model.moe_num_experts % (tensor * expert) == 0
     )
-    return sorted(size for size in sizes if size[0] <= MOST_GPUS)
+    return sorted(size for size in sizes if size[0] <= MAX_GPUS)
 
 
 def _least_bytes(job: Job, parameters: int, gpus: int, pipeline: int, tensor: int, expert: int) -> float:

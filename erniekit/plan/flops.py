@@ -92,7 +92,9 @@ def _weight_gradients(layer: Layer) -> float:
 
 
 def _input_gradients(layer: Layer, lengths: list[int], half: bool) -> float:
-    """Of the products, as many FLOPs as forward; of attention twice as many, for both of its inputs."""
+    """The FLOPs of the gradients of inputs: for products as many as forward, for attention twice as many, since it has
+    two inputs.
+    """
     cores = sum(core.flops(lengths, half) for core in layer.cores)
     return forward_flops(layer, lengths, half) + cores
 

@@ -16,7 +16,7 @@ from erniekit.config.schema_parallel import ZERO_STAGES
 from erniekit.config.schema_preference import PreferenceArgs, wants_reference
 from erniekit.config.schema_rl import RLArgs
 from erniekit.models.config import ModelConfig
-from erniekit.models.pipeline_layout import check_layout, cut_layers, schedule_of
+from erniekit.models.pipeline_layout import assign_layers, check_layout, schedule_of
 from erniekit.parallel.mesh import ParallelDims
 from erniekit.parallel.pipeline_schedule import Compute, compute_order
 from erniekit.utils.errors import ConfigError
@@ -95,7 +95,7 @@ class Job:
     @cached_property
     def stages(self) -> list[list[tuple[int, ...]]]:
         """The layer numbers of each chunk of each stage: stages[stage][chunk]."""
-        return cut_layers(self.cfg, self.model, self.degrees.pipeline)
+        return assign_layers(self.cfg, self.model, self.degrees.pipeline)
 
     def passes(self, stage: int, most: int) -> list[Compute]:
         """The forward and backward passes of a stage in one step of at most `most` microbatches, in their order.

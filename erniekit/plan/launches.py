@@ -217,14 +217,14 @@ def host_calls(config: ModelConfig, options: LaunchOptions) -> int:
 
 @dataclass(frozen=True)
 class Launches:
-    """Of one optimizer step on one rank: `calls` of operators, and `kernels` that they start."""
+    """The number of operator `calls` in one optimizer step on one rank, and of the `kernels` that they start."""
 
     calls: int
     kernels: int
 
 
 def launches_of(job: Job) -> Launches:
-    """Of the stage that starts most kernels. The embedding is counted on the last stage, with the head."""
+    """The launches of the stage that starts most kernels. The embedding is counted on the last stage, with the head."""
     last = job.degrees.pipeline - 1
     options = replace(options_of(job.cfg), expert_ranks=job.degrees.expert)
     options = replace(options, head_chunks=math.ceil(job.labelled_tokens / job.head_rows))

@@ -27,7 +27,7 @@ KERNELS, SPARSE_KERNELS = 14, 24
 
 
 def product_precision(product: Product, layout: Layout) -> str:
-    """In which precision a product is computed."""
+    """The precision in which a product is computed."""
     if layout.precision in ("bf16", "fp32") or product.part in layout.fp8_parts:
         return layout.precision
     return "bf16"

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from erniekit.models.weights import num_parameters
-from erniekit.plan.advice import MOST_GPUS, Change
+from erniekit.plan.advice import MAX_GPUS, Change
 from erniekit.plan.job import Job
 from erniekit.plan.launches import launches_of
 from erniekit.plan.memory import RESERVE, MemoryPlan, StageMemory
@@ -13,7 +13,7 @@ from erniekit.plan.search import Found, words
 from erniekit.plan.timing import StepTime
 from erniekit.plan.typed import differences, typed
 
-_MOST_ROWS = 12
+_MAX_ROWS = 12
 _COLUMNS = ("parameters", "gradients", "optimizer state", "activations")
 
 
@@ -66,7 +66,7 @@ class Report:
         else:
             lines.append(
                 "no single change makes it fit, and no cluster of up to "
-                f"{MOST_GPUS:,} of these was found on which it does"
+                f"{MAX_GPUS:,} of these was found on which it does"
             )
         return lines
 
@@ -167,8 +167,8 @@ def _verdict(plan: MemoryPlan) -> str:
 
 def _table(plan: MemoryPlan) -> list[str]:
     stages = list(plan.stages)
-    if len(stages) > _MOST_ROWS:
-        shown = {*range(_MOST_ROWS - 3), plan.worst.stage, len(stages) - 2, len(stages) - 1}
+    if len(stages) > _MAX_ROWS:
+        shown = {*range(_MAX_ROWS - 3), plan.worst.stage, len(stages) - 2, len(stages) - 1}
         stages = [stage for stage in stages if stage.stage in shown]
     head = f"{'stage':>5} {'layers':>12} {'weights':>10} {'gradients':>10} {'state':>10} {'activ.':>10} {'other':>10}"
     lines = [head + f" {'peak':>10} {'left':>10}   in flight"]

@@ -214,9 +214,9 @@ def layouts(job: Job) -> Iterator[dict[str, Any]]:
 def _degrees(job: Job, tensor: int, pipeline: int, data: int) -> Iterator[dict[str, Any]]:
     model = job.model
     experts = [n for n in _divisors(data, model.moe_num_experts) if model.moe_num_experts % (n * tensor) == 0]
-    most_chunks = min(MAX_CHUNKS, model.num_hidden_layers // pipeline) if pipeline > 1 else 1
+    max_chunks = min(MAX_CHUNKS, model.num_hidden_layers // pipeline) if pipeline > 1 else 1
     for expert in experts if model.moe_num_experts else [1]:
-        for chunks in _powers(most_chunks):
+        for chunks in _powers(max_chunks):
             yield {
                 "tensor_parallel_degree": tensor,
                 "sequence_parallel": tensor > 1,

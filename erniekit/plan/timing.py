@@ -67,7 +67,7 @@ class StepTime:
 
     @cached_property
     def pipeline_seconds(self) -> float:
-        """From the first forward to the last backward pass."""
+        """The seconds from the first forward to the last backward pass."""
         return float(self.timeline.seconds[0])
 
     @cached_property
@@ -104,16 +104,16 @@ class StepTime:
 
     @property
     def tokens_per_second(self) -> float:
-        """Of all devices."""
+        """The tokens per second of all devices."""
         return self.run.layout.step_tokens / self.seconds
 
     @property
     def tokens_per_second_per_gpu(self) -> float:
-        """Of one device."""
+        """The tokens per second of one device."""
         return self.tokens_per_second / self.run.layout.gpus
 
     def model_flops_per_second(self, convention: str = "causal") -> float:
-        """Of one device; `convention`: causal or full (see plan/flops.py)."""
+        """The model FLOPs per second of one device; `convention`: causal or full (see plan/flops.py)."""
         flops = self.flops.causal if convention == "causal" else self.flops.full
         return self.tokens_per_second_per_gpu * flops
 

@@ -21,7 +21,7 @@ def differences(before: Config, after: Config) -> dict[str, Any]:
 
 
 def changed(before: Config, keys: Mapping[str, Any]) -> dict[str, Any]:
-    """Those of the keys that change something in `before`."""
+    """The keys that change something in `before`, with their values."""
     return differences(before, dataclasses.replace(before, **keys))
 
 

@@ -165,7 +165,7 @@ def quantise(weight: np.ndarray, spec: CodeSpec, search: bool = False) -> tuple[
 
 @_small_buffer()
 def squared_error(weight: np.ndarray, codes: np.ndarray, scales: np.ndarray, spec: CodeSpec) -> tuple[float, float]:
-    """Of `weight` [out, in] fp32 and what codes and scales stand for: the sum of (w' - w)^2, and that of w^2."""
+    """The sum of (w' - w)^2, and that of w^2, for w = `weight` [out, in] fp32 and w' the values of codes and scales."""
     squared = total = 0.0
     if spec.kind == "convolutional":
         lost = decode(codes, scales, spec)

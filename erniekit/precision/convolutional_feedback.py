@@ -148,7 +148,7 @@ def _with_fitted_super_scales(weight: np.ndarray, result: _Result, moments: np.n
 
 
 def _better(first: _Result, second: _Result) -> _Result:
-    """Of each channel the result with the smaller loss."""
+    """The result with the smaller loss for each channel."""
     take = second.losses < first.losses
     scales = Scales(
         np.where(take[:, None], second.scales.local_scales, first.scales.local_scales),

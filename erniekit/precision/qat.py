@@ -90,7 +90,7 @@ def choose_qat(cfg: Config) -> QatOptions | None:
 
 
 def _recipes(cfg: Config) -> tuple[Recipe, Recipe, Recipe]:
-    """Of the projections, of up_gate_proj and of down_proj of experts; without rotations."""
+    """The recipes of the projections, of experts' up_gate_proj and of experts' down_proj; without rotations."""
     w8a8, fp8 = Recipe(codes.full_range(8), _INT8_TOKENS), Recipe(codes.FP8_BLOCK, _FP8_GROUPS)
     chosen = {
         "w8a8": (w8a8, w8a8),

@@ -72,7 +72,7 @@ def read_calibration(
     tokenizer = load_tokenizer(model_dir if own is None else resolve_tokenizer(own, cfg.download_hub))
     check_fits(tokenizer, config.vocab_size, str(model_dir))
     if own is not None:
-        _say_if_another(tokenizer, model_dir)
+        _warn_of_another_tokenizer(tokenizer, model_dir)
     if path.is_file() and is_prose(path):
         found = _prose(path, source, tokenizer)
     else:
@@ -91,7 +91,7 @@ def read_calibration(
     return found
 
 
-def _say_if_another(tokenizer: Tokenizer, model_dir: Path) -> None:
+def _warn_of_another_tokenizer(tokenizer: Tokenizer, model_dir: Path) -> None:
     """Log a warning if the model's directory has another tokenizer: its ids would be other words to the model."""
     if not any((model_dir / name).is_file() for name in TOKENIZER_FILES):
         return

@@ -10,8 +10,8 @@ NUM_SAMPLED = 512
 
 
 class InputStatistics:
-    """Of the inputs [n, in] of a matrix: their number, for each input the mean and the largest magnitude, H = X^T X if
-    `with_hessian`, and a sample of up to NUM_SAMPLED evenly spaced ones.
+    """Statistics of the inputs [n, in] of a matrix: their number, for each input the mean and the largest magnitude, H
+    = X^T X if `with_hessian`, and a sample of up to NUM_SAMPLED evenly spaced ones.
 
     `expected`: how many inputs there will be, by which the sample is spaced. Sums are fp64.
     """

@@ -226,7 +226,7 @@ class LayerPass:
         return np.arange(len(self._hidden)) if block.modality is None else self._tokens[block.modality]
 
     def _statistics_of_all(self, block: Block) -> InputStatistics:
-        """Those of what gate|up multiplies, of all tokens of the block's modality."""
+        """The statistics of the inputs of gate|up, over all tokens of the block's modality."""
         assert block.modality is not None
         if block.modality not in self._of_all:
             self._of_all[block.modality] = self._rows_statistics(self._tokens[block.modality], block)

@@ -277,7 +277,7 @@ def _refuse_vision(config: ModelConfig, name: str) -> None:
     if config.vision is not None:
         for_vllm = "format: pt" if (name, "pt") in SCHEMES else "quantization: wint4 with format: pt"
         raise ConfigError(
-            f"quantization: {name}: FastDeploy knows no names of quantised vision-language weights in this form: use "
+            f"quantization: {name}: FastDeploy has no names for quantised vision-language weights in this form: use "
             f"{for_vllm} for vLLM, or export in 16 bits and let FastDeploy quantise on loading (--quantization)"
         )
 

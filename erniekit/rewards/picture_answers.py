@@ -116,7 +116,7 @@ def box_score(prediction: str, reference: str) -> float:
 
 
 def f1_of_boxes(found: Boxes, expected: Boxes) -> float:
-    """As box_score, of boxes that were read."""
+    """The box_score of boxes that have been read."""
     pairs = sum(overlap > 0 for overlap in matches(found, expected))
     total = len(found.boxes) + found.refused + len(expected.boxes)
     return 2 * pairs / total if total else 0.0

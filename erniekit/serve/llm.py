@@ -215,7 +215,7 @@ class LLM:
             finally:
                 for generation in generations:
                     self._engine.cancel(generation)
-            _tell_failed(generations)
+            _warn_of_failed(generations)
             if self._engine.drafting is not None:
                 log.info(self._engine.drafting.line)
             results, first = [], 0
@@ -326,7 +326,7 @@ def _error_of(generation: Generation) -> str:
     return generation.error or grammar_error(generation.request)
 
 
-def _tell_failed(generations: Sequence[Generation]) -> None:
+def _warn_of_failed(generations: Sequence[Generation]) -> None:
     """A warning about answers that have failed; UserError where no other is left."""
     errors = [error for error in map(_error_of, generations) if error]
     if errors and len(errors) == len(generations):

@@ -19,7 +19,7 @@ from erniekit.utils.errors import UserError
 
 
 class QueueFull(UserError):
-    """As many answers wait as may wait."""
+    """The queue of answers is full."""
 
 
 @dataclass(eq=False)

@@ -81,7 +81,7 @@ class Run:
                     repeats=False,
                 )
             raise ApiError(
-                408, f"the answer takes more than {cfg.request_timeout:g} seconds (request_timeout).", code="timeout"
+                408, f"the answer took more than {cfg.request_timeout:g} seconds (request_timeout).", code="timeout"
             )
         return await self.job.events.get(max(0.001, min(KEEP_ALIVE, left))) or (-1, Event())
 

@@ -48,7 +48,7 @@ class Served(ServedModel):
         if count > room:
             raise ApiError(
                 400,
-                f"n: {count} answers are asked for, and the server takes at most {room} at a time (max_num_seqs + "
+                f"n: {count} answers are requested, and the server accepts at most {room} at a time (max_num_seqs + "
                 "max_waiting_requests in its YAML). Ask in several requests.",
                 "n",
                 "invalid_value",

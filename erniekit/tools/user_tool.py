@@ -128,12 +128,12 @@ def described(name: str, function: Callable[..., Any]) -> dict[str, Any]:
     """
     documentation = inspect.getdoc(function)
     if not documentation:
-        raise ValueError(f"{name} has no docstring, which tells the model what it does")
+        raise ValueError(f"{name} has no docstring; the model reads there what the tool does")
     summary = documentation.split("\n\n")[0].replace("\n", " ").strip()
     hints, properties, required = typing.get_type_hints(function), {}, []
     for parameter in inspect.signature(function).parameters.values():
         if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD, parameter.POSITIONAL_ONLY):
-            raise ValueError(f"{name} takes {parameter}, which has no name that a call could give")
+            raise ValueError(f"{name} has the parameter {parameter}, which a call cannot pass by name")
         if parameter.name not in hints:
             raise ValueError(f"the parameter {parameter.name} of {name} has no type: str, int, float, bool, list, dict")
         properties[parameter.name] = _schema(hints[parameter.name])

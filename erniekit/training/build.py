@@ -37,8 +37,8 @@ from erniekit.models.config import ModelConfig
 from erniekit.models.decoder import CausalLM
 from erniekit.models.parallelize import placements
 from erniekit.models.pipeline_layout import (
+    assign_layers,
     check_layout,
-    cut_layers,
     layout_lines,
     parameter_chunks,
     plan_actions,
@@ -184,7 +184,7 @@ def build_run(cfg: Config, mesh: Mesh, method: Method | None = None) -> Run:
         method.check(cfg, prepared, tokenizer, mesh.degrees)
     warn_if_too_large(cfg, prepared.config, mesh)
     # All checks of the configuration are done; weights are read from here on.
-    chunks = cut_layers(cfg, prepared.config, mesh.degrees.pipeline)[mesh.pipe]
+    chunks = assign_layers(cfg, prepared.config, mesh.degrees.pipeline)[mesh.pipe]
     model = prepared.build(mesh, chunks)
     if cfg.fine_tuning == "LoRA":
         describe_lora(model, cfg, model_dir)

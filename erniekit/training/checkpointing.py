@@ -114,7 +114,7 @@ class Saver:
     def _load(self, source: Path) -> TrainState:
         state, run = read_state(source), self.run
         resume_checks.check(state, self.present, source)
-        self._say_layout(state.layout, source)
+        self._log_layout(state.layout, source)
         with _cure_of(source):
             load_trained(run.model, source)
             if run.average is not None:
@@ -191,7 +191,7 @@ class Saver:
             self.run.loader.load_state_dict(begin)
         log.info(f"ignore_data_skip: the data start again after step {state.step} of {source.name}")
 
-    def _say_layout(self, before: dict[str, int], source: Path) -> None:
+    def _log_layout(self, before: dict[str, int], source: Path) -> None:
         now = self._layout()
         changed = [f"{name} {before[name]} -> {now[name]}" for name in now if before.get(name, now[name]) != now[name]]
         if changed:

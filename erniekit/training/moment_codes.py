@@ -60,12 +60,12 @@ class Rounding:
 
     @property
     def ratio_error(self) -> float:
-        """Of m / sqrt(v)."""
+        """The relative error of m / sqrt(v)."""
         return _relative(*self._squares[:2])
 
     @property
     def root_error(self) -> float:
-        """Of sqrt(v)."""
+        """The relative error of sqrt(v)."""
         return _relative(*self._squares[2:])
 
 

@@ -54,7 +54,7 @@ class MuonOptions:
 
     @classmethod
     def from_config(cls, cfg: Config) -> "MuonOptions":
-        """Those of a configuration."""
+        """The options of a configuration."""
         return cls(cfg.muon_momentum, cfg.muon_ns_steps, cfg.muon_version, cfg.muon_extra_scale_factor)
 
     def scale(self, num_in: int, num_out: int) -> float:

@@ -210,9 +210,9 @@ class OutputDir:
         self._check_kind()
         if has_final and record is None and newest is None:
             raise CheckpointError(
-                f"output_dir: {self.path} holds a model, and nothing tells that this run wrote it: no {RUN_FILE} and "
-                "no checkpoint. Choose another output_dir, or move that model elsewhere; if a run wrote it that is no "
-                "longer needed, overwrite_output_dir: true removes it."
+                f"output_dir: {self.path} holds a model, and nothing shows that this run wrote it: no {RUN_FILE} and "
+                "no checkpoint. Choose another output_dir, or move that model elsewhere. If it is of a run that is "
+                "not needed any more, overwrite_output_dir: true removes it."
             )
         if final is not None:
             self._refuse_without_resuming("the final model of this run")

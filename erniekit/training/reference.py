@@ -40,7 +40,7 @@ class PairScorer:
     max_logit_tokens: int
 
     def log_probs(self, model: CausalLM, microbatches: Sequence[PackedBatch]) -> list[paddle.Tensor]:
-        """As Reference.log_probs, for the present weights of `model`, in eval mode."""
+        """The log-probabilities of Reference.log_probs by the present weights of `model`, in eval mode."""
         log_probs = [paddle.zeros(_shape(batch)) for batch in microbatches]
 
         def note(number: int, x_TD: paddle.Tensor, inputs: ModelInputs) -> None:
@@ -94,8 +94,9 @@ class AdapterReference:
 
 
 def start_of_adapter(model: CausalLM, cfg: Config) -> dict[str, paddle.Tensor] | None:
-    """Of a model that is not trained yet, what `before_training` takes; a log line says what the reference is. An
-    adapter that `lora_path` names is part of the model before training, as TRL takes it; a new one changes nothing.
+    """The values that `before_training` needs, copied from a model that is not trained yet; a log line says what the
+    reference is. An adapter that `lora_path` names is part of the model before training, as TRL takes it; a new one
+    changes nothing.
     """
     if not cfg.lora_path:
         log.info("reference: the model without its adapter")

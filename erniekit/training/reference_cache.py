@@ -56,7 +56,7 @@ class CachedReference:
         if unknown:
             where = batch.sources[unknown[0]] if unknown[0] < len(batch.sources) else "a pair"
             raise CheckpointError(
-                f"ref_logps_cache: {self._path} knows nothing of {where}: the data changed during the run. "
+                f"ref_logps_cache: {self._path} has no entry for {where}: the data changed during the run. "
                 "Start the run again: it resumes from the newest checkpoint and computes what is missing."
             )
         return paddle.to_tensor(np.array([self._table[key] for key in keys], np.float32).reshape(-1, 2).T)

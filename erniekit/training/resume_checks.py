@@ -260,7 +260,7 @@ def _of_base(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[Difference
 
 
 def check_keys(identity: Mapping[str, Any], cfg: Config, where: Path) -> None:
-    """As `check`, but for the configuration only, before data and model are opened."""
+    """Compare the configuration only, as `check` does, before data and model are opened."""
     named = {key: True for key, decision in DECISIONS.items() if decision is Decision.CONTENT}
     found = _of_keys(identity, cfg, named)
     if cfg.ignore_data_skip:

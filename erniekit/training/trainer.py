@@ -383,7 +383,7 @@ class Trainer:
             for callback in self.callbacks:  # the first plot imports its library, which takes seconds
                 callback.on_save(self.state.step, path)
 
-    def _say_unseen(self) -> None:
+    def _log_unseen(self) -> None:
         """Log if rows are left, which may happen if the number of steps was estimated."""
         epoch, wanted = self.run.loader.report()["epoch"], self.cfg.num_train_epochs
         estimated = self.cfg.max_steps <= 0 and not self.run.loader.exact
@@ -396,7 +396,7 @@ class Trainer:
     def _finish(self) -> dict[str, Any]:
         """Last checkpoint, last evaluation, final model."""
         done = self.state.step
-        self._say_unseen()
+        self._log_unseen()
         summary: dict[str, Any] = {"steps": done, "total_tokens": self.state.num_tokens}
         if self.cfg.save_strategy != "no" and self._saved_step != done:
             self._save()  # saved first, since an evaluation may fail

@@ -94,13 +94,13 @@ def replace_tree(temporary: Path, target: Path) -> None:
     """Rename a complete directory to its final name. A directory that has this name is renamed first and deleted last,
     since a rename cannot replace a directory that is not empty.
     """
-    doomed = _doomed(target) if os.path.lexists(target) else None
-    if doomed is not None:
-        os.rename(target, doomed)
+    removed = _removal_name(target) if os.path.lexists(target) else None
+    if removed is not None:
+        os.rename(target, removed)
     os.rename(temporary, target)
     sync_directory(target.parent)
-    if doomed is not None:
-        _discard(doomed)
+    if removed is not None:
+        _discard(removed)
 
 
 def remove_tree(directory: Path) -> None:
@@ -108,13 +108,13 @@ def remove_tree(directory: Path) -> None:
     name. Of a symbolic link only the link is removed. OSErrors of the rename are raised; what cannot be deleted after
     it is left under its temporary name, with a warning.
     """
-    doomed = _doomed(directory)
-    os.rename(directory, doomed)
+    removed = _removal_name(directory)
+    os.rename(directory, removed)
     sync_directory(directory.parent)
-    _discard(doomed)
+    _discard(removed)
 
 
-def _doomed(path: Path) -> Path:
+def _removal_name(path: Path) -> Path:
     return _temporary(path, f"removed-{os.getpid()}-{threading.get_ident()}")
 
 

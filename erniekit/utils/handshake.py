@@ -4,8 +4,8 @@ The listener sends a greeting and a random challenge. The caller answers with a 
 both. The listener answers with another HMAC. The token itself is never sent, and recorded answers cannot be replayed.
 The data that follows is neither encrypted nor signed, so the network between the hosts must protect it from changes.
 
-A `Door` handles all unproven connections concurrently: none can block another, each is limited to a few seconds and 64
-bytes, and a program that does not know the token receives only the greeting.
+An `Authenticator` handles all unproven connections concurrently: none can block another, each is limited to a few
+seconds and 64 bytes, and a program that does not know the token receives only the greeting.
 """
 
 import hashlib
@@ -101,8 +101,8 @@ class _Caller:
     received: bytes = b""
 
 
-class Door:
-    """Admits connections that know the token. It is used by one thread; the caller closes `listener`."""
+class Authenticator:
+    """Accepts connections that prove that they know the token. Used by one thread; the caller closes `listener`."""
 
     def __init__(self, listener: socket.socket, token: str, purpose: str) -> None:
         self._listener, self._token, self._purpose = listener, token, purpose
@@ -113,7 +113,7 @@ class Door:
         self._selector = selectors.DefaultSelector()
         self._selector.register(listener, selectors.EVENT_READ)
 
-    def admit(self, timeout: float) -> socket.socket | None:
+    def accept(self, timeout: float) -> socket.socket | None:
         """The next connection that has proved its knowledge of the token, as a blocking socket; None after
         `timeout` s.
         """

@@ -51,19 +51,19 @@ class JsonClient:
         max_bytes: int,
         on_retry: Callable[[], None] = lambda: None,
     ) -> None:
-        """`max_bytes`: of an answer."""
+        """`max_bytes`: the largest answer that is read."""
         self.base_url, self._key = base_url.rstrip("/"), key
         self._opener = _opener_for(base_url)
         self._timeout, self._max_retries, self._max_bytes, self._on_retry = timeout, max_retries, max_bytes, on_retry
 
     def ask(self, path: str, body: Any = None, read: Callable[[Any], Any] = lambda answer: answer) -> Any:
-        """What `read` makes of the JSON that answers a POST of `body`, or a GET without one. An answer for which it
-        raises LookupError, TypeError or ValueError is no answer. Raises RequestFailed after the last attempt.
+        """POST `body`, or GET without one, and return `read(JSON of the answer)`. If `read` raises LookupError,
+        TypeError or ValueError, the attempt has failed. Raises RequestFailed after the last attempt.
         """
         return self._repeated(path, body, lambda data: read(json.loads(data)))
 
     def post(self, path: str, body: Any) -> None:
-        """The same for an answer that says nothing but its status."""
+        """POST `body` where only the status of the answer counts."""
         self._repeated(path, body, lambda data: None)
 
     def _repeated(self, path: str, body: Any, read: Callable[[bytes], Any]) -> Any:

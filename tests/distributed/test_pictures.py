@@ -64,7 +64,7 @@ def one_step(
     from erniekit.models.decoder import CausalLM
     from erniekit.models.init import init_weights
     from erniekit.models.parallelize import parallelize, placements, rank_shard_of
-    from erniekit.models.pipeline_layout import cut_layers, parameter_chunks, plan_actions, schedule_of
+    from erniekit.models.pipeline_layout import assign_layers, parameter_chunks, plan_actions, schedule_of
     from erniekit.nn.shard import named_shard_specs
     from erniekit.parallel import pipeline
     from erniekit.parallel.grad_sync import GradientSync
@@ -85,7 +85,7 @@ def one_step(
     )
     mesh = build_mesh(ParallelDims(**degrees)) if degrees else Mesh.single()
     config = ModelConfig.from_dict(CONFIG)
-    own_chunks = cut_layers(cfg, config, mesh.degrees.pipeline)[mesh.pipe]
+    own_chunks = assign_layers(cfg, config, mesh.degrees.pipeline)[mesh.pipe]
     model = CausalLM(config, rank_shard_of(mesh, own_chunks))
     init_weights(model, 7)
     parallelize(model, mesh, sequence, own_chunks, balance)

@@ -13,7 +13,7 @@ from erniekit.config.paths import expand
 from erniekit.config.values import to_bool
 from erniekit.utils import atomic
 
-MOST_PREVIEWED = 1000
+MAX_PREVIEWED = 1000
 
 
 def run(args: list[str]) -> int:
@@ -21,8 +21,8 @@ def run(args: list[str]) -> int:
     values, command_args = read_options(args)
     strict = values["strict"]
     records = Path(values["records"]) if values["records"] else None
-    wishes = data.Wishes(values["decode"], values["preview"], Path(values["sheet"]), values["first"], records)
-    report = inspect(command_args, values["command"], wishes)
+    chosen = data.CheckOptions(values["decode"], values["preview"], Path(values["sheet"]), values["first"], records)
+    report = inspect(command_args, values["command"], chosen)
     print(report.to_text())
     if values["json"]:
         text = json.dumps(report.to_dict(strict), ensure_ascii=False, indent=2) + "\n"
@@ -52,8 +52,8 @@ def _new_file(text: str) -> str:
 
 def _count(text: str) -> int:
     count = int(text) if text.isdecimal() else -1
-    if not 0 <= count <= MOST_PREVIEWED:
-        raise ValueError(f"expected a number of records from 0 to {MOST_PREVIEWED}")
+    if not 0 <= count <= MAX_PREVIEWED:
+        raise ValueError(f"expected a number of records from 0 to {MAX_PREVIEWED}")
     return count
 
 
@@ -76,14 +76,14 @@ _OPTIONS: options.Readers = {
 }
 
 
-def inspect(args: list[str], command: str = "train", wishes: data.Wishes = data.NO_WISHES) -> Report:
+def inspect(args: list[str], command: str = "train", options: data.CheckOptions = data.DEFAULT_OPTIONS) -> Report:
     """The report on a command line of `command`, made without running it."""
     report = Report(command)
     cfg = _load(report, args, command)
     if cfg is None:
         return report
     facts = model.inspect(report, cfg, command)
-    steps = data.inspect(report, cfg, command, facts, wishes)
+    steps = data.inspect(report, cfg, command, facts, options)
     if command == "train":
         output.inspect(report, cfg, facts, steps)
     return report

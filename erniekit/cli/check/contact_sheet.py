@@ -14,7 +14,7 @@ from erniekit.data.vision.frames import FONT
 from erniekit.data.vision.plan import MediaPlan
 from erniekit.utils import atomic
 
-MOST_TILES = 60
+MAX_TILES = 60
 _SIDE = 360  # pixels of a tile's picture: larger ones are made smaller, small ones enlarged
 _COLUMNS, _GAP, _LINE, _TEXT = 3, 12, 17, 13
 _FRAMES = 6  # shown of a video
@@ -31,8 +31,8 @@ class Tile(NamedTuple):
 
 
 def write_sheet(tiles: Sequence[Tile], path: Path) -> None:
-    """Draw the first MOST_TILES tiles and write them as a PNG file."""
-    drawn = [draw(tile) for tile in tiles[:MOST_TILES]]
+    """Draw the first MAX_TILES tiles and write them as a PNG file."""
+    drawn = [draw(tile) for tile in tiles[:MAX_TILES]]
     columns = min(_COLUMNS, len(drawn))
     heights = [max(t.height for t in drawn[at : at + columns]) + _GAP for at in range(0, len(drawn), columns)]
     sheet = Image.new("RGB", (columns * (_SIDE + _GAP) + _GAP, sum(heights) + _GAP), _BACKGROUND)
@@ -86,7 +86,7 @@ def _picture(frames: np.ndarray, boxes: Sequence[Sequence[float]]) -> Image.Imag
 
 
 def _fitted(picture: Image.Image, side: int) -> Image.Image:
-    """With its longer side at most `side`; a small one is enlarged a whole number of times, which keeps its pixels."""
+    """The picture with its longer side at most `side`. A small one is enlarged by a whole factor, to stay sharp."""
     longest = max(picture.size)
     if longest * 2 <= side:
         times = side // longest

@@ -40,9 +40,9 @@ _WITHOUT_ERROR = {"error": "drop"}  # samples that are too long are counted, and
 
 
 @dataclass(frozen=True)
-class Wishes:
-    """What a check is to do beside the usual: decode every picture, and show `preview` records from number `first` on
-    as the model gets them, with their pictures in the file `sheet`; also as JSON in the file `records`.
+class CheckOptions:
+    """What a check does in addition: decode every picture, and show `preview` records from number `first` on as the
+    model gets them, with their pictures in the file `sheet`; also as JSON in the file `records`.
     """
 
     decode: bool = False
@@ -52,7 +52,7 @@ class Wishes:
     records: Path | None = None
 
 
-NO_WISHES = Wishes()
+DEFAULT_OPTIONS = CheckOptions()
 
 
 @dataclass
@@ -63,12 +63,14 @@ class Steps:
     per_epoch: int | None = None
 
 
-def inspect(report: Report, cfg: Config, command: str, facts: ModelFacts, wishes: Wishes = NO_WISHES) -> Steps:
+def inspect(
+    report: Report, cfg: Config, command: str, facts: ModelFacts, options: CheckOptions = DEFAULT_OPTIONS
+) -> Steps:
     """Add a section for each split that `command` reads, one for duplicates and one with examples."""
     tiles: list[Tile] = []
     steps = Steps(total=cfg.max_steps if cfg.max_steps > 0 else None)
     opened: dict[str, Dataset] = {}
-    written: preview.Written | None = None if wishes.records is None else []
+    written: preview.Written | None = None if options.records is None else []
     for split in _splits(cfg, command):
         section = report.section(f"{split} data")
         if not _is_local(section, cfg, split):
@@ -79,19 +81,19 @@ def inspect(report: Report, cfg: Config, command: str, facts: ModelFacts, wishes
         elif cfg.method.records is Records.PROMPTS:
             from erniekit.cli.check import prompts  # imports Paddle
 
-            found, counted = prompts.inspect(section, cfg, split, facts, wishes.decode)
+            found, counted = prompts.inspect(section, cfg, split, facts, options.decode)
             steps.total = steps.total or counted
             if found is not None:
                 opened[split] = found.dataset
-            if found is not None and (wishes.preview or not report.count("error")):
-                count = wishes.preview or 1
-                tiles += prompts.show(report, found, tokenizer, cfg.answer_key, split, count, wishes.first, written)
+            if found is not None and (options.preview or not report.count("error")):
+                count = options.preview or 1
+                tiles += prompts.show(report, found, tokenizer, cfg.answer_key, split, count, options.first, written)
         else:
-            feed = _rows(report, section, cfg, split, facts, wishes, steps, opened)
-            tiles += _show(report, section, feed, split, tokenizer, wishes, written)
-    _draw(report, tiles, wishes)
-    if wishes.records is not None:
-        atomic.write_json(wishes.records, written)
+            feed = _rows(report, section, cfg, split, facts, options, steps, opened)
+            tiles += _show(report, section, feed, split, tokenizer, options, written)
+    _draw(report, tiles, options)
+    if options.records is not None:
+        atomic.write_json(options.records, written)
     _duplicates(report, opened)
     return steps
 
@@ -102,7 +104,7 @@ def _rows(
     cfg: Config,
     split: str,
     facts: ModelFacts,
-    wishes: Wishes,
+    options: CheckOptions,
     steps: Steps,
     opened: dict[str, Dataset],
 ) -> Feed | None:
@@ -115,7 +117,7 @@ def _rows(
             feed, usable = loader.feed, True
             for name, part in _record_feeds(feed, split):
                 opened[name] = part.dataset
-                usable &= _records(section, cfg, part, bool(facts.vision) and name == split, wishes)
+                usable &= _records(section, cfg, part, bool(facts.vision) and name == split, options)
             if split == "train" and usable:
                 _steps(section, cfg, loader, ranks, steps)
             if split == "eval" and usable and report.command == "train":
@@ -129,18 +131,18 @@ def _show(
     feed: Feed | None,
     split: str,
     tokenizer: Tokenizer,
-    wishes: Wishes,
+    options: CheckOptions,
     written: preview.Written | None,
 ) -> list[Tile]:
     """Show some records -> their pictures. `written` takes what is to be written."""
     tiles: list[Tile] = []
     feeds = _record_feeds(feed, split)
-    if feed is not None and not feeds and (wishes.preview or written is not None):
+    if feed is not None and not feeds and (options.preview or written is not None):
         section.add("note", "token files hold no records, so there are none to show")
-    if wishes.preview or not report.count("error"):
+    if options.preview or not report.count("error"):
         for name, part in feeds:
-            count = wishes.preview or 1
-            tiles += preview.inspect(report, part, tokenizer, name, count, wishes.first, written)
+            count = options.preview or 1
+            tiles += preview.inspect(report, part, tokenizer, name, count, options.first, written)
     return tiles
 
 
@@ -151,11 +153,11 @@ def _usable_tokenizer(cfg: Config, facts: ModelFacts) -> Tokenizer | None:
     return None if cfg.method.vision and facts.vision is None else facts.tokenizer
 
 
-def _draw(report: Report, tiles: list[Tile], wishes: Wishes) -> None:
+def _draw(report: Report, tiles: list[Tile], options: CheckOptions) -> None:
     """Write the sheet of the pictures, if it is wanted."""
-    if wishes.preview and tiles:
-        write_sheet(tiles, wishes.sheet)
-        report.section("pictures").add("ok", f"{wishes.sheet} shows them as the model sees them")
+    if options.preview and tiles:
+        write_sheet(tiles, options.sheet)
+        report.section("pictures").add("ok", f"{options.sheet} shows them as the model sees them")
 
 
 def _record_feeds(feed: Feed | None, split: str) -> list[tuple[str, RecordFeed]]:
@@ -165,11 +167,11 @@ def _record_feeds(feed: Feed | None, split: str) -> list[tuple[str, RecordFeed]]
     return [(split, feed)] if isinstance(feed, RecordFeed) else []
 
 
-def _records(section: Section, cfg: Config, feed: RecordFeed, has_pictures: bool, wishes: Wishes) -> bool:
+def _records(section: Section, cfg: Config, feed: RecordFeed, has_pictures: bool, options: CheckOptions) -> bool:
     """The records of a split and their lengths; whether one of them can be used, as far as that is known."""
     _faults(section, cfg, feed.dataset)
     if has_pictures:
-        return survey.inspect(section, cfg, feed, wishes.decode)
+        return survey.inspect(section, cfg, feed, options.decode)
     lengths = feed.lengths()
     feed.require_samples()
     _lengths(section, lengths, cfg)

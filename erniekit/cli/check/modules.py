@@ -9,7 +9,7 @@ from erniekit.checkpoint.model_shape import vision_start
 from erniekit.config import Config
 from erniekit.data.chat.tokenizer import load_tokenizer
 from erniekit.models.config import ModelConfig
-from erniekit.models.pipeline_layout import cut_layers
+from erniekit.models.pipeline_layout import assign_layers
 from erniekit.parallel.mesh import Mesh, ParallelDims
 from erniekit.training.freezing import check_frozen
 from erniekit.training.methods import method_of
@@ -39,7 +39,7 @@ def _check(cfg: Config, directory: Path, tokenizer: Path, model_config: ModelCon
     )
     prepared = build.prepare_model(directory, options, model_config if starts_at_random else None)
     frozen = check_frozen(cfg, prepared.config, prepared.adapter)
-    for stage, chunks in enumerate(cut_layers(cfg, prepared.config, degrees.pipeline)):
+    for stage, chunks in enumerate(assign_layers(cfg, prepared.config, degrees.pipeline)):
         mesh = Mesh.outline(degrees, stage * degrees.data * degrees.tensor)
         build.outline(prepared.config, options, mesh, chunks, prepared.adapter)
     if not _must_be_downloaded(cfg.teacher_model_name_or_path):

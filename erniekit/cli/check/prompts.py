@@ -66,7 +66,7 @@ def show(
     first: int = 1,
     written: preview.Written | None = None,
 ) -> list[Tile]:
-    """As preview.inspect, with prompts, which are numbered without those that are left out, and their answers."""
+    """Show prompts and their answers as preview.inspect shows records. Prompts that are left out have no number."""
     tiles: list[Tile] = []
     numbers = range(first - 1, min(first - 1 + count, len(prompts)))
     if not numbers and first > 1:

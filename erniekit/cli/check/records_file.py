@@ -9,7 +9,7 @@ from erniekit.data.chat.tokenizer import StreamDecoder, Tokenizer
 from erniekit.data.packed_batch import IGNORE, Document
 from erniekit.data.vision.template import PLACEHOLDERS
 
-MOST_TOKENS = 8192  # written of a document
+MAX_TOKENS = 8192  # written of a document
 
 
 def record_json(split: str, where: str, dropped: str, documents: list[dict[str, Any]]) -> dict[str, Any]:
@@ -24,7 +24,7 @@ def document_json(document: Document, sizes: str, tiles: list[Tile], tokenizer: 
     decoder = StreamDecoder(tokenizer)
     placeholders = set(PLACEHOLDERS.values())
     tokens: list[list[Any]] = []
-    for place, number in enumerate(document.ids[:MOST_TOKENS].tolist()):
+    for place, number in enumerate(document.ids[:MAX_TOKENS].tolist()):
         is_trained = place > 0 and int(document.labels[place - 1]) != IGNORE
         text = decoder.push(int(document.labels[place - 1]) if is_trained else number)
         if tokens and text in placeholders and tokens[-1][:2] == [text, int(is_trained)]:
@@ -34,7 +34,7 @@ def document_json(document: Document, sizes: str, tiles: list[Tile], tokenizer: 
     return {
         "sizes": sizes,
         "tokens": tokens,
-        "left_out": max(0, len(document.ids) - MOST_TOKENS),
+        "left_out": max(0, len(document.ids) - MAX_TOKENS),
         "pictures": [_png(tile) for tile in tiles],
     }
 

@@ -5,7 +5,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from erniekit.data.chat.pairs import answers_are_equal, cut_document, join_pair, one_answer
+from erniekit.data.chat.pairs import answers_are_equal, join_pair, one_answer, truncate_document
 from erniekit.data.packed_batch import IGNORE, Document
 from erniekit.data.records.data_file import Raw
 from erniekit.data.records.errors import BadLine, reading
@@ -128,7 +128,7 @@ class Encoder:
                 raise DataError(f"{where}: {excess}. Hint: raise {key}, or set truncation: cut or drop.")
             if self._truncation == "drop" or key == "max_prompt_len":
                 return Encoded(where, dropped=excess)
-            documents = [cut_document(document, self._max_seq_len) for document in documents]
+            documents = [truncate_document(document, self._max_seq_len) for document in documents]
             if any(answers_are_equal(document) for document in documents):
                 return Encoded(where, dropped=f"cut to {key} {self._max_seq_len}, both answers are the same")
         documents = [document for document in documents if (document.labels != IGNORE).any()]

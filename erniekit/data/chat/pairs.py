@@ -49,7 +49,7 @@ def answers_are_equal(document: Document) -> bool:
     return np.array_equal(document.ids[prompt : prompt + chosen], document.ids[prompt + chosen :][:rejected])
 
 
-def cut_document(document: Document, max_tokens: int) -> Document:
+def truncate_document(document: Document, max_tokens: int) -> Document:
     """Shortens a document to at most `max_tokens` tokens at its end. In a pair the longer answer is shortened first; a
     pair whose prompt leaves no room for answers is returned without labels.
     """

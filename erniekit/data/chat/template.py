@@ -217,7 +217,7 @@ class Template:
 
     def _cut(self, text: str, keep: Sequence[str] = ()) -> list[str]:
         """Splits `text` so that no part contains a token that only the template may write, except those in `keep`."""
-        return self.tokenizer.cut_special(text, keep)
+        return self.tokenizer.split_special(text, keep)
 
     def _render(self, messages: Messages, tools: Any, add_generation_prompt: bool, variables: dict[str, Any]) -> str:
         try:

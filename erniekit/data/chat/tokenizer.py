@@ -270,9 +270,9 @@ class Tokenizer:
         """Ids of `text`, in which special tokens are encoded as ordinary characters, so that text from users cannot
         imitate the template's structure.
         """
-        return self.encode_parts(self.cut_special(text))
+        return self.encode_parts(self.split_special(text))
 
-    def cut_special(self, text: str, keep: Container[str] = ()) -> list[str]:
+    def split_special(self, text: str, keep: Container[str] = ()) -> list[str]:
         """Splits `text` so that no part has a special token, except those in `keep`. The parts joined are `text`."""
         cuts = [match.start() + 1 for match in self._special_start.finditer(text) if match.group(1) not in keep]
         return [text[a:b] for a, b in zip([0, *cuts], [*cuts, len(text)], strict=True)]

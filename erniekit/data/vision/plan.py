@@ -80,7 +80,7 @@ class MediaPlan:
         return video.frames(self.geometry, self.options.choice.draw_time, notes)
 
     def patches(self, notes: Notes | None = None) -> np.ndarray:
-        """As `pixels`, as uint8 patches [P, 3 * patch * patch]."""
+        """The `pixels` as uint8 patches [P, 3 * patch * patch]."""
         return patchify(self.pixels(notes), self.patching)
 
 
@@ -150,7 +150,7 @@ def largest_bound(plans: Sequence[MediaPlan], budget: int, most_frames: int | No
 
 
 def _size(source: Any) -> int:
-    """Of the bytes or the text that a source consists of."""
+    """The size of the bytes or the text that a source consists of."""
     try:
         source = unwrap(source)
     except BadRecord:

@@ -143,7 +143,7 @@ def _require_same(video: JsonObject, settings: ProcessorSettings) -> None:
             value = _plain(_channels(video, key, np.array(of_images, np.float32)))
         if not np.allclose(value, of_images, rtol=1e-4, atol=0):
             raise CheckpointError(
-                f"{video.where}: {key}: {value}, but {of_images} for pictures, and the model takes both in one way. "
+                f"{video.where}: {key}: {value}, but {of_images} for pictures, and the model treats both alike. "
                 "Copy these files again from the model's source."
             )
 

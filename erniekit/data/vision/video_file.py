@@ -133,7 +133,7 @@ def _too_long(name: str, count: int, max_frames: int) -> BadRecord:
 
 
 def _quarter_turns(frame: Any) -> int:
-    """By how many quarters of a turn to the left a frame is turned to be shown, as its display matrix says. Phones
+    """The number of quarter turns to the left by which a frame is rotated for display, by its display matrix. Phones
     store what they film upright in this way, and the decoder of ERNIE's training code turns it, too.
     """
     matrix = frame.side_data.get(SideData.DISPLAYMATRIX)

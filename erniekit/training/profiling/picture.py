@@ -16,8 +16,8 @@ COLORS = {
     DATA: "#b45309",
     "host": "#9ca3af",
 }
-_MOST_RANKS = 16  # rows of the lower panels
-_MOST_PARTS = 18
+_MAX_RANKS = 16  # rows of the lower panels
+_MAX_PARTS = 18
 
 
 @plot_text.in_any_script()
@@ -27,8 +27,8 @@ def draw(profile: Profile, path: Path, title: str) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    ranks = profile.ranks[:_MOST_RANKS]
-    parts = list(by_part(profile).items())[:_MOST_PARTS]
+    ranks = profile.ranks[:_MAX_RANKS]
+    parts = list(by_part(profile).items())[:_MAX_PARTS]
     heights = [0.8 + 0.28 * len(parts), 1.0 + 0.28 * len(ranks), 1.0 + 0.28 * len(ranks)]
     figure = Figure(figsize=(10, 1.2 + sum(heights)), dpi=120, layout="constrained")
     FigureCanvasAgg(figure)

@@ -13,7 +13,7 @@ from erniekit.training.profiling.report import Profile, RankTimes
 from erniekit.training.reporting.base import StepMetrics
 from erniekit.utils import atomic, heartbeat, log, spans
 
-MOST_RANKS = 64  # whose times are gathered: the first ones
+MAX_RANKS = 64  # whose times are gathered: the first ones
 TRACE, PICTURE, TABLE = "profile.json", "profile.png", "profile.txt"
 
 
@@ -58,7 +58,7 @@ class Profiler:
         rank, world = self._run.mesh.rank, self._run.mesh.world_group
         mine = RankTimes(rank, self._recorder.origin, intervals, self._peak_bytes(), self._sent)
         # Every rank receives what all send.
-        sent = comm.gather_objects(mine.to_json() if rank < MOST_RANKS else None, world)
+        sent = comm.gather_objects(mine.to_json() if rank < MAX_RANKS else None, world)
         if rank == 0:
             ranks = [RankTimes.from_json(times) for times in sent if times is not None]
             self._write(Profile(ranks, self._tokens, self._on_gpu))

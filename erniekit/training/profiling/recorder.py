@@ -36,7 +36,7 @@ class Clock(Protocol):
 
 
 class HostClock:
-    """For a CPU, where an operation has ended when its call returns."""
+    """The clock of a CPU, where an operation has ended when its call returns."""
 
     def mark(self) -> float:
         """See Clock."""
@@ -48,7 +48,7 @@ class HostClock:
 
 
 class DeviceClock:
-    """For a GPU, which computes behind the host: each mark is an event of the stream of computation."""
+    """The clock of a GPU, which computes asynchronously: each mark is an event of the stream of computation."""
 
     def mark(self) -> Any:
         """See Clock."""

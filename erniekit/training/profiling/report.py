@@ -75,7 +75,7 @@ class Profile:
 
     @property
     def tokens_per_second(self) -> float:
-        """Of all ranks."""
+        """The tokens per second of all ranks together."""
         return sum(self.tokens) / self.num_steps / self.step_seconds
 
 

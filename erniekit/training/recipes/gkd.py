@@ -23,7 +23,7 @@ from erniekit.models.config import ModelConfig
 from erniekit.models.decoder import CausalLM
 from erniekit.models.inputs import ModelInputs
 from erniekit.models.overrides import Overrides
-from erniekit.models.pipeline_layout import cut_layers
+from erniekit.models.pipeline_layout import assign_layers
 from erniekit.models.sharded_blocks import whole_weights
 from erniekit.nn.narrow import gather
 from erniekit.parallel import comm
@@ -73,7 +73,7 @@ def _chunks_of(cfg: Config, teacher: ModelConfig, degrees: ParallelDims) -> list
     # Without experts, the ranks that share experts each hold all of it.
     check_model(degrees if teacher.moe_num_experts else replace(degrees, expert=1), teacher)
     named = isinstance(cfg.pp_seg_method, str)
-    return cut_layers(cfg if named else replace(cfg, pp_seg_method="balanced"), teacher, degrees.pipeline)
+    return assign_layers(cfg if named else replace(cfg, pp_seg_method="balanced"), teacher, degrees.pipeline)
 
 
 def _prepared_teacher(cfg: Config, prepared: PreparedModel) -> PreparedModel:

@@ -10,7 +10,7 @@ from typing import Any, TextIO
 
 import numpy as np
 
-from erniekit.checkpoint.model_dir import how_it_goes_on, resuming_command
+from erniekit.checkpoint.model_dir import resuming_command, where_it_resumes
 from erniekit.training.reporting.base import RunInfo, StepMetrics
 from erniekit.training.reporting.metrics_file import FILE_NAME as METRICS_FILE
 from erniekit.training.reporting.metrics_file import drop_later_records, read_metrics
@@ -78,7 +78,7 @@ class CompletionLog(Picture):
         except OSError as error:
             raise TrainError(
                 f"{path}: cannot be written ({error.strerror}). Make room, or set log_completions: false, then run "
-                f"{self._command()} again: {how_it_goes_on(path.parent)}."
+                f"{self._command()} again: {where_it_resumes(path.parent)}."
             ) from error
 
     def draw_run(self, directory: Path) -> None:

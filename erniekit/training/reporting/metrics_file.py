@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TextIO
 
-from erniekit.checkpoint.model_dir import how_it_goes_on, resuming_command
+from erniekit.checkpoint.model_dir import resuming_command, where_it_resumes
 from erniekit.training.reporting.base import Callback, RunInfo, StepMetrics
 from erniekit.utils import atomic, log
 from erniekit.utils.errors import TrainError
@@ -174,5 +174,5 @@ class MetricsFile(Callback):
     def _failure(self, error: OSError) -> TrainError:
         return TrainError(
             f"{self._path}: cannot be written ({error.strerror}). Make room or give another output_dir, then run "
-            f"{self._command()} again: {how_it_goes_on(self._path.parent)}."
+            f"{self._command()} again: {where_it_resumes(self._path.parent)}."
         )

@@ -31,13 +31,14 @@ class TokenScorer:
     entropy_gradient: bool = False
 
     def log_probs(self, model: CausalLM, batches: Sequence[PackedBatch]) -> list[paddle.Tensor]:
-        """Those of each microbatch for the present weights of `model`, in eval mode; zeros on stages without the head.
+        """The log-probabilities of each microbatch's labels by the present weights of `model`, in eval mode; zeros on
+        stages without the head.
         Every rank calls it at the same time.
         """
         return self._of(model, batches, 0)
 
     def entropies(self, model: CausalLM, batches: Sequence[PackedBatch]) -> list[paddle.Tensor]:
-        """As log_probs, the entropies of the labels' distributions."""
+        """The entropies of the labels' distributions, in the form of `log_probs`."""
         return self._of(model, batches, 1)
 
     def _of(self, model: CausalLM, batches: Sequence[PackedBatch], which: int) -> list[paddle.Tensor]:

@@ -12,7 +12,7 @@ from support.source_tree import REPOSITORY
 
 from erniekit.board import job
 from erniekit.board import runs as module
-from erniekit.board.runs import MOST_LOG, MOST_RECORDS, Run, Runs
+from erniekit.board.runs import MAX_LOG, MAX_RECORDS, Run, Runs
 from erniekit.utils.errors import ConfigError, UserError
 
 # A stand-in for a training: it says that it has begun, and what SIGTERM makes it do.
@@ -185,10 +185,10 @@ def test_metrics_come_in_whole_lines_from_a_mark_on(runs: Runs):
 
 def test_long_metrics_are_thinned_and_evaluations_kept(runs: Runs):
     run = start(runs, "a", "quick0")
-    write(run, [{"step": n, "loss": 1.0} for n in range(3 * MOST_RECORDS)] + [{"step": 7, "eval_loss": 1.0}])
+    write(run, [{"step": n, "loss": 1.0} for n in range(3 * MAX_RECORDS)] + [{"step": 7, "eval_loss": 1.0}])
     said = run.metrics("")
     assert (
-        said["every"] == 4 and len(said["records"]) == 3 * MOST_RECORDS // 4 + 1 and "eval_loss" in said["records"][-1]
+        said["every"] == 4 and len(said["records"]) == 3 * MAX_RECORDS // 4 + 1 and "eval_loss" in said["records"][-1]
     )
 
 
@@ -200,8 +200,8 @@ def test_a_log_comes_from_an_offset_on_and_half_a_character_waits(runs: Runs):
     assert run.log(0) == {"text": "一", "offset": 3, "skipped": 0}
     log.write_bytes("一二\n".encode())
     assert run.log(3) == {"text": "二\n", "offset": 7, "skipped": 0}
-    log.write_bytes(b"a" * (MOST_LOG + 10))
-    assert run.log(0)["skipped"] == 10 and len(run.log(0)["text"]) == MOST_LOG
+    log.write_bytes(b"a" * (MAX_LOG + 10))
+    assert run.log(0)["skipped"] == 10 and len(run.log(0)["text"]) == MAX_LOG
     log.write_bytes(b"new")
     assert run.log(7)["text"] == "new", "the file is another one"
 

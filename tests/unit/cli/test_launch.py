@@ -80,7 +80,7 @@ def test_an_unknown_key_is_refused_unless_the_environment_allows_it(yaml_file, m
 
 
 def test_what_this_version_cannot_do_is_refused(yaml_file):
-    with pytest.raises(ConfigError, match=r"cannot do yet:\n.*use_fp8: True"):
+    with pytest.raises(ConfigError, match=r"does not support:\n.*use_fp8: True"):
         launch.configure([yaml_file("stage: SFT", "train_dataset_path: x.jsonl", "use_fp8: true")], "train")
 
 

@@ -43,7 +43,7 @@ def test_a_plan_that_fits(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
 
 def test_a_reward_model_is_planned_with_its_score_head():
     cfg = load(SFT_SMALL, ["stage=RM"], "train")
-    model = plan.job_of(cfg, plan.Wishes(gpus=1), load_hardware("H800", None)).model
+    model = plan.job_of(cfg, plan.PlanOptions(gpus=1), load_hardware("H800", None)).model
     assert model.has_score_head
 
 

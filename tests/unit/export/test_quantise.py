@@ -138,7 +138,7 @@ def test_vision_and_language(tmp_path: Path, name: str):
             np.testing.assert_array_equal(after[key][1], as_bf16)
         if ".gate.weight" in key[0]:
             np.testing.assert_array_equal(after[key][1], weight)
-    with pytest.raises(ConfigError, match="FastDeploy knows no names"):
+    with pytest.raises(ConfigError, match="FastDeploy has no names"):
         quantised_model(tmp_path / "m", tmp_path / "p", "wint8", "paddle")
 
 

@@ -96,7 +96,7 @@ def test_a_table_for_all_heads_rotates_as_one_with_a_row_for_each(
     x = paddle.to_tensor(np.random.default_rng(3).normal(size=(600, 5, 8))).astype(dtype)
     expanded = Rotary(8, THETA).at(positions, 3, 2)
     expected = expanded.apply(x, inverse).numpy()
-    monkeypatch.setattr(rotary, "MOST_EXPANDED_BYTES", 0)
+    monkeypatch.setattr(rotary, "MAX_EXPANDED_BYTES", 0)
     shared = Rotary(8, THETA).at(positions, 3, 2)
     assert expanded.table.shape == [600, 5, 4] and shared.table.shape == [600, 1, 4]
     np.testing.assert_array_equal(shared.apply(x, inverse).numpy(), expected)

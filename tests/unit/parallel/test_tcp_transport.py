@@ -12,7 +12,7 @@ from support.worlds import free_ports
 
 from erniekit.parallel import tcp_transport as links_module
 from erniekit.parallel.process_group import World
-from erniekit.parallel.tcp_transport import Links, connect, roll_call
+from erniekit.parallel.tcp_transport import Links, connect, wait_for_ranks
 from erniekit.utils.errors import TrainError
 
 TOKEN = "a token of tests, long enough"
@@ -90,7 +90,7 @@ def test_an_exchanged_buffer_is_not_kept():
             call.result()
 
 
-@pytest.mark.parametrize("meet", [connect, roll_call])
+@pytest.mark.parametrize("meet", [connect, wait_for_ranks])
 def test_ranks_that_do_not_come_are_named_to_all_who_came(meet: Callable):
     endpoints = _endpoints(4)
     errors = _everywhere(endpoints, [0, 2], meet, 1)

@@ -250,5 +250,5 @@ def test_what_is_written_is_read_and_belongs_to_one_model(tmp_path):
     (nothing,) = reference.log_probs([join_rows([])])
     assert nothing.shape == [2, 0]
     del table[pair_keys(batch_of([1]))[0]]
-    with pytest.raises(CheckpointError, match="knows nothing of a:1"):
+    with pytest.raises(CheckpointError, match="has no entry for a:1"):
         reference.log_probs([batch_of([0, 1])])

@@ -9,7 +9,7 @@ from contextlib import ExitStack, closing
 import pytest
 
 from erniekit.utils import handshake
-from erniekit.utils.handshake import Door, NotOurs, WrongToken, prove
+from erniekit.utils.handshake import Authenticator, NotOurs, WrongToken, prove
 
 TOKEN = "a token of tests, long enough"
 
@@ -24,16 +24,16 @@ def caller(listener: socket.socket) -> socket.socket:
     return socket.create_connection(listener.getsockname(), timeout=5)
 
 
-def admit(door: Door, count: int = 1, timeout: float = 5) -> tuple[threading.Thread, list]:
+def admit(authenticator: Authenticator, count: int = 1, timeout: float = 5) -> tuple[threading.Thread, list]:
     found: list = []
-    thread = threading.Thread(target=lambda: found.extend(door.admit(timeout) for _ in range(count)))
+    thread = threading.Thread(target=lambda: found.extend(authenticator.accept(timeout) for _ in range(count)))
     thread.start()
     return thread, found
 
 
 def test_who_knows_the_token_is_let_in(listener):
-    with closing(Door(listener, TOKEN, "test")) as door:
-        thread, found = admit(door)
+    with closing(Authenticator(listener, TOKEN, "test")) as authenticator:
+        thread, found = admit(authenticator)
         with caller(listener) as sock:
             prove(sock, TOKEN, "test")
             sock.sendall(b"what follows is the caller's")
@@ -44,8 +44,8 @@ def test_who_knows_the_token_is_let_in(listener):
 
 @pytest.mark.parametrize(("token", "purpose", "error"), [("another", "test", WrongToken), (TOKEN, "other", NotOurs)])
 def test_who_does_not_is_not(listener, token, purpose, error):
-    with closing(Door(listener, TOKEN, "test")) as door:
-        thread, found = admit(door, timeout=1)
+    with closing(Authenticator(listener, TOKEN, "test")) as authenticator:
+        thread, found = admit(authenticator, timeout=1)
         with caller(listener) as sock, pytest.raises(error):
             prove(sock, token, purpose)
         thread.join()
@@ -70,15 +70,15 @@ def test_a_listener_that_does_not_know_the_token_gets_nothing_of_use(listener):
 
 
 def test_an_answer_is_of_no_use_a_second_time(listener):
-    with closing(Door(listener, TOKEN, "test")) as door:
-        thread, found = admit(door)
+    with closing(Authenticator(listener, TOKEN, "test")) as authenticator:
+        thread, found = admit(authenticator)
         sent = []
         with caller(listener) as sock:
             send, sock_send = sock.sendall, lambda data: (sent.append(data), send(data))
             prove(_Recording(sock, sock_send), TOKEN, "test")
         thread.join()
         found[0].close()
-        thread, found = admit(door, timeout=1)
+        thread, found = admit(authenticator, timeout=1)
         with caller(listener) as sock:
             sock.recv(64)
             sock.sendall(sent[0])
@@ -94,17 +94,17 @@ class _Recording:
 
 def test_the_silent_and_the_slow_hold_up_nobody(listener, monkeypatch, capfd):
     monkeypatch.setattr(handshake, "PROOF_SECONDS", 0.5)
-    with closing(Door(listener, TOKEN, "test")) as door, ExitStack() as stack:
+    with closing(Authenticator(listener, TOKEN, "test")) as authenticator, ExitStack() as stack:
         strangers = [stack.enter_context(caller(listener)) for _ in range(20)]
         strangers[0].sendall(b"slow")
         began = time.monotonic()
-        thread, found = admit(door)
+        thread, found = admit(authenticator)
         with caller(listener) as sock:
             prove(sock, TOKEN, "test")
         thread.join()
         assert time.monotonic() - began < 0.4
         found[0].close()
-        assert door.admit(0.8) is None
+        assert authenticator.accept(0.8) is None
         for stranger in strangers:  # all of them have been hung up on
             assert len(stranger.recv(100)) == 64 and stranger.recv(100) == b""
     assert "refused 20 connections" in capfd.readouterr().err
@@ -113,10 +113,10 @@ def test_the_silent_and_the_slow_hold_up_nobody(listener, monkeypatch, capfd):
 def test_more_strangers_than_places(listener, monkeypatch):
     monkeypatch.setattr(handshake, "_MAX_PENDING", 4)
     monkeypatch.setattr(handshake, "_YOUNG", 0.1)
-    with closing(Door(listener, TOKEN, "test")) as door, ExitStack() as stack:
+    with closing(Authenticator(listener, TOKEN, "test")) as authenticator, ExitStack() as stack:
         for _ in range(8):
             stack.enter_context(caller(listener))
-        thread, found = admit(door)
+        thread, found = admit(authenticator)
         with caller(listener) as sock:
             prove(sock, TOKEN, "test")
         thread.join()

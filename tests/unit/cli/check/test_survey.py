@@ -15,9 +15,9 @@ from support.vision_directories import vision_model_directory
 
 from erniekit.cli import check
 from erniekit.cli.check import survey
-from erniekit.cli.check.data import Wishes
+from erniekit.cli.check.data import CheckOptions
 
-DECODE = Wishes(decode=True)
+DECODE = CheckOptions(decode=True)
 
 
 def row(text, answer="Yes.", **media):
@@ -50,8 +50,8 @@ def given(tmp_path, model):
     return arguments
 
 
-def findings(args, level, wishes=check.data.NO_WISHES):
-    report = check.inspect(args, "train", wishes)
+def findings(args, level, options=check.data.DEFAULT_OPTIONS):
+    report = check.inspect(args, "train", options)
     return [f.text for section in report.sections for f in section.findings if f.level == level]
 
 

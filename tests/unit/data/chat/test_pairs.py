@@ -10,7 +10,7 @@ from support.fake_text import ASSISTANT, EOS, FIRST, SYSTEM, USER, FakeTemplate,
 
 from erniekit.config.methods import METHODS
 from erniekit.data.chat.encode import Encoder
-from erniekit.data.chat.pairs import cut_document
+from erniekit.data.chat.pairs import truncate_document
 from erniekit.data.chat.template import load_template
 from erniekit.data.chat.tokenizer import load_tokenizer
 from erniekit.data.packed_batch import IGNORE, Document
@@ -352,14 +352,14 @@ def test_cutting_shortens_the_longer_answer_first(sizes):
     ids = np.arange(total, dtype=np.int32)
     document = Document(ids, ids + 1000, type(encode(LONG, max_seq_len=64).documents[0].pair)(*sizes, 1.0))
     for most in range(prompt + 2, total + 1):
-        cut = cut_document(document, most)
+        cut = truncate_document(document, most)
         p, c, r, _ = cut.pair
         assert p == prompt and p + c + r == len(cut.ids) == min(most, total)
         assert cut.ids.tolist() == [*range(p + c), *range(prompt + chosen, prompt + chosen + r)]
         assert cut.labels.tolist() == (cut.ids + 1000).tolist()
         if c < chosen and r < rejected:
             assert abs(c - r) <= 1
-    assert (cut_document(document, prompt + 1).labels == IGNORE).all()
+    assert (truncate_document(document, prompt + 1).labels == IGNORE).all()
 
 
 def test_a_template_that_shows_the_answers_behind_different_prompts_is_refused():
