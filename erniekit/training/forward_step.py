@@ -173,4 +173,7 @@ class TrainStage:
                 merge_extremes(sums.extremes, key.name, key.reduce, float(value))
             elif isinstance(key, _RouterSum):
                 sums.routers[key.router].set_sum(key.name, float(value))
+        # Data ranks add up the same terms, also one whose trained routers got no token in this step.
+        for name in (name for stats in routers.values() for name in stats.losses):
+            sums.terms.setdefault(name, 0.0)
         return sums

@@ -217,6 +217,14 @@ def test_two_ranks_of_which_some_have_no_pictures_train_a_part(world2: World, ca
 
 
 @pytest.mark.parametrize("part", FROZEN)
+@pytest.mark.parametrize("case", ["dp2", "ep2"])
+def test_a_rank_whose_tokens_are_all_text_trains_a_part(world2: World, case: str, part: str) -> None:
+    """If the decoder is frozen, the routers of vision are the only ones with a loss, and this rank gives them none."""
+    ranks = world2.run(one_step, microbatches=LOPSIDED, freeze_config=FROZEN[part], **TWO[case])
+    assert compare(ranks, one_step(LOPSIDED, freeze_config=FROZEN[part])) < TOLERANCE
+
+
+@pytest.mark.parametrize("part", FROZEN)
 @pytest.mark.parametrize("case", ["pp2-interleaved-ep2", "tp2-sp-ep2", "tp2-sp-dp2"])
 def test_four_ranks_of_which_some_have_no_pictures_train_a_part(world4: World, case: str, part: str) -> None:
     ranks = world4.run(one_step, microbatches=MICROBATCHES, freeze_config=FROZEN[part], **FOUR[case])

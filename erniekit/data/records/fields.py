@@ -96,7 +96,7 @@ def check_fields(
                 f"rename or remove it (known: {', '.join(known)})",
             )
         if has_content(value):
-            notes.unused.add(f"{name!r} of {MESSAGE}" if owner == MESSAGE else repr(name))
+            notes.unused.add(repr(name) if owner.startswith("type ") else f"{name!r} of {owner}")
 
 
 @lru_cache(maxsize=4096)

@@ -13,21 +13,39 @@ from typing import Any
 from PIL import Image
 
 from erniekit.data.records.errors import BadRecord
-from erniekit.data.records.fields import Notes, has_content
+from erniekit.data.records.fields import Notes, check_fields, has_content
 from erniekit.data.records.tool_calls import tool_calls_of
 from erniekit.data.records.values import kind_of, list_of, text_of
-from erniekit.data.vision.parts import merged
+from erniekit.data.vision.parts import merged, options_inside, options_of
 
 _TAGS = ("mask", "no_mask")
 _NOT_SHOWN = ("subtitles", "asr")
 _KINDS = {"text": "text_info", "image": "image_info", "video": "video_info"}
+_OF_TEXTS = ("text", "tag", "tool_calls", "tool_response")
+_OF_MEDIA = (
+    *("image_url", "matched_text_index", "is_valid", "is_video", "time_stamp", *_NOT_SHOWN),
+    *("image_width", "image_height"),  # the file itself says them
+)
+_IN_THE_TEXT = "write the thought into the text, between <think> and </think>"
+_IN_THE_RECORD = "media stand in the record's image_info and video_info: move it there, or remove it"
+# fields of an item of text_info by which some format or tool decides what is trained -> what to do about them
+_DECISIVE_IN_TEXTS = {
+    **dict.fromkeys(
+        ("label", "loss", "loss_mask", "loss_weight", "weight", "train"),
+        "use type messages, whose records have a 'label', a 0 or 1 for each answer, or remove it",
+    ),
+    **dict.fromkeys(("reasoning_content", "reasoning", "thinking", "thought"), _IN_THE_TEXT),
+    **dict.fromkeys(("image", "images", "image_url", "image_info", "video", "videos", "video_info"), _IN_THE_RECORD),
+    "function_call": "call it 'tool_calls', a list",
+}
+_DECISIVE_IN_MEDIA = {"extracted_frame_indices": "give the frames as a list with time_stamp, or remove it"}
 
 Part = dict[str, Any]
 
 
 def read_erniekit(record: dict[str, Any], notes: Notes) -> list[dict[str, Any]]:
     """The messages of a record. BadRecord names the item and the rule that it breaks."""
-    texts = [_text_item(item, f"text_info[{i}]") for i, item in enumerate(list_of(record, "text_info"))]
+    texts = [_text_item(item, f"text_info[{i}]", notes) for i, item in enumerate(list_of(record, "text_info"))]
     media = {kind: _media_items(record, kind, notes) for kind in ("image", "video")}
     system: list[dict[str, Any]] = []
     first = 0
@@ -47,9 +65,10 @@ def read_erniekit(record: dict[str, Any], notes: Notes) -> list[dict[str, Any]]:
     return system + _messages(texts[first:], before[first:], first, notes)
 
 
-def _text_item(item: Any, name: str) -> dict[str, Any]:
+def _text_item(item: Any, name: str, notes: Notes) -> dict[str, Any]:
     if not isinstance(item, dict):
         raise BadRecord(f"{name} must be an object, not {kind_of(item)}", 'write {"text": ..., "tag": "mask"}')
+    check_fields(item, _OF_TEXTS, _KINDS["text"], _DECISIVE_IN_TEXTS, notes)
     if item.get("tag") not in _TAGS:
         raise BadRecord(f"{name} has the tag {item.get('tag')!r}", 'a prompt has "mask", an answer "no_mask"')
     if has_content(item.get("tool_calls")) and item["tag"] != "no_mask":
@@ -85,6 +104,7 @@ def _media_items(record: dict[str, Any], kind: str, notes: Notes) -> list[dict[s
     if not isinstance(value, list) or not all(isinstance(item, dict) for item in value):
         raise BadRecord(f"{name!r} must be a list of objects", 'write [{"image_url": ..., "matched_text_index": 0}]')
     for i, item in enumerate(value):
+        check_fields(item, (*_OF_MEDIA, *options_of(kind)), name, _DECISIVE_IN_MEDIA, notes)
         if item.get("image_url") is None:
             raise BadRecord(f"{name}[{i}] has no image_url", "the source has this name in video_info too")
         if item.get("is_valid") is False:
@@ -163,8 +183,8 @@ def _grouped(items: Sequence[tuple[str, dict[str, Any]]]) -> list[Part]:
             parts.append(_frames([item for _, item in group]))
             continue
         for kind, item in group:
-            part: Part = {"type": kind, kind: item["image_url"]}
-            if isinstance(item["image_url"], list) and item.get("time_stamp") is not None:
+            part: Part = {"type": kind, kind: item["image_url"], **options_inside(kind, item)}
+            if kind == "video" and item.get("time_stamp") is not None:
                 part["time_stamps"] = item["time_stamp"]
             parts.append(part)
     return parts
@@ -180,7 +200,11 @@ def _is_frame(kind: str, item: dict[str, Any]) -> bool:
 
 
 def _frames(items: Sequence[dict[str, Any]]) -> Part:
-    part: Part = {"type": "video", "video": [item["image_url"] for item in items]}
+    part: Part = {
+        "type": "video",
+        "video": [item["image_url"] for item in items],
+        **options_inside("video", items[0]),
+    }
     times = [item.get("time_stamp") for item in items]
     if any(time is not None for time in times):
         part["time_stamps"] = times

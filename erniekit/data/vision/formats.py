@@ -35,6 +35,7 @@ _SIGNATURES = {  # field -> the type that a record with it probably is
     "src": "erniekit",
     "text": "text",
 }
+_LABELS = "use type messages or sharegpt, which have a 0 or 1 for each answer, or remove it"
 _READ = Callable[[dict[str, Any], FormatOptions, Notes], Sample]
 
 
@@ -63,7 +64,7 @@ def parse_vision_record(
         is_text = name == "erniekit" and "src" in record and "text_info" not in record
         read, fields = _ERNIEKIT_TEXT if is_text else FORMATS[name]
         media = "image_info and video_info, beside text_info" if name == "erniekit" else "images and videos"
-        decisive = DECISIVE | dict.fromkeys(_ALL_MEDIA, f"type {name} has {media}")
+        decisive = DECISIVE | dict.fromkeys(_ALL_MEDIA, f"type {name} has {media}") | {"label": _LABELS}
         if not name.endswith(RL_SUFFIX):  # prompts keep other fields, and check them themselves
             check_fields(record, fields, f"type {name}", decisive, notes)
         sample = read(record, options, notes)

@@ -87,7 +87,7 @@ def load_picture(
                     "a picture has an orientation tag, which is ignored as in ERNIE's training code "
                     "(apply_exif: true turns the picture)"
                 )
-        picture = to_rgb(image)
+        picture = to_rgb(image, describe(source))
         picture.load()  # before its file is closed
         return picture
 
@@ -127,20 +127,18 @@ def check_array(pixels: np.ndarray) -> np.ndarray:
     return pixels
 
 
-def to_rgb(image: Image.Image) -> Image.Image:
-    """An image of any mode in RGB: white where it is transparent, 16-bit grey divided by 256."""
+def to_rgb(image: Image.Image, name: str) -> Image.Image:
+    """An image of any mode in RGB: white where it is transparent, 16-bit grey divided by 256. `name`: for messages."""
     if image.mode in _GREY_16:
         grey = np.asarray(image).astype(np.int64)
         if grey.min() < 0 or grey.max() > 65535:
             raise BadRecord(
-                f"a picture has grey values from {grey.min()} to {grey.max()}, and 16 bits are from 0 to 65535",
+                f"{name} has grey values from {grey.min()} to {grey.max()}, and 16 bits are from 0 to 65535",
                 "save it with 8 bits a channel",
             )
         narrow = (grey // 256).astype(np.uint8)
         narrow[grey == image.info.get("transparency", -1)] = 255
         return Image.fromarray(narrow).convert("RGB")
-    if image.mode == "F":
-        raise BadRecord("a picture of floating-point values has no defined brightness", "save it with 8 bits a channel")
     if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
         image = image.convert("RGBA")
         white = Image.new("RGB", image.size, (255, 255, 255))
@@ -151,10 +149,10 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 @contextmanager
 def _opened(source: Any, reader: MediaReader, options: ImageOptions) -> Iterator[Image.Image]:
-    """A picture whose header was read and whose size is allowed. Whatever decoding raises becomes a BadRecord."""
+    """A picture whose header was read and is allowed. Whatever decoding raises becomes a BadRecord."""
     name = describe(source)
     if isinstance(source, Image.Image):
-        _check_size(source, options, name)
+        _check_header(source, options, name)
         yield source.copy()
         return
     with reader.open(source) as file, warnings.catch_warnings():
@@ -162,7 +160,7 @@ def _opened(source: Any, reader: MediaReader, options: ImageOptions) -> Iterator
         try:
             timed: Any = _Timed(file, options.max_seconds)  # it has all that Pillow calls of a file
             with Image.open(timed, formats=FORMATS) as image:
-                _check_size(image, options, name)
+                _check_header(image, options, name)
                 yield image
         except UnidentifiedImageError:
             hint = f"the formats are {', '.join(FORMATS)}"
@@ -182,7 +180,11 @@ def _opened(source: Any, reader: MediaReader, options: ImageOptions) -> Iterator
             raise BadRecord(f"{name} cannot be decoded: {error}", "is the file complete?") from None
 
 
-def _check_size(image: Image.Image, options: ImageOptions, name: str) -> None:
+def _check_header(image: Image.Image, options: ImageOptions, name: str) -> None:
+    if image.mode == "F":
+        raise BadRecord(
+            f"{name} has floating-point values, whose brightness is not defined", "save it with 8 bits a channel"
+        )
     width, height = image.size
     if width * height > options.max_pixels_decoded:
         raise BadRecord(

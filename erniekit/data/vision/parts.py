@@ -35,6 +35,11 @@ _OPTIONS = {
 _HARMLESS = ("detail", "width", "height", "id", "format", "cache_control")
 
 
+def options_of(what: str) -> tuple[str, ...]:
+    """The fields that a picture or video, "image" or "video", may have beside its source."""
+    return _OPTIONS[what]
+
+
 def options_inside(what: str, source: Any) -> dict[str, Any]:
     """The options of a picture or video, "image" or "video", that stand in the object that names its source."""
     if not isinstance(source, Mapping):

@@ -13,10 +13,11 @@ _STAND_IN = "-"  # for the text of a message that has none beside its pictures
 def read_turn(turn: Any, name: str, keys: tuple[str, str], notes: Notes) -> dict[str, Any]:
     """records.sample.turn_of for a message whose content may have media parts: its content is then a list of parts."""
     content = turn.get(keys[1]) if isinstance(turn, dict) else None
-    for field in ("images", "videos"):
+    for field in ("images", "image", "videos", "video"):
         if isinstance(turn, dict) and has_content(turn.get(field)):
             raise BadRecord(
-                f"{name} has {field} of its own", f"put them into the record's '{field}', and tags into the content"
+                f"{name} has the field {field!r} of its own",
+                f"move it into the record's '{field.removesuffix('s')}s', and write tags into the content",
             )
     if not isinstance(content, list) or not any(_is_medium(part) for part in content):
         return turn_of(turn, name, keys, notes)

@@ -3,6 +3,7 @@
 import io
 import struct
 import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -151,11 +152,18 @@ def test_broken_files_are_bad_rows(reader):
             load_image(source, reader)
 
 
+def test_floating_point_values_are_found_in_the_header(tmp_path: Path):
+    Image.fromarray(np.ones((2, 2), np.float32)).save(tmp_path / "depth.tif")
+    for read in (image_size, load_image):
+        with pytest.raises(BadRecord, match=r"depth\.tif has floating-point values"):
+            read("depth.tif", MediaReader(tmp_path))
+
+
 def test_grey_beyond_16_bits_is_refused(reader):
     """Cut off at 16 bits it would be white."""
     file = io.BytesIO()
     Image.fromarray(np.array([[0, 1 << 20]], np.int32)).save(file, "TIFF")
-    with pytest.raises(BadRecord, match="grey values from 0 to 1048576"):
+    with pytest.raises(BadRecord, match="bytes of data has grey values from 0 to 1048576"):
         load_image(file.getvalue(), reader)
 
 
