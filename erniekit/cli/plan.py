@@ -54,6 +54,7 @@ def run(args: list[str]) -> int:
     wishes = Wishes(**values)
     path, overrides = launch.read_arguments(command_args)
     cfg = config.load(path, overrides, "train", allow_extra=launch.allows_extra())
+    launch.log_notes(cfg)
     config.require_supported(cfg, "train")
     card = load_hardware(wishes.gpu, wishes.hardware)
     job = job_of(cfg, wishes, card)
