@@ -1,5 +1,5 @@
 """Prints what `plan` says beside what Paddle's allocator counts, for the layouts of tests/support/memory_truth.py, as
-the table of docs/plan.md: python tools/plan_truth.py [WORD ...]  (only layouts whose names contain a word)
+the table of docs/plan-accuracy.md: python tools/plan_truth.py [WORD ...]  (only layouts whose names contain a word)
 """
 
 import sys

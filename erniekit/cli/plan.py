@@ -54,6 +54,7 @@ def run(args: list[str]) -> int:
     plan_options = PlanOptions(**values)
     path, overrides = launch.read_arguments(command_args)
     cfg = config.load(path, overrides, "train", allow_extra=launch.allows_extra())
+    launch.log_notes(cfg)
     config.require_supported(cfg, "train")
     card = load_hardware(plan_options.gpu, plan_options.hardware)
     job = job_of(cfg, plan_options, card)

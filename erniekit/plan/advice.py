@@ -35,11 +35,6 @@ class Change:
         return typed(self.keys)
 
 
-def _seconds_of(job: Job, original: Job, card: Hardware | None) -> float | None:
-    """Seconds for the tokens of one step of the original job; None where the card is not known."""
-    return None if card is None else plan_time(job, card).seconds * original.step_tokens / job.step_tokens
-
-
 def changes(plan: MemoryPlan, capacity: float, outline: Outline, card: Hardware | None = None) -> list[Change]:
     """The single changes that lower the peak of the stage with the least headroom, the cheapest first: by seconds of a
     step where they are planned, that is for changes that make the run fit on a known card, else in the order below.
@@ -52,7 +47,8 @@ def changes(plan: MemoryPlan, capacity: float, outline: Outline, card: Hardware 
             continue
         changed = plan_memory(job, capacity, outline)
         if changed.worst.peak < plan.worst.peak:
-            found.append(Change(keys, changed, _seconds_of(job, plan.job, card) if changed.fits else None))
+            seconds = plan_time(job, card).seconds if changed.fits and card is not None else None
+            found.append(Change(keys, changed, seconds))
     return sorted(found, key=lambda change: change.seconds or 0.0)
 
 
@@ -67,9 +63,9 @@ def cheapest_fit(found: list[Change]) -> Change | None:
 
 
 def _candidates(job: Job) -> Iterator[dict[str, Any]]:
-    """Keys that may save memory, roughly by what they cost."""
+    """Keys that may save memory, with the global batch as it is, roughly by what they cost."""
     cfg, degrees = job.cfg, job.degrees
-    halves = {"batch_size": cfg.batch_size // 2, "gradient_accumulation_steps": 2 * cfg.gradient_accumulation_steps}
+    smaller = next((rows for rows in range(cfg.batch_size // 2, 0, -1) if cfg.batch_size % rows == 0), 1)
     is_full = cfg.recompute and cfg.recompute_granularity == "full"
     candidates: list[tuple[bool, dict[str, Any]]] = [
         (degrees.data > 1 and not cfg.sharding, {"sharding": "stage1"}),
@@ -86,12 +82,21 @@ def _candidates(job: Job) -> Iterator[dict[str, Any]]:
         ),
         (degrees.data > 1 and job.zero_stage < 3, {"sharding": "stage3"}),
         *_of_weights(job),
-        (cfg.batch_size > 1, halves),
+        (cfg.batch_size > 1, {"batch_size": smaller, **_accumulated(job, cfg.batch_size // smaller)}),
         (job.model.moe_num_experts > 0, {"expert_parallel_degree": 2 * degrees.expert}),
-        (True, {"pipeline_parallel_degree": 2 * degrees.pipeline}),
-        (True, {"tensor_parallel_degree": 2 * degrees.tensor}),
+        (True, {"pipeline_parallel_degree": 2 * degrees.pipeline, **_accumulated(job, 2)}),
+        (True, {"tensor_parallel_degree": 2 * degrees.tensor, **_accumulated(job, 2)}),
     ]
     return (keys for makes_sense, keys in candidates if makes_sense)
+
+
+def _accumulated(job: Job, times: int) -> dict[str, Any]:
+    """The key by which a step has as many tokens as before, where a microbatch or the number of data ranks is divided
+    by `times`. Reinforcement learning needs none: its rollouts decide.
+    """
+    if not job.cfg.method.reads("gradient_accumulation_steps"):
+        return {}
+    return {"gradient_accumulation_steps": times * job.cfg.gradient_accumulation_steps}
 
 
 def _of_weights(job: Job) -> list[tuple[bool, dict[str, Any]]]:

@@ -5,6 +5,7 @@ from typing import Any
 
 from erniekit.plan.memory import MemoryPlan
 from erniekit.plan.timing import StepTime
+from erniekit.utils import atomic
 
 _COLORS = {
     "parameters": "#4269d0",
@@ -32,7 +33,8 @@ def draw(memory: MemoryPlan, time: StepTime | None, path: Path) -> None:
     _draw_memory(rows[0], memory)
     if time is not None:
         _draw_time(rows[1], time)
-    figure.savefig(path, dpi=110)
+    with atomic.new_file(path) as temporary:
+        figure.savefig(temporary, dpi=110, format="png")
 
 
 def _title(memory: MemoryPlan) -> str:

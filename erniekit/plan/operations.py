@@ -98,7 +98,7 @@ def projection(
     matrices = layer.num_experts or 1
     trained = layer.weight is not None and not layer.weight.stop_gradient
     weight = e * matrices * num_in * num_out if trained else 0
-    kept = rows * num_in * _input_bytes(device, layer) if keeps_input else 0.0
+    kept = rows * num_in * _input_bytes(device, layer, keeps_input)
     forward, backward = e * rows * num_out, e * rows * (num_in + num_out)
     parts = _in_parts(device, layer)
     if parts:  # a list of parts, then one tensor; the same for the weights' gradients
@@ -133,20 +133,30 @@ def _in_parts(device: Device, layer: Projection) -> bool:
     return layer.num_experts is not None and not device.in_place
 
 
-def _input_bytes(device: Device, layer: Projection) -> float:
-    """Bytes of each number of a projection's input, as it is kept: in FP8 with a scale for 128 numbers, where asked."""
-    stores = isinstance(layer.product, Fp8Product) and layer.product.stores_fp8
-    return FP8_ELEMENT if stores else device.element
+def _input_bytes(device: Device, layer: Projection, keeps_input: bool) -> float:
+    """Bytes of each number of a projection's input, as it is kept. FP8 products keep it for a weight that is trained
+    alone, in FP8 with a scale for 128 numbers where asked, and adapters beside them in 16 bits.
+    """
+    plain = device.element if keeps_input else 0.0
+    if not isinstance(layer.product, Fp8Product):
+        return plain
+    of_adapter = plain if isinstance(layer.adapter, Adapter) else 0.0
+    if layer.weight is None or layer.weight.stop_gradient:
+        return of_adapter
+    return FP8_ELEMENT + of_adapter if layer.product.stores_fp8 else plain
 
 
 def fp8_experts(device: Device, experts: Experts, block: Fp8Experts, rows: float, beside: float) -> Operation:
-    """Routed experts in FP8 as one step, which keeps its input (in FP8) and gate and up, or not even these."""
+    """Routed experts in FP8 as one step, which keeps its input (in FP8) for the gradients of the weights, and gate and
+    up, or the input alone.
+    """
     e, width, inner = device.element, experts.up_gate_proj.in_features, experts.down_proj.in_features
-    kept = rows * width * (FP8_ELEMENT if block.stores_fp8 else e)
-    kept += 0 if block.recomputes_up_gate else 2 * e * rows * inner
     matrices = experts.up_gate_proj.num_experts or 1
     assert experts.up_gate_proj.weight is not None  # FP8 products have parameters
     trained = not experts.up_gate_proj.weight.stop_gradient
+    keeps_input = trained or block.recomputes_up_gate
+    kept = rows * width * (FP8_ELEMENT if block.stores_fp8 else e) if keeps_input else 0.0
+    kept += 0 if block.recomputes_up_gate else 2 * e * rows * inner
     weight = 3.0 * e * matrices * width * inner if trained else 0.0
     forward = FP8_ELEMENT * rows * (width + inner) + e * rows * (3 * inner + width)
     backward = e * rows * (5 * inner + 2 * width) + FP8_ELEMENT * rows * (width + 2 * inner) + weight + beside

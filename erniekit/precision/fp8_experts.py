@@ -41,8 +41,11 @@ class _Experts(PyLayer):
             ctx.save_for_backward(up_gate, down)
             return paddle.zeros([0, down.shape[-1]], dtype=rows.dtype)
         x = backend.rows(rows, counts)
-        ctx.tile = x.tile if block.stores_fp8 else None
-        kept = [x.codes, x.scales] if block.stores_fp8 else [rows]
+        kept = []
+        ctx.keeps_rows = block.recomputes_up_gate or not up_gate.stop_gradient
+        if ctx.keeps_rows:
+            ctx.tile = x.tile if block.stores_fp8 else None
+            kept = [x.codes, x.scales] if block.stores_fp8 else [rows]
         gate_up = backend.times(x, up_gate, counts, rows.dtype)
         if not block.recomputes_up_gate:
             kept.append(gate_up)
@@ -60,7 +63,9 @@ class _Experts(PyLayer):
             no_weights = [paddle.zeros([0, 1])] * ctx.num_weights
             return paddle.zeros([0, up_gate.shape[1]], dtype=dtype), *zeros, *no_weights
         weights, kept = saved[: ctx.num_weights], saved[ctx.num_weights :]
-        x = kept[0] if ctx.tile is None else Quantised(kept[0], kept[1], ctx.tile)
+        x = None
+        if ctx.keeps_rows:
+            x = kept[0] if ctx.tile is None else Quantised(kept[0], kept[1], ctx.tile)
         gate_up = None if block.recomputes_up_gate else kept[-1]
         if gate_up is None:
             rows = x if isinstance(x, Quantised) else backend.rows(x, counts)

@@ -81,7 +81,7 @@ class Backend(Protocol):
 
 
 class Fp8Product(Product):
-    """See nn/product.py. `stores_fp8`: what is kept for the backward pass is the input in FP8."""
+    """See nn/product.py. `stores_fp8`: what is kept for the gradient of the weight is the input in FP8."""
 
     def __init__(self, backend: Backend, name: str, stores_fp8: bool = True) -> None:
         super().__init__()
@@ -121,7 +121,9 @@ class _Fp8Matmul(PyLayer):
             ctx.save_for_backward(weight, rows)
             return paddle.zeros([0, weight.shape[-1]], dtype=rows.dtype)
         quantised = backend.rows(rows, counts)
-        if product.stores_fp8:
+        if weight.stop_gradient:  # of a frozen weight only the gradient of the rows is computed
+            ctx.save_for_backward(weight)
+        elif product.stores_fp8:
             ctx.tile = quantised.tile
             ctx.save_for_backward(weight, quantised.codes, quantised.scales)
         else:
@@ -136,11 +138,11 @@ class _Fp8Matmul(PyLayer):
         if dy.shape[0] == 0:
             dweight = None if weight.stop_gradient else paddle.zeros(weight.shape, dtype=weight.dtype)
             return paddle.zeros([0, weight.shape[-2]], dtype=dy.dtype), dweight
-        x = kept[0] if ctx.tile is None else Quantised(kept[0], kept[1], ctx.tile)
         drows = dweight = None
         if ctx.needs_rows:
             quantised = backend.rows(dy, counts, "gradients")
             drows = backend.times_transposed(quantised, weight, counts, ctx.dtype)
-        if not weight.stop_gradient:
+        if kept:
+            x = kept[0] if ctx.tile is None else Quantised(kept[0], kept[1], ctx.tile)
             dweight = backend.weight_gradient(x, dy, counts, weight.dtype)
         return drows, dweight

@@ -133,6 +133,7 @@ LAYOUTS = (
     Layout("moe, bf16", 1, "tiny-moe", _LONG | _BF16),
     Layout("moe, FP8 experts", 1, "tiny-moe", _LONG | _FP8),
     Layout("moe, FP8 experts, inputs in 16 bits", 1, "tiny-moe", _LONG | _FP8 | {"fp8_store": False}),
+    Layout("moe, FP8 experts, LoRA", 1, "tiny-moe", _LONG | _FP8 | _LORA),
     Layout("dense, bf16", 1, "tiny-dense", _LONG | _BF16),
     Layout("vl", 1, "tiny-vl", _VISION),
     Layout("vl, recompute", 1, "tiny-vl", _VISION | {"recompute": True}),

@@ -18,8 +18,8 @@ SFT_SMALL = str(CONFIGS / "ERNIE-4.5-0.3B" / "sft" / "run_sft_8k.yaml")
 
 
 def test_a_plan_that_fits(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    """Text, JSON and chart of a model that nobody has downloaded."""
-    files = [f"json={tmp_path / 'plan.json'}", f"chart={tmp_path / 'plan.png'}"]
+    """Text, JSON and chart of a model that nobody has downloaded. The chart is a PNG file under any name."""
+    files = [f"json={tmp_path / 'plan.json'}", f"chart={tmp_path / 'plan.chart'}"]
     assert plan.run([SFT_SMALL, "gpus=1", "gpu=H800", "tokens=1e9", "recompute=true", *files]) == 0
     text = capsys.readouterr().out
     for expected in (
@@ -38,7 +38,12 @@ def test_a_plan_that_fits(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     assert values["fits"] and sum(stage["bytes"].values()) == pytest.approx(stage["peak"], abs=len(stage["bytes"]))
     assert stage["bytes"]["parameters"] == 2 * 360_748_032
     assert values["seconds"] and values["mfu"]["full"] >= values["mfu"]["causal"] > 0
-    assert (tmp_path / "plan.png").read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "plan.chart").read_bytes().startswith(b"\x89PNG")
+
+
+def test_keys_without_effect_are_named(capsys: pytest.CaptureFixture[str]):
+    plan.run([SFT_SMALL, "gpus=1", "recompute_granularity=moe"])
+    assert "recompute_granularity: no effect: recompute is False" in capsys.readouterr().err
 
 
 def test_a_reward_model_is_planned_with_its_score_head():

@@ -5,7 +5,8 @@ from support.tiny_sizes import DENSE, MOE
 
 from erniekit import config
 from erniekit.models.config import ModelConfig
-from erniekit.plan.advice import least_cluster
+from erniekit.plan.advice import changes, least_cluster
+from erniekit.plan.hardware import load_hardware
 from erniekit.plan.job import Cluster, Job, make_job
 from erniekit.plan.memory import plan_memory
 from erniekit.training.outline import outline_stage
@@ -38,3 +39,13 @@ def test_rows_that_no_number_of_data_ranks_makes_fit_are_found_at_once():
     given = job(MOE, 65536)
     assert least_cluster(given, 30e6, outline) is None
     assert 0 < len(planned) == len(set(planned))
+
+
+@pytest.mark.parametrize("batch_size", [2, 3])
+def test_a_change_keeps_the_tokens_of_a_step(batch_size: int):
+    """Else the time and memory that are printed would be those of another training."""
+    cfg = config.load(None, [*GIVEN, "max_seq_len=64", f"batch_size={batch_size}"], "train")
+    given = make_job(cfg, ModelConfig.from_dict(MOE | {"vocab_size": 64}), Cluster(4, "cpu", 4))
+    found = changes(plan_memory(given, 1e9, outline_stage), 1e9, outline_stage, load_hardware("cpu"))
+    assert {key for change in found for key in change.keys} >= {"tensor_parallel_degree", "batch_size"}
+    assert {change.plan.job.step_tokens for change in found} == {given.step_tokens}

@@ -3,6 +3,7 @@
 import numpy as np
 import paddle
 import pytest
+from support.memory_truth import allocated
 from support.numeric import numeric_gradient
 
 from erniekit.moe.experts import Experts
@@ -89,3 +90,14 @@ def test_no_rows_and_frozen_weights():
     rows.stop_gradient = False
     model(rows, [1, 1, 1]).sum().backward()
     assert rows.grad is not None and all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_nothing_is_kept_of_the_input_of_frozen_experts():
+    model, given = experts(Fp8Experts(BACKEND)), paddle.ones([64, 8])
+    for parameter in model.parameters():
+        parameter.stop_gradient = True
+    given.stop_gradient = False
+    before = allocated()
+    y = model(given * 2, [20, 0, 44])
+    gate_up = 64 * 2 * 10
+    assert allocated() - before == 4 * (y.size + gate_up)

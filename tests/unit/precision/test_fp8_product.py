@@ -4,6 +4,7 @@ import numpy as np
 import paddle
 import pytest
 from support.fp8_reference import fp8_values
+from support.memory_truth import allocated
 from support.numeric import numeric_gradient
 
 from erniekit.precision.fp8_emulated import Emulated, Recipe
@@ -96,6 +97,15 @@ def test_a_frozen_weight_has_no_gradient_and_a_frozen_input_none_either():
     w.stop_gradient = False
     product()(x, w).sum().backward()
     assert w.grad is not None and x.grad is None
+
+
+@pytest.mark.parametrize("stores_fp8", [True, False])
+def test_nothing_is_kept_of_the_input_of_a_frozen_weight(stores_fp8: bool):
+    fp8, x, w = product(stores_fp8=stores_fp8), paddle.ones([64, 128]), paddle.ones([128, 128])
+    x.stop_gradient = False
+    before = allocated()
+    y = fp8(x * 2, w)
+    assert allocated() - before == y.size * 4
 
 
 def test_nan_and_infinity_reach_the_result():
