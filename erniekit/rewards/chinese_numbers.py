@@ -3,6 +3,7 @@
 import re
 
 _VALUES = {**{char: value for value, char in enumerate("零一二三四五六七八九")}, "〇": 0, "两": 2}
+_FINANCIAL = str.maketrans("壹贰叁肆伍陆柒捌玖拾佰仟萬億", "一二三四五六七八九十百千万亿")  # as cheques have them
 _DIGITS = f"[{''.join(_VALUES)}]"
 _UP_TO_9999 = re.compile(
     rf"(?:(?P<thousands>{_DIGITS})千)?零?(?:(?P<hundreds>{_DIGITS})百)?零?(?:(?P<tens>{_DIGITS})?(?P<ten>十))?零?"
@@ -11,7 +12,10 @@ _UP_TO_9999 = re.compile(
 
 
 def chinese_integer(text: str) -> int | None:
-    """The value of 十二, 一百零五, 三万两千 or 二〇二五 (digits one by one); None for a text that is no such number."""
+    """The value of 十二, 一百零五, 三万两千, 壹佰零伍 or 二〇二五 (digits one by one); None for a text that is no such
+    number.
+    """
+    text = text.translate(_FINANCIAL)
     if re.fullmatch(f"{_DIGITS}+", text):
         return int("".join(str(_digit(char)) for char in text))
     total = 0

@@ -2,6 +2,7 @@
 
 import re
 import secrets
+import textwrap
 from typing import Any
 
 from erniekit.config.schema_rewards import RewardArgs
@@ -13,13 +14,22 @@ _BLOCK = re.compile(r"```(?P<language>[A-Za-z0-9_+-]*)[^\n]*\n(?P<code>.*?)(?:``
 
 # The program is a module that the test uses: what it does only as a script (if __name__ == "__main__": ... input()) is
 # not part of what the test asks for, and there is nothing to read. The test is run as a script: what it does only there
-# would otherwise be left out, and any program would pass.
+# would otherwise be left out, and any program would pass. unittest.main() looks for its cases in the module __main__,
+# and ends the process also where they pass; that ends the test, unless it is the program that ends the process.
 _WITH_TEST = """\
 import sys, types
-module = sys.modules["program"] = types.ModuleType("program")
+module = sys.modules["program"] = sys.modules["__main__"] = types.ModuleType("program")
 for part, name in zip({parts!r}, ("program", "__main__")):
     module.__name__ = name
-    exec(compile(part, name, "exec"), module.__dict__)
+    try:
+        exec(compile(part, name, "exec"), module.__dict__)
+    except SystemExit as end:
+        files, trace = [], end.__traceback__
+        while trace:
+            files.append(trace.tb_frame.f_code.co_filename)
+            trace = trace.tb_next
+        if end.code or "program" in files:
+            raise
 print("\\n{token}")
 """
 
@@ -54,11 +64,11 @@ def seconds_of(sample: Sample, cfg: RewardArgs) -> float:
 
 
 def program_of(answer: str) -> str:
-    """The program in an answer."""
+    """The program in an answer; its block may be indented, as in a list."""
     blocks = list(_BLOCK.finditer(answer))
     python = [block for block in blocks if block["language"].lower() in ("python", "py", "python3")]
     chosen = (python or blocks)[-1:]
-    return chosen[0]["code"] if chosen else answer
+    return textwrap.dedent(chosen[0]["code"]) if chosen else answer
 
 
 def tests_of(sample: Sample, cfg: RewardArgs) -> list[str | dict[str, str]]:

@@ -4,7 +4,7 @@ import logging
 import re
 
 from erniekit.config.schema_rewards import RewardArgs
-from erniekit.rewards.right_answer import AT_END, compatible, final_answer, right_answers
+from erniekit.rewards.right_answer import AT_END, compatible, final_answer, right_answers, with_minus_signs
 from erniekit.rewards.sample import Sample
 
 _LONGEST = 20_000  # characters at the end of an answer that are read
@@ -27,7 +27,8 @@ def math(sample: Sample, cfg: RewardArgs) -> float:
     # process is killed instead.
     logging.getLogger("math_verify").setLevel(logging.ERROR)
     configs = (LatexExtractionConfig(boxed_match_priority=0), ExprExtractionConfig())
-    text = _BESIDE_CHINESE.sub(" ", _THIN_SPACE.sub("", compatible(sample.answer[-_LONGEST:])))
+    text = with_minus_signs(_THIN_SPACE.sub("", compatible(sample.answer[-_LONGEST:])))
+    text = _BESIDE_CHINESE.sub(" ", text)
     found = [parse(text, configs, parsing_timeout=None)]
     final = final_answer(text).rstrip(AT_END)
     if "$" not in text and 0 < len(final) < _FORMULA:

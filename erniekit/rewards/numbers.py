@@ -1,12 +1,13 @@
 """Compares answers that are numbers by their exact value. math-verify (rewards/formulas.py) also reads formulas."""
 
+import math
 import re
 from dataclasses import dataclass
 from fractions import Fraction
 
 from erniekit.config.schema_rewards import RewardArgs
 from erniekit.rewards.chinese_numbers import chinese_integer
-from erniekit.rewards.right_answer import compatible, final_answer, normalised, right_answers
+from erniekit.rewards.right_answer import compatible, final_answer, normalised, right_answers, with_minus_signs
 from erniekit.rewards.sample import Sample
 
 _MAX_DIGITS = 400  # of a number; a longer one is none
@@ -35,31 +36,37 @@ _NUMBER = re.compile(
     rf"\s*(?:\{{\s*(?P<under>[-+]?\s*(?:{_PLAIN}))\s*\}}|(?P<under_digit>\d))"
     rf"|(?P<plain>{_PLAIN})(?:{_exponent('power')}|\s*/\s*(?P<divisor>{_PLAIN}))?)"
     rf"(?:\s*(?:[x*]|\\times|\\cdot)\s*10{_exponent('tens')})?"
-    r"(?:\s*(?P<scale>thousand|million|billion|trillion|万亿|万|亿))?\s*(?P<percent>\\?%|per ?cent\b)?"
+    # 千克 and 千米 are units, 百分点 a percentage point
+    r"(?:\s*(?P<scale>thousand|million|billion|trillion|[百千万]?[万亿]|千(?![克米瓦卡赫伏帕焦牛字])|百(?!分)))?"
+    r"\s*(?P<percent>\\?%|per ?cent\b)?"
 )
-_SCALES = {
-    "thousand": 10**3,
-    "million": 10**6,
-    "billion": 10**9,
-    "trillion": 10**12,
-    "万": 10**4,
-    "亿": 10**8,
-    "万亿": 10**12,
-}
+_SCALES = {"thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12}
+_CHINESE_SCALES = {"百": 10**2, "千": 10**3, "万": 10**4, "亿": 10**8}
 # A letter that usually is a variable is no unit: 2x, 3i.
-_WORD = r"(?!(?:or|and|to|[einpqrxyz])\b)[A-Za-z°$€£¥\u4e00-\u9fff]+(?:\^\{?\d\}?)?"
+_WORD = r"(?!(?:or|and|to|not|no|[einpqrxyz])\b)[A-Za-z°$€£¥\u4e00-\u9fff]+(?:\^\{?\d\}?)?"
 _UNIT = re.compile(rf"{_WORD}(?:\s?/\s?{_WORD}|\s{_WORD})?")
 _OPERATION = r"\\(?:sqrt|pi|times|cdot|div|pm|log|ln|sin|cos|tan|[dt]?frac)(?![A-Za-z])"
 # What makes the number before or behind it a part of a formula, a pair or a time, which has another value.
 _GOES_ON = re.compile(
     rf"\s*{_OPERATION}|\s*[\^_]|\s*[+*]\s*[\w\\(]|\s*/\s*[\d\\(]|\s*-\s*\d|[:.,]\d|[xyzi](?![A-Za-z])|\s*[)\]}}]\s*\^"
+    r"|\s*(?:\b(?:or|and|to)\b|[~或和至到])\s*\d"  # of several numbers, or a range
 )
-_BEGAN = re.compile(rf"(?:[\^_{{*/±]|{_OPERATION}|(?<![A-Za-z])[A-Za-z]\s+-|[\w)}}]\s*\+|[\d)}}]\s+-)\s*$|\d[,.:]$")
+_BEGAN = re.compile(
+    rf"(?:[\^_{{*/±≤≥≠]|{_OPERATION}|\\(?:leq?|geq?|neq?|lt|gt)|\w\s*[<>]|\bnot|不是|\d[百千万亿]"
+    rf"|(?<![A-Za-z])[A-Za-z]\s+-|[\w)}}]\s*\+|[\d)}}]\s+-)\s*$|\d[,.:]$"
+)
+# What may stand before the only number of an announced answer: "therefore 5", "she has 5 apples".
+_WORDS = re.compile(r"(?:[A-Za-z']{2,}|\b[AaI]\b|[\u4e00-\u9fff]|[\s,，:：])+[$€£¥]?")
+_OTHER_VALUE = re.compile(
+    r"\b(?:not|no|never|than|least|most|above|below|twice|half|double|square|root|cube|log|sqrt|sin|cos|tan)\b|n't\b"
+    "|[不非]|[小大少多低高]于|超过|至[少多]|[根平立]方|根号"
+)
 _IN_A_LIST = re.compile(r"[(\[{][^()\[\]{}]*,\s*$")
 _SEVERAL = re.compile(r"=[^=]*(?:[,;，；、或和]|\bor\b|\band\b)")
 _LATEX = re.compile(
     r"\\(?:text|textbf|textit|mathrm|mathbf|mathit|boldsymbol|mbox)\s*\{([^{}]*)\}|\\[,;:!\s$]|\\left(?![A-Za-z])"
-    r"|\\right(?![A-Za-z])|\\\(|\\\)|\\\[|\\\]|[$`]|\*(?!(?:(?<=[\d)]\*)|(?<=[\d)] \*))\s?[\d(])"  # not 2*3
+    r"|\\right(?![A-Za-z])|</?[A-Za-z]+[1-6]?>"
+    r"|\\\(|\\\)|\\\[|\\\]|[$`]|\*(?!(?:(?<=[\d)]\*)|(?<=[\d)] \*))\s?[\d(])"  # not 2*3
 )
 _BLANKS = re.compile(r"\s+")  # long runs would take the square of their length
 _DEGREES = re.compile(r"\^\s*(?:\{\s*\\circ\s*\}|\\circ|°)|\\degree")
@@ -155,10 +162,11 @@ def last_number(text: str) -> Number | None:
 
 def as_typed(text: str) -> str:
     """A text as a keyboard has it (right_answer.compatible), without LaTeX's spaces and fonts, with 1{,}000 as 1,000
-    and degrees as °.
+    degrees as ° and a minus sign in words as a sign.
     """
     text = _LATEX.sub(r"\1", _DEGREES.sub("°", compatible(text))).replace("{,}", ",")
-    return _BLANKS.sub(lambda match: "\n" if "\n" in match.group() else " ", text)
+    text = _BLANKS.sub(lambda match: "\n" if "\n" in match.group() else " ", text)
+    return with_minus_signs(text)
 
 
 def _stated(final: str, is_whole: bool) -> Number | None:
@@ -169,8 +177,13 @@ def _stated(final: str, is_whole: bool) -> Number | None:
         return last_number(final)
     # "The answer is 5 because ..." announces it at the beginning of what follows.
     text = as_typed(final[: 4 * _MAX_DIGITS]).lstrip("$€£¥ ")
-    match = _NUMBER.match(text)
-    return _value(match) if match and not _GOES_ON.match(text, match.end()) else None
+    matches = list(_NUMBER.finditer(text))
+    if not matches or _GOES_ON.match(text, matches[0].end()):
+        return None
+    before = text[: matches[0].start()]
+    if before and (len(matches) > 1 or not _WORDS.fullmatch(before) or _OTHER_VALUE.search(before)):
+        return None
+    return _value(matches[0])
 
 
 def _is_part(text: str, match: "re.Match[str]") -> bool:
@@ -189,8 +202,13 @@ def _value(match: "re.Match[str]") -> Number | None:
         return None
     value = value**power / divisor + int(_first(match, "whole") or 0)
     value *= Fraction(10) ** int(_first(match, "tens", "tens_plain") or 0)
-    value *= Fraction(_SCALES.get(match["scale"], 1), 100 if match["percent"] else 1)
+    value *= Fraction(_scale(match["scale"] or ""), 100 if match["percent"] else 1)
     return Number(-value if match["sign"] == "-" else value, bool(match["percent"]))
+
+
+def _scale(name: str) -> int:
+    """What a word behind a number multiplies it by; 1 without one. Chinese words of two characters are products."""
+    return _SCALES.get(name) or math.prod(_CHINESE_SCALES[char] for char in name)
 
 
 def _first(match: "re.Match[str]", *groups: str) -> str:
@@ -203,9 +221,15 @@ def _plain(text: str) -> Fraction:
     return Fraction(re.sub(r"[,\s'’]", "", text))
 
 
+# Words that count or measure. 分, 角 and 位 are none of them: 十分, 三角 and 三位数 are no numbers.
+_MEASURES = re.compile(
+    "(?:个[\u4e00-\u9fff]{0,4}|[元块岁天年月日人只次倍度克升页本条张辆棵颗件名秒]|[厘毫千]?米|公里|千克|公斤|小时|分钟)$"
+)
+
+
 def _in_chinese(text: str) -> Number | None:
-    """A number in Chinese characters: 十二, 负三, 三分之一, 百分之五十, 三点五."""
-    text = "".join(text.split())
+    """A number in Chinese characters: 十二, 负三, 三分之一, 百分之五十, 三点五, 十二个."""
+    text = _MEASURES.sub("", "".join(text.split()))
     sign = -1 if text.startswith("负") else 1
     under, fraction, over = text.removeprefix("负").rpartition("分之")
     whole, point, decimals = over.partition("点")

@@ -9,10 +9,14 @@ from erniekit.rewards.sample import Sample
 
 _BOXED = re.compile(r"\\(?:boxed|fbox)\s*\{")
 _BRACKET = re.compile(r"[{}]")
-_ANNOUNCED = re.compile(r"(?:####|(?i:\banswer\b)\**\s*(?:(?i:is)|[:：=])|答案\s*(?:是|为|[:：=]))\s*\**[:：]?\s*")
+_ANNOUNCED = re.compile(
+    r"(?:####|(?i:\banswers?\b)\**\s*(?:(?i:is|are)|[:：=])|答案\s*(?:是|为|[:：=]))\s*\**[:：]?\s*"
+)
 # What math-verify reads in LaTeX alone.
 _COMMANDS = {"×": "\\times ", "÷": "\\div ", "·": "\\cdot ", "π": "\\pi ", "∞": "\\infty ", "√": "\\sqrt "}
+_SIGNS = str.maketrans("\u2212\u2044", "-/")  # the minus sign and the slash of fractions
 AT_END = " \t\n.,;:!?。，；：！？\"'`“”‘’*$"
+_MINUS = re.compile(r"(?:负|零下|\b(?:minus|negative)\s|(?<!\d)(?<!\d\s)\u2013)\s*(?=[\d.\\])", re.IGNORECASE)
 _SUPERSCRIPTS = re.compile("[\u2070\u00b9\u00b2\u00b3\u2074-\u2079\u207a\u207b]+")
 _FRACTIONS = re.compile("[\u00bc-\u00be\u2150-\u215e]")
 _AT_BEGINNING = " \t\n\"'`“”‘’*$"
@@ -64,10 +68,10 @@ def _last_boxed(text: str) -> str | None:
 
 def normalised(text: str) -> str:
     """A text for comparison: in its compatible form, without case, quotes, marks of emphasis, punctuation at its end or
-    repeated blank space.
+    repeated blank space; a text of punctuation alone keeps it.
     """
     text = compatible(text).casefold()
-    return " ".join(text.rstrip(AT_END).lstrip(_AT_BEGINNING).split())
+    return " ".join((text.rstrip(AT_END).lstrip(_AT_BEGINNING) or text).split())
 
 
 def compatible(text: str) -> str:
@@ -76,10 +80,15 @@ def compatible(text: str) -> str:
     """
     text = _SUPERSCRIPTS.sub(lambda match: f"^{{{match.group()}}}", text)
     text = _FRACTIONS.sub(lambda match: "\\frac{{{}}}{{{}}}".format(*_nfkc(match.group()).split("\u2044")), text)
-    text = _nfkc(text).replace("\u2212", "-")
+    text = _nfkc(text).translate(_SIGNS)
     for sign, command in _COMMANDS.items():
         text = text.replace(sign, command)
     return text
+
+
+def with_minus_signs(text: str) -> str:
+    """A text with a hyphen for 负, 零下, minus and negative before a number, and for a dash that is not between two."""
+    return _MINUS.sub("-", text)
 
 
 def _nfkc(text: str) -> str:

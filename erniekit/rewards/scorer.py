@@ -56,6 +56,7 @@ class Scorer:
         self._given = {name: (given or {})[name] for name in self.names if name in GIVEN}
         self._domains = DomainStatistics()
         self._shown: Counter[str] = Counter()
+        self.begin_rollout()
         self._in_workers = [name for name in self.names if name not in (*GIVEN, "judge")]
         _check_packages(self.names)
         if "code" in self.names:
@@ -98,16 +99,23 @@ class Scorer:
                     "function out of reward_funcs (a field 'reward_funcs' of a record names those that score it)"
                 ) from None
 
+    def begin_rollout(self) -> None:
+        """Begin the completions over which failures are counted and logged numbers averaged: those of a rollout are
+        scored in several calls where dynamic_sample draws further prompts.
+        """
+        self._num_scored = 0
+        self._num_failed: Counter[str] = Counter()
+        self._logged: dict[str, list[float]] = {}
+
     def score(self, samples: Sequence[Sample], step: int = 0) -> ScoreTable:
         """The rewards of N completions; those of one prompt must be neighbours.
 
         step: the optimizer step, for the user's functions. Raises TrainError for a failure with reward_on_failure:
-        stop, or too many failures of a function.
+        stop, or too many failures of a function since begin_rollout.
         """
         values = {name: np.full(len(samples), np.nan) for name in self.names}
         failures: Counter[str] = Counter()
         seconds = dict.fromkeys(self.names, 0.0)
-        logged: dict[str, list[float]] = {}
         extras: dict[str, list[Any]] = {}
         for result in self._results(samples, step):
             seconds[result.name] += result.seconds
@@ -116,15 +124,17 @@ class Scorer:
                     failures[result.name] += 1
                     value = self._failed(result.name, samples[number].place, value)
                 values[result.name][number] = np.nan if value is None else value
-            _collect(result, len(samples), logged, extras)
-        self._limit_failures(failures, samples)
+            _collect(result, len(samples), self._logged, extras)
+        self._num_scored += len(samples)
+        self._num_failed.update(failures)
+        self._limit_failures()
         return ScoreTable(
             values,
             self._totals(values, samples),
             values[self._right] if self._right else None,
             dict(failures),
             seconds,
-            {name: float(np.mean(sorted(numbers))) for name, numbers in sorted(logged.items())} | self._usage(),
+            {name: float(np.mean(sorted(numbers))) for name, numbers in sorted(self._logged.items())} | self._usage(),
             extras,
         )
 
@@ -211,11 +221,11 @@ class Scorer:
             log.warning(f"{text}; {given}{more}")
         return 0.0 if self._cfg.reward_on_failure == "zero" else None
 
-    def _limit_failures(self, failures: Counter[str], samples: Sequence[Sample]) -> None:
-        for name, count in failures.items():
-            if count > self._cfg.reward_max_failures * len(samples):
+    def _limit_failures(self) -> None:
+        for name, count in self._num_failed.items():
+            if count > self._cfg.reward_max_failures * self._num_scored:
                 raise TrainError(
-                    f"reward {name}: failed for {count} of {len(samples)} completions, more than "
+                    f"reward {name}: failed for {count} of {self._num_scored} completions, more than "
                     f"reward_max_failures: {self._cfg.reward_max_failures:g}. Correct the function or the records (see "
                     "the warnings above), or raise reward_max_failures"
                 )

@@ -10,6 +10,7 @@ from typing import Any
 
 from erniekit.config.schema_rewards import RewardArgs
 from erniekit.generation.thinking import CLOSE, OPEN
+from erniekit.rewards.numbers import as_typed
 from erniekit.rewards.picture_answers import option_of
 from erniekit.rewards.right_answer import final_answer, normalised, right_answers
 from erniekit.rewards.sample import Sample, text_of
@@ -20,8 +21,10 @@ _WORDS = re.compile(r"[\u3400-\u4dbf\u4e00-\u9fff]|[^\W\d_\u3400-\u4dbf\u4e00-\u
 _CHINESE, _LATIN = re.compile(r"[\u3400-\u4dbf\u4e00-\u9fff]"), re.compile(r"[A-Za-zÀ-ɏ]+")
 # Code, formulas and tags are in no language.
 _NO_LANGUAGE = re.compile(r"```.*?(?:```|$)|`[^`\n]*`|\$\$.*?\$\$|\$[^$\n]*\$|\\[A-Za-z]+|</?[A-Za-z_]+>", re.DOTALL)
-_LETTERS = re.compile(r"[A-H](?:\s*(?:[,，、;；&/+]|and|和|与)?\s*[A-H])*")
-_FENCE = re.compile(r"^\s*```[a-z]*\s*\n?|\s*```\s*$")
+_LETTERS = re.compile(r"[A-H](?:\s*(?:[,，、;；&/+]|and|or|和|与|或)?\s*[A-H])*")
+_AROUND_LETTERS = re.compile(r"[()\[\].。*]")
+_CHOSEN = re.compile(r"选[择项]?\s*[是为:：]?")
+_FENCE = re.compile(r"^\s*```[A-Za-z0-9]*\s*\n?|\s*```\s*$")
 
 
 def exact(sample: Sample, cfg: RewardArgs) -> float:
@@ -35,10 +38,11 @@ def choice(sample: Sample, cfg: RewardArgs) -> float:
 
     Raises ValueError if the record's answer is none of these letters.
     """
-    right = right_letters(sample, cfg)
-    if len(right) == 1:
+    right, final = right_letters(sample, cfg), as_typed(final_answer(sample.answer))
+    chosen = _letters(_CHOSEN.split(final)[-1])
+    if len(right) == 1 and len(chosen) < 2:
         return float(option_of(sample.answer) in right)
-    return float(_letters(final_answer(sample.answer).strip(" .。*()（）")) == right)
+    return float(chosen == right)
 
 
 def right_letters(sample: Sample, cfg: RewardArgs) -> set[str]:
@@ -52,7 +56,7 @@ def right_letters(sample: Sample, cfg: RewardArgs) -> set[str]:
 
 
 def _letters(text: str) -> set[str]:
-    text = unicodedata.normalize("NFKC", text)
+    text = _AROUND_LETTERS.sub(" ", unicodedata.normalize("NFKC", text)).strip()
     match = _LETTERS.fullmatch(text)
     return set(re.findall("[A-H]", text)) if match else set()
 

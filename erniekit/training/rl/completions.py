@@ -125,7 +125,7 @@ class Group:
 
 
 def sample_records(
-    groups: Sequence[Group], prompts: dict[int, Prompt], texts: dict[int, str], step: int
+    groups: Sequence[Group], prompts: dict[int, Prompt], texts: dict[int, str], step: int, answer_key: str
 ) -> list[dict[str, Any]]:
     """The completions as lines of samples.jsonl; `texts` by id(completion)."""
     records = []
@@ -138,7 +138,7 @@ def sample_records(
                     "source": prompt.place,
                     "prompt": prompt.messages,
                     "completion": texts[id(completion)],
-                    "answer": json_value(prompt.fields.get("answer")),
+                    "answer": json_value(prompt.fields.get(answer_key)),
                     "rewards": {name: number(values[i]) for name, values in group.rewards.items()},
                     "reward": number(completion.reward),
                     "advantage": number(completion.advantage),

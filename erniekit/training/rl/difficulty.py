@@ -21,6 +21,9 @@ from erniekit.utils.errors import DataError
 
 _UNKNOWN = 0.5  # the pass rate of a prompt that nobody has seen: the one with the largest variance
 _MAX_DOUBLINGS = 10
+# Groups of equal rewards, over all prompts, that end a run without dynamic_sample: few may be so by chance. With
+# dynamic_sample each rollout has drawn other prompts already.
+_ENOUGH_GROUPS = 32
 _WEIGHTED = 1  # the number that tells weighted draws from the orders of epochs in the keys of random numbers
 
 
@@ -125,15 +128,16 @@ class PromptSampler:
             return has_variance
         return has_variance and self._args.difficulty_low < pass_rate < self._args.difficulty_high
 
-    def require_signal(self) -> None:
-        """Raise DataError if every prompt of the stage was seen, and none has ever had completions of different reward:
-        then there is nothing to learn from these data.
+    def require_signal(self, min_groups: int = 1) -> None:
+        """Raise DataError if every prompt of the stage was seen, in at least `min_groups` groups together, and none has
+        ever had completions of different reward: then there is nothing to learn from these data.
         """
         members = self._members()
-        records = [self._records.get(index) for index in members.tolist()]
-        if any(record is None or not record.num_groups or record.has_taught for record in records):
+        records = [self._records.get(index, PromptRecord()) for index in members.tolist()]
+        counts = [record.num_groups for record in records]
+        if not all(counts) or sum(counts) < min_groups or any(record.has_taught for record in records):
             return
-        rates = [record.pass_rate for record in records if record is not None and record.pass_rate is not None]
+        rates = [record.pass_rate for record in records if record.pass_rate is not None]
         right, wrong = sum(rate >= 1 for rate in rates), sum(rate <= 0 for rate in rates)
         raise DataError(
             f"all {len(members)} prompts{self._of_stage()} were answered, {right} always right and {wrong} always "
@@ -319,8 +323,7 @@ def fill_rollout(
             is_used = not args.dynamic_sample or sampler.teaches(outcome.pass_rate, outcome.has_variance)
             (teaching if is_used else others).append(outcome)
     padding = others[: count - len(teaching)]
-    if args.dynamic_sample:
-        sampler.require_signal()
+    sampler.require_signal(1 if args.dynamic_sample else _ENOUGH_GROUPS)
     if padding and sampler.warns_of_padding():
         kinds = Counter(_kind(outcome, args) for outcome in padding)
         listing = ", ".join(f"{number} {kind}" for kind, number in kinds.most_common())

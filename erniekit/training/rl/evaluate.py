@@ -67,6 +67,8 @@ def reward_scores(evaluated: EvaluatedModel, data: PromptEvaluation) -> Scores:
     assert context.template is not None, "prompts need a chat template"
     prompts = [data.prompts[index] for index in range(data.count)]
     groups = Generator(cfg, evaluated.model, context.template, data.tools).greedy(prompts)
+    if data.scorer is not None:
+        data.scorer.begin_rollout()
     scored = score_groups(cfg, evaluated.mesh, data.scorer, context.tokenizer, groups, prompts)
     values = {name: np.concatenate([group.rewards[name] for group in groups]) for name in groups[0].rewards}
     completions = [group.completions[0] for group in groups]

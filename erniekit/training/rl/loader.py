@@ -178,6 +178,8 @@ class RolloutLoader:
             if cfg.rollout_base_url is not None:
                 self._seconds["weights"] += time.perf_counter() - started
             self._sampler.begin_rollout(self._step)
+            if self._scorer is not None:
+                self._scorer.begin_rollout()
             filled = fill_rollout(self._sampler, cfg, cfg.rollout_batch_size, self._groups)
             groups = [outcome.group for outcome in filled.outcomes]
             completions = [completion for group in groups for completion in group.completions]
@@ -326,7 +328,7 @@ class RolloutLoader:
     def _records(self, groups: list[Group]) -> list[dict[str, Any]]:
         """The lines of samples.jsonl."""
         prompts = {group.prompt: self.prompts[group.prompt] for group in groups}
-        return sample_records(groups, prompts, self._texts, self._step + 1)
+        return sample_records(groups, prompts, self._texts, self._step + 1, self._cfg.answer_key)
 
     # --- the interface of StepSource
 

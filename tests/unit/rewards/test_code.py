@@ -48,6 +48,15 @@ if __name__ == "__main__":
 """
 
 
+UNITTEST = """import unittest
+class Test(unittest.TestCase):
+    def test(self):
+        self.assertEqual(f(1), {})
+if __name__ == "__main__":
+    unittest.main()
+"""
+
+
 def test_a_program_runs_alone_in_an_empty_environment(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("A_SECRET", "key")
     program = "import os; print(input(), os.environ.get('A_SECRET'), os.getpid(), sorted(os.listdir('.')))"
@@ -90,6 +99,11 @@ def test_nothing_is_left_behind(tmp_path: Path):
         (SCRIPT, [{"input": "1", "output": "2"}], {"all": 1}),
         (SCRIPT, ["if __name__ == '__main__':\n    assert f(1) == 2"], {"all": 1}),
         (SCRIPT, ["if __name__ == '__main__':\n    assert f(1) == 3"], {"all": 0}),
+        (SCRIPT, [UNITTEST.format(2)], {"all": 1}),
+        (SCRIPT, [UNITTEST.format(3)], {"all": 0}),
+        ("def f(x): exit()", [UNITTEST.format(2)], {"all": 0}),
+        ("def f(x): raise SystemExit", ["assert f(1) == 2"], {"all": 0}),
+        ("1. So:\n   ```python\n   def f(x):\n       return 2\n   ```", ["assert f(1) == 2"], {"all": 1}),
         ("import atexit; atexit.register(print, 'end')", ["pass"], {"all": 1}),
         ("print('8  ')\nprint()", [{"output": "8"}], {"all": 1}),
         ("import os; os._exit(0)", ["assert False"], {"all": 0}),

@@ -143,12 +143,41 @@ WRONG = [
 ]
 
 
-@pytest.mark.parametrize(("completion", "answer"), RIGHT)
+# What math-verify does not read: signs, numbers and measures in words, and an announced answer that is a sentence.
+RIGHT_IN_WORDS = [
+    *((text, "-5") for text in ("负5", "It is minus 5.", "零下5度", "\u20135", "negative 5")),
+    *((text, "5000") for text in ("5千", "5千克 is 5 but 5千", "五千个")),
+    *((text, "3000000") for text in ("3百万", "3百万元")),
+    ("5千克", "5"),
+    ("2千亿", "200000000000"),
+    ("答案是十二个苹果", "12"),
+    ("三十岁", "30"),
+    ("壹佰贰拾叁", "123"),
+    *((f"The answer is {text}.", "42") for text in ("therefore 42", "about 42", "that she has 42 apples", "<b>42</b>")),
+    ("答案：小明有42个苹果", "42"),
+    ("10 minus 5 is 5", "5"),
+    ("1\u20442", "0.5"),
+]
+WRONG_IN_WORDS = [
+    ("", "..."),
+    *(
+        (text, "5")
+        for text in ("负5", "minus 5", "零下5度", "\u20135", "5千", "5百万", "1万5千", "≥5", "x > 5", "10 minus 5")
+    ),
+    *(
+        (f"The answer is {text}", "5")
+        for text in ("not 5", "5 or 7", "5 to 7", "less than 5", "x-5", "the sum of 2 and 5")
+    ),
+    *((text, "3") for text in ("三角形", "三位数")),
+]
+
+
+@pytest.mark.parametrize(("completion", "answer"), RIGHT + RIGHT_IN_WORDS)
 def test_right_answers(completion: str, answer: Any):
     assert score("accuracy", completion, answer) == 1.0
 
 
-@pytest.mark.parametrize(("completion", "answer"), WRONG)
+@pytest.mark.parametrize(("completion", "answer"), WRONG + WRONG_IN_WORDS)
 def test_wrong_answers(completion: str, answer: Any):
     assert score("accuracy", completion, answer) == 0.0
 
@@ -173,6 +202,8 @@ def test_numbers_have_their_exact_value():
 
 
 MATH = [
+    ("-5", "答案是负5", 1.0),
+    ("5", "答案是负5", 0.0),
     ("\\frac{x}{2}", "\\boxed{\\frac{1}{2}x}", 1.0),
     ("$\\sqrt{8}$", "It is $2\\sqrt{2}$.", 1.0),
     ("(1, 2)", "\\boxed{(1,2)}", 1.0),
@@ -235,6 +266,12 @@ def test_our_numbers_agree_with_math_verify():
         ("choice", "The answer is A and C.", ["C", "A"], 1.0),
         ("choice", "ABCD", "AC", 0.0),
         ("choice", "", "B", 0.0),
+        ("choice", "A or B", "B", 0.0),
+        ("choice", "答案是A或B", "A", 0.0),
+        ("choice", "所以故选：ABD。", "ABD", 1.0),
+        ("choice", "(A), (B)", "AB", 1.0),
+        ("choice", "\\boxed{\\text{A and B}}", "AB", 1.0),
+        ("choice", "The correct answers are A and B.", "AB", 1.0),
     ],
 )
 def test_texts_and_choices(name: str, completion: str, answer: Any, expected: float):
@@ -265,7 +302,14 @@ def test_the_format_of_thinking(completion: str, opened: bool, expected: float):
 @pytest.mark.skipif(not importlib.util.find_spec("jsonschema"), reason="the extra `rl` is not installed")
 def test_json_that_fits_a_schema():
     schema = {"type": "object", "required": ["a"], "properties": {"a": {"type": "integer"}}}
-    cases = (('{"a": 1}', 1.0), ('```json\n{"a": 1}\n```', 1.0), ('{"a": "1"}', 0.0), ("", 0.0), ('{"a": NaN}', 0.0))
+    cases = (
+        ('{"a": 1}', 1.0),
+        ('```JSON\n{"a": 1}\n```', 1.0),
+        ('```json\n{"a": 1}\n```', 1.0),
+        ('{"a": "1"}', 0.0),
+        ("", 0.0),
+        ('{"a": NaN}', 0.0),
+    )
     for text, expected in cases:
         for written in (schema, json.dumps(schema)):
             assert score("json_schema", text, fields={"json_schema": written}) == expected

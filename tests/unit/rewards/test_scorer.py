@@ -160,6 +160,18 @@ def test_stop_ends_the_run(scorer):
             one.score([sample(text, reward_funcs=[function])])
 
 
+def test_failures_and_logged_numbers_are_those_of_a_rollout_that_is_scored_in_parts(scorer):
+    """As dynamic_sample scores further prompts: one of them that fails does not end the run."""
+    one = scorer("my.py:odd", "my.py:later")
+    first = one.score([sample("a"), sample("b"), sample("c", line=2)])
+    second = one.score([sample("raise", line=3)])
+    assert first.metrics == {"size": 1.5} and second.metrics == {"size": pytest.approx(4 / 3)}
+    assert second.failures == {"odd": 1}
+    one.begin_rollout()
+    with pytest.raises(TrainError, match="failed for 1 of 1 completions, more than reward_max_failures"):
+        one.score([sample("raise")])
+
+
 def test_a_list_of_the_wrong_length_is_no_reward(scorer):
     with pytest.raises(TrainError, match="failed for 2 of 2 completions, more than reward_max_failures"):
         scorer("my.py:scalar").score([sample("a"), sample("b")])

@@ -221,6 +221,21 @@ def test_prompts_that_teach_nothing_end_the_run(keys, tmp_path):
         run(keys, reward_funcs=f"{tmp_path / 'same.py'}:same", dynamic_sample=True, difficulty_pause=1)
 
 
+def test_prompts_that_teach_nothing_end_a_run_without_dynamic_sampling(keys, tmp_path):
+    """When every prompt was answered, and often enough that it is no chance."""
+    (tmp_path / "same.py").write_text("def same(completions, **rest):\n    return [1.0] * len(completions)\n")
+    with pytest.raises(DataError, match="all 12 prompts were answered"):
+        run(keys, reward_funcs=f"{tmp_path / 'same.py'}:same", rollout_batch_size=16, save_strategy="no")
+    assert len(samples(keys["output_dir"])) == 64  # 16 groups; the second rollout has the 32nd
+
+
+def test_samples_have_the_right_answer_whatever_its_field_is_called(keys):
+    path = Path(keys["train_dataset_path"])
+    path.write_text(path.read_text().replace('"answer"', '"solution"'))
+    run(keys, answer_key="solution", max_steps=1)
+    assert all(line["answer"] for line in samples(keys["output_dir"]))
+
+
 def test_a_reward_that_fails_ends_the_run(keys, tmp_path):
     (tmp_path / "bad.py").write_text("def bad(completions, **rest):\n    raise KeyError('solution')\n")
     with pytest.raises(TrainError, match="reward bad: failed for 16 of 16 completions"):
