@@ -231,8 +231,8 @@ def test_prompts_that_teach_nothing_end_a_run_without_dynamic_sampling(keys, tmp
 
 def test_samples_have_the_right_answer_whatever_its_field_is_called(keys):
     path = Path(keys["train_dataset_path"])
-    path.write_text(path.read_text().X)
-    run(keys, answer_key="solution", max_steps=1)
+    path.write_text(path.read_text().replace('"answer"', '"right"'))
+    run(keys, answer_key="right", max_steps=1)
     assert all(line["answer"] for line in samples(keys["output_dir"]))
 
 
