@@ -50,7 +50,8 @@ def tool_problems(args: RolloutToolArgs, sees_pictures: bool, num_steps: int) ->
                 f"tools: {name}: its pictures are not in checkpoints, so a rollout can be used for one step only: set "
                 "num_iterations: 1 and steps_per_generation: 1"
             )
-    if len(set(args.tools)) < len(args.tools):
-        yield "tools: a tool is named twice"
+    names = [name.rpartition(":")[2] for name in args.tools]
+    for name in sorted({name for name in names if names.count(name) > 1}):
+        yield f"tools: {name}: two tools have this name, by which the model calls them; it has to be one of each"
     if DOCUMENTS in args.tools and args.document_search_path is None:
         yield f"document_search_path: needed with tools: {DOCUMENTS}; a file or directory of texts"

@@ -157,9 +157,9 @@ def number(value: float) -> float | None:
 
 
 def json_value(value: Any) -> Any:
-    """A value of a record, as text where JSON has no form for it."""
+    """A value of a record, as text where JSON in UTF-8 has no form for it."""
     try:
-        json.dumps(value)
+        json.dumps(value, ensure_ascii=False, allow_nan=False).encode()
     except (TypeError, ValueError):
-        return str(value)
+        return str(value).encode("utf-8", "backslashreplace").decode()
     return value

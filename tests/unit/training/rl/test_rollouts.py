@@ -14,7 +14,7 @@ from erniekit.checkpoint.safetensors_read import Reader
 from erniekit.training.reporting.completions import CompletionLog
 from erniekit.training.reporting.plot import LossPlot
 from erniekit.training.rl import loader
-from erniekit.training.rl.completions import Completion, Group
+from erniekit.training.rl.completions import Completion, Group, json_value
 from erniekit.training.rl.loader import RolloutLoader
 from erniekit.training.rl.scoring import reward_table
 from erniekit.training.run import train
@@ -234,6 +234,17 @@ def test_samples_have_the_right_answer_whatever_its_field_is_called(keys):
     path.write_text(path.read_text().replace('"answer"', '"right"'))
     run(keys, answer_key="right", max_steps=1)
     assert all(line["answer"] for line in samples(keys["output_dir"]))
+
+
+def test_values_that_json_has_no_form_for_are_texts_in_samples():
+    for value, shown in (
+        ("\ud83d", "\\ud83d"),
+        (float("nan"), "nan"),
+        ([float("inf")], "[inf]"),
+        (object, str(object)),
+    ):
+        assert json_value(value) == shown
+    assert json_value({"a": ["好", 1.5, None]}) == {"a": ["好", 1.5, None]}
 
 
 def test_a_reward_that_fails_ends_the_run(keys, tmp_path):
