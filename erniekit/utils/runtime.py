@@ -156,7 +156,7 @@ def python_command(code: str, *args: str) -> tuple[str, ...]:
 
 def end_with_parent(parent: int) -> None:
     """Kill this process group when the process `parent`, which started this one, is gone: also while code of the user's
-    computes, which would otherwise go on for ever.
+    computes, which may never end.
     """
 
     def watch() -> None:
