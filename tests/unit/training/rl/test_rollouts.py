@@ -247,6 +247,19 @@ def test_values_that_json_has_no_form_for_are_texts_in_samples():
     assert json_value({"a": ["好", 1.5, None]}) == {"a": ["好", 1.5, None]}
 
 
+def test_what_a_function_logs_replaces_no_number_of_the_run(keys, tmp_path):
+    (tmp_path / "logs.py").write_text(
+        "def logs(completions, log_extra, log_metric):\n"
+        "    log_extra('reward', ['much'] * len(completions))\n"
+        "    for name in ('loss', 'reward', 'mine'):\n        log_metric(name, 99)\n"
+        "    return list(range(len(completions)))\n"
+    )
+    (step,) = run(keys, reward_funcs=f"{tmp_path / 'logs.py'}:logs", max_steps=1)
+    assert (step["reward"], step["logged/loss"], step["logged/reward"], step["mine"]) == (1.5, 99, 99, 99)
+    assert abs(step["loss"]) < 1
+    assert {(line["logged/reward"], type(line["reward"])) for line in samples(keys["output_dir"])} == {("much", float)}
+
+
 def test_a_reward_that_fails_ends_the_run(keys, tmp_path):
     (tmp_path / "bad.py").write_text("def bad(completions, **rest):\n    raise KeyError('solution')\n")
     with pytest.raises(TrainError, match="reward bad: failed for 16 of 16 completions"):
