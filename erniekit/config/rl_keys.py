@@ -176,7 +176,7 @@ def _offline_pairs(cfg: Config) -> Iterator[str]:
 
 
 def _loss(cfg: Config) -> Iterator[str]:
-    if cfg.delta is not None and cfg.delta <= 1 + cfg.epsilon_high:
+    if cfg.delta is not None and cfg.rl_loss_type != "cispo" and cfg.delta <= 1 + cfg.epsilon_high:
         yield f"delta: {cfg.delta:g} must be more than 1 + epsilon_high ({1 + cfg.epsilon_high:g})"
     if cfg.icepop_alpha > 1 or cfg.icepop_beta < 1 or cfg.icepop_alpha >= cfg.icepop_beta:
         yield (

@@ -1,5 +1,6 @@
 """Keys about tools that a model may call while it answers a prompt of reinforcement learning."""
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
@@ -50,7 +51,9 @@ def tool_problems(args: RolloutToolArgs, sees_pictures: bool, num_steps: int) ->
                 f"tools: {name}: its pictures are not in checkpoints, so a rollout can be used for one step only: set "
                 "num_iterations: 1 and steps_per_generation: 1"
             )
-    if len(set(args.tools)) < len(args.tools):
-        yield "tools: a tool is named twice"
+    counts = Counter(name.rpartition(":")[2] for name in args.tools)
+    name, count = max(counts.items(), key=lambda item: item[1])
+    if count > 1:
+        yield f"tools: {name}: two tools have this name, by which the model calls them; it has to be one of each"
     if DOCUMENTS in args.tools and args.document_search_path is None:
         yield f"document_search_path: needed with tools: {DOCUMENTS}; a file or directory of texts"

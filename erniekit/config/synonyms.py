@@ -100,6 +100,18 @@ _SAME: dict[str, str] = {
     "predict_with_generate": "generation_eval",
     "moe_aux_loss_lambda": "moe_aux_loss_coeff moe_aux_loss_coef aux_loss_coef",
     "moe_z_loss_lambda": "moe_z_loss_coeff",
+    "num_generations": "rollout_n n_samples_per_prompt num_return_sequences",
+    "max_completion_length": "max_response_length response_length max_completion_tokens",
+    "num_iterations": "ppo_epochs",
+    "epsilon": "clip_ratio clip_ratio_low eps_clip cliprange",
+    "epsilon_high": "clip_ratio_high eps_clip_high",
+    "delta": "clip_ratio_c",
+    "kl_coef": "kl_loss_coef init_kl_coef",
+    "mask_truncated_completions": "overlong_filter",
+    "reward_funcs": "reward_function reward_functions",
+    "rollout_base_url": "vllm_server_base_url",
+    "lmbda": "gkd_lambda",
+    "teacher_model_name_or_path": "teacher_model teacher_model_path",
 }
 
 _STAGES = f"stage takes {join_names(BUILT, 'or')}"
@@ -170,6 +182,24 @@ _OTHERWISE: dict[str, str] = {
     "include_tokens_per_second include_num_input_tokens_seen": "remove it: metrics.jsonl always has both",
     "trust_remote_code": "remove it: no code of a model is run",
     "adam_betas betas": "adam_beta1 and adam_beta2",
+    "generation_batch_size": "rollout_batch_size counts prompts; theirs counts completions, num_generations of each",
+    "ppo_mini_batch_size": "steps_per_generation is the number of optimizer steps of a rollout",
+    "advantage_estimator adv_estimator norm_adv_by_std_in_grpo": (
+        "scale_rewards: group, none (without the standard deviation) or rloo says what advantages are"
+    ),
+    "use_kl_loss kl_loss_type kl_penalty": "kl_coef above 0 adds the divergence that kl_estimator (k1, k2, k3) names",
+    "vllm_importance_sampling_mode vllm_importance_sampling_correction rollout_importance_sampling_mode rollout_is": (
+        "rollout_correction: icepop, tis, mis or misc, with bounds of their own (docs/rl.md)"
+    ),
+    "filter_groups": "dynamic_sample: True, with max_resample_times",
+    "overlong_buffer": "soft_max_length and soft_cache_length",
+    "max_tool_calling_iterations": "max_turns counts the turns of the model, the last one without calls",
+    "external_plugins": "reward_funcs: path.py:name is a function of your own",
+    "use_vllm vllm_mode": "rollouts are made by this project's engine, or by the server of rollout_base_url",
+    "seq_kd": "write the teacher's answers to a file once, and train on them with stage: SFT",
+    "critic critic_model value_model vf_coef lam gae_lambda whiten_rewards": (
+        "there is no critic: advantages are those of a prompt's completions (rl_algorithm)"
+    ),
 }
 
 _TABLE = {name: f"did you mean {key}?" for key, names in _SAME.items() for name in names.split()} | {

@@ -12,11 +12,12 @@ need, the same number on every rank; a rank without a row in one of them gets a 
 """
 
 import weakref
-from collections.abc import Generator, Iterable, Sequence
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from itertools import chain, islice
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple, Protocol
 
 from erniekit.config import Config
@@ -105,10 +106,13 @@ class Feed(Protocol):
 
 
 class StepReport(NamedTuple):
-    """What a step's data say of themselves: numbers for metrics.jsonl, and lines for samples.jsonl."""
+    """What a step's data say of themselves: numbers for metrics.jsonl, lines for samples.jsonl, and numbers for
+    metrics.jsonl that the user's functions named.
+    """
 
     metrics: dict[str, float]
     samples: list[dict[str, Any]]
+    logged: Mapping[str, float] = MappingProxyType({})
 
 
 class StepSource(Protocol):

@@ -194,6 +194,8 @@ def _read(answer: str, begin: int) -> tuple[dict[str, Any], int] | None:
         begin += 1
     try:
         call, end = _DECODER.raw_decode(answer, begin)
+        # Half of a surrogate pair (\ud83d) or 1e999 is in no JSON that others could read: files and servers refuse it.
+        json.dumps(call, ensure_ascii=False, allow_nan=False).encode()
     except (ValueError, RecursionError):
         return None
     while answer[end : end + 1].isspace():

@@ -11,7 +11,6 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
 import traceback
 from collections import deque
@@ -253,7 +252,7 @@ def _singly(chunk: Chunk, step: Step) -> Chunk:
 def serve(descriptor: int, parent: int) -> None:
     """The main function of a worker: reads the settings, then chunks, and answers every call of a chunk."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is handled by the trainer, which then ends its workers
-    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
+    runtime.end_with_parent(parent)
     connection = Connection(descriptor)
     sys.stdout = sys.stderr
     try:
@@ -272,13 +271,6 @@ def serve(descriptor: int, parent: int) -> None:
                 connection.send(("values", (values, time.perf_counter() - start, logged)))
     except (EOFError, BrokenPipeError, ConnectionResetError):
         os._exit(0)  # the parent has closed its end
-
-
-def _end_with(parent: int) -> None:
-    """End this process group when the trainer is gone, also while a function computes."""
-    while os.getppid() == parent:
-        time.sleep(1.0)
-    os.killpg(0, signal.SIGKILL)
 
 
 def _user_functions(cfg: RewardArgs, base: Path) -> dict[str, UserFunction]:

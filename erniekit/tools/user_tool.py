@@ -77,7 +77,9 @@ class UserTools:
         ours, theirs = socket.socketpair()
         with theirs:
             command = runtime.python_command(
-                "from erniekit.tools.user_tool import serve; serve(int(sys.argv[1]))", str(theirs.fileno())
+                "from erniekit.tools.user_tool import serve; serve(int(sys.argv[1]), int(sys.argv[2]))",
+                str(theirs.fileno()),
+                str(os.getpid()),
             )
             self._process = subprocess.Popen(
                 command, stdin=subprocess.DEVNULL, stdout=2, pass_fds=[theirs.fileno()], start_new_session=True
@@ -97,9 +99,10 @@ class UserTools:
         return content
 
 
-def serve(descriptor: int) -> None:
+def serve(descriptor: int, parent: int) -> None:
     """The main function of the process: imports the functions, sends their descriptions, then answers calls."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is handled by the trainer
+    runtime.end_with_parent(parent)
     connection = Connection(descriptor)
     sys.stdout = sys.stderr
     try:

@@ -158,7 +158,7 @@ class Trainer:
         self._waits.after_step()
         metrics = replace(
             metrics, data_seconds=waited, parts=metrics.parts | report.metrics, samples=tuple(report.samples)
-        )
+        ).with_logged(report.logged)
         if self.profiler is not None:
             self.profiler.after_step(metrics)
         heartbeat.step(self.state.step)

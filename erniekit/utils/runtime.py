@@ -18,8 +18,11 @@ import ctypes
 import gc
 import os
 import platform
+import signal
 import sys
 import tempfile
+import threading
+import time
 import warnings
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
@@ -149,6 +152,19 @@ def python_command(code: str, *args: str) -> tuple[str, ...]:
         "spec.loader.exec_module(sys.modules['erniekit'])\n"
     )
     return (sys.executable, "-c", prepare_imports + code, *args)
+
+
+def end_with_parent(parent: int) -> None:
+    """Kill this process group when the process `parent`, which started this one, is gone: also while code of the user's
+    computes, which may never end.
+    """
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1.0)
+        os.killpg(0, signal.SIGKILL)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def job_token_of(addresses: Collection[str]) -> str:

@@ -1,6 +1,7 @@
 """The interface of callbacks, and the data that the trainer passes to them."""
 
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +70,12 @@ class StepMetrics:
         clash = own.keys() & self.parts.keys()
         assert not clash, f"parts named as a step's own numbers: {clash}"
         return own | self.parts | self._patch_load() | {f"bytes_sent_{kind}": n for kind, n in self.sent.items()}
+
+    def with_logged(self, numbers: Mapping[str, float]) -> "StepMetrics":
+        """With numbers that the user's functions named; one that has the name of another number is logged/NAME."""
+        taken = self.record().keys()
+        parts = {f"logged/{name}" if name in taken else name: value for name, value in numbers.items()}
+        return replace(self, parts=self.parts | parts)
 
     def _patch_load(self) -> dict[str, float]:
         """The load of the busiest data rank over the mean, and what it would be if each encoded its own pictures."""

@@ -132,22 +132,21 @@ def sample_records(
     for group in groups:
         prompt = prompts[group.prompt]
         for i, completion in enumerate(group.completions):
-            records.append(
-                {
-                    "step": step,
-                    "source": prompt.place,
-                    "prompt": prompt.messages,
-                    "completion": texts[id(completion)],
-                    "answer": json_value(prompt.fields.get(answer_key)),
-                    "rewards": {name: number(values[i]) for name, values in group.rewards.items()},
-                    "reward": number(completion.reward),
-                    "advantage": number(completion.advantage),
-                    "length": completion.num_sampled,
-                    "truncated": completion.is_truncated,
-                }
-                | ({"turns": json_value([dict(turn) for turn in completion.turns])} if completion.turns else {})
-                | {name: json_value(column[i]) for name, column in group.extras.items()}
-            )
+            record = {
+                "step": step,
+                "source": prompt.place,
+                "prompt": prompt.messages,
+                "completion": texts[id(completion)],
+                "answer": json_value(prompt.fields.get(answer_key)),
+                "rewards": {name: number(values[i]) for name, values in group.rewards.items()},
+                "reward": number(completion.reward),
+                "advantage": number(completion.advantage),
+                "length": completion.num_sampled,
+                "truncated": completion.is_truncated,
+            } | ({"turns": json_value([dict(turn) for turn in completion.turns])} if completion.turns else {})
+            # What the user's functions logged, under names of its own.
+            extras = {f"logged/{name}" if name in record else name: column[i] for name, column in group.extras.items()}
+            records.append(record | {name: json_value(value) for name, value in extras.items()})
     return records
 
 
@@ -157,9 +156,9 @@ def number(value: float) -> float | None:
 
 
 def json_value(value: Any) -> Any:
-    """A value of a record, as text where JSON has no form for it."""
+    """A value of a record, as text where JSON in UTF-8 has no form for it."""
     try:
-        json.dumps(value)
+        json.dumps(value, ensure_ascii=False, allow_nan=False).encode()
     except (TypeError, ValueError):
-        return str(value)
+        return str(value).encode("utf-8", "backslashreplace").decode()
     return value

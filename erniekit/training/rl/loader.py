@@ -54,13 +54,14 @@ OFFLINE = BatchOptions(pair_margin=0.0, is_offline=True)
 @dataclass
 class Rollout:
     """The completions of a rollout in the order of training, and what is reported of it. pairs: pairs of answers that
-    were made in advance, as completions.
+    were made in advance, as completions. logged: numbers that the user's functions named.
     """
 
     completions: list[Completion]
     pairs: list[Completion] = field(default_factory=list)
     metrics: dict[str, float] = field(default_factory=dict)
     samples: list[dict[str, Any]] = field(default_factory=list)
+    logged: dict[str, float] = field(default_factory=dict)
 
 
 class RolloutLoader:
@@ -142,7 +143,9 @@ class RolloutLoader:
         if update == self.steps_per_rollout - 1:
             self._rollout = None
         staleness = {"staleness": float(update)} if self.steps_per_rollout > 1 else {}
-        self._report = StepReport((rollout.metrics if is_new else {}) | staleness, rollout.samples if is_new else [])
+        self._report = StepReport(
+            (rollout.metrics if is_new else {}) | staleness, *((rollout.samples, rollout.logged) if is_new else ([],))
+        )
         mesh = self._mesh
         options = BatchOptions(
             cfg.mask_truncated_completions,
@@ -196,7 +199,7 @@ class RolloutLoader:
             self._seconds["generation"], 1e-9
         )
         samples = self._records(groups) if self._mesh.rank == 0 else []
-        return Rollout(completions, pairs, metrics, samples)
+        return Rollout(completions, pairs, metrics, samples, self._logged)
 
     def _groups(self, indices: Sequence[int]) -> list[Outcome[Group]]:
         """Generate and score the groups of these prompts."""
@@ -323,7 +326,7 @@ class RolloutLoader:
         result |= {f"reward_failures/{name}": float(count) for name, count in self._failures.items()}
         if self._server is not None:
             result["rollout/retries"] = float(self._server.num_retries)
-        return result | filled.metrics() | self._sampler.metrics() | self._logged
+        return result | filled.metrics() | self._sampler.metrics()
 
     def _records(self, groups: list[Group]) -> list[dict[str, Any]]:
         """The lines of samples.jsonl."""

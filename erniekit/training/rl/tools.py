@@ -14,7 +14,7 @@ from erniekit.data.chat.template import Template
 from erniekit.data.prompts import Prompt
 from erniekit.data.vision.encode import VisionSpec
 from erniekit.data.vision.media import MediaReader
-from erniekit.data.vision.parts import media_of, text_in
+from erniekit.data.vision.parts import media_of
 from erniekit.data.vision.plan import MediaPlan, plan_media
 from erniekit.generation.thinking import opens_thought, split_thought
 from erniekit.generation.tool_calls import read_calls
@@ -22,6 +22,7 @@ from erniekit.tools.result import ToolResult, failure
 from erniekit.tools.toolbox import Toolbox
 from erniekit.utils.errors import ConfigError, UserError
 
+_CHARACTERS = 64  # of a token; hardly any has more
 _TAIL = 16  # last tokens of a prompt, among which it may open a thought
 _UNREADABLE = 'the call cannot be read; write valid JSON: <tool_call>{"name": ..., "arguments": {...}}</tool_call>'
 
@@ -163,11 +164,14 @@ class ToolLoop:
         """The content of a result, with at most max_tool_tokens tokens of text."""
         if not isinstance(result.content, str):
             return result.content
+        # Python's text may hold halves of surrogate pairs, such as names of files that are not in UTF-8; ids cannot.
+        text = result.content.encode("utf-8", "backslashreplace").decode()
         tokenizer, limit = self._template.tokenizer, self._cfg.max_tool_tokens
-        ids = tokenizer.encode_plain(text_in(result.content))
-        if len(ids) <= limit:
-            return result.content
-        return tokenizer.decode(ids[:limit]) + " ... (cut)"
+        beginning = text[: limit * _CHARACTERS]  # to encode all of a long text would take seconds
+        ids = tokenizer.encode_plain(beginning)
+        if len(ids) <= limit and len(beginning) < len(text):
+            ids = tokenizer.encode_plain(text)
+        return text if len(ids) <= limit else tokenizer.decode(ids[:limit]) + " ... (cut)"
 
 
 def _with_absolute_paths(message: dict[str, Any], directory: Path) -> dict[str, Any]:

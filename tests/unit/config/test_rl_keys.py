@@ -106,6 +106,8 @@ def test_what_has_no_effect_is_said():
     for key in ("gradient_accumulation_steps", "packing", "kl_estimator", "mis_cap"):
         assert f"{key}" in text, key
     assert "epsilon_high" not in text
+    notes = cfg(rl_algorithm="cispo", delta=5.0).notes  # its range is not that of a delta that has an effect
+    assert any(note.startswith("delta: no effect") for note in notes)
     other = load(None, NEEDED | {"stage": "SFT", "num_generations": 4, "temperature": 0.5}).notes
     assert any("num_generations" in note and "stage: RL" in note for note in other)
     assert any(note.startswith("temperature: no effect") for note in other)

@@ -36,6 +36,8 @@ def test_calls_and_the_text_around_them():
         '{"name": "add", "arguments": {}, "more": 1}',
         '{"name": "add", "arguments": {"a": NaN}}',
         '{"name": "add", "arguments": {}} {}',
+        '{"name": "add", "arguments": {"a": "\\ud83d"}}',
+        '{"name": "add", "arguments": {"a": [1e999]}}',
         "",
     ],
 )

@@ -185,7 +185,9 @@ def test_the_instruction_is_replaced_and_checked(server: Server, tmp_path: Path)
 def test_marks_in_replies():
     assert judge.mark_of("Score: 3 or rather\nScore: 4.5") == 4.5
     assert judge.mark_of("**Score:** 8/10") == 8
-    assert judge.mark_of("得分：6") == 6
+    assert judge.mark_of("得分：6") == judge.mark_of("评分: 6分") == 6
+    assert judge.mark_of("Score (0-10): 7") == 7 and judge.mark_of("Score (7)") == 7
+    assert judge.mark_of("Score: .5") == 0.5
     assert judge.mark_of("Score: -3") == judge.mark_of("-3") == -3, "it is out of range, and no mark of 3"
     assert judge.mark_of("Score - 7") == judge.mark_of("- 7") == 7
     assert judge.mark_of("good\n7") == 7

@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 import pytest
@@ -75,3 +76,27 @@ def test_cache_of_a_user_without_a_home_directory(monkeypatch):
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     monkeypatch.setattr(runtime.Path, "home", no_home)
     assert runtime.cache_directory().parent == Path(tempfile.gettempdir())
+
+
+def test_a_process_that_runs_the_users_code_ends_with_the_one_that_started_it():
+    worker = runtime.python_command(
+        "import os; from erniekit.utils import runtime; runtime.end_with_parent(int(sys.argv[1]))\nwhile True: pass"
+    )
+    starter = (
+        "import os, subprocess, sys\n"
+        "print(subprocess.Popen([*sys.argv[1:], str(os.getpid())], start_new_session=True).pid)"
+    )
+    started = subprocess.run([sys.executable, "-c", starter, *worker], stdout=subprocess.PIPE, text=True, check=True)
+    child = Path(f"/proc/{started.stdout.strip()}")
+    deadline = time.monotonic() + 20
+    while _runs(child) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not _runs(child)
+
+
+def _runs(process: Path) -> bool:
+    """Whether a process is there, and no zombie."""
+    try:
+        return (process / "stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False

@@ -14,7 +14,7 @@ from erniekit.checkpoint.safetensors_read import Reader
 from erniekit.training.reporting.completions import CompletionLog
 from erniekit.training.reporting.plot import LossPlot
 from erniekit.training.rl import loader
-from erniekit.training.rl.completions import Completion, Group
+from erniekit.training.rl.completions import Completion, Group, json_value
 from erniekit.training.rl.loader import RolloutLoader
 from erniekit.training.rl.scoring import reward_table
 from erniekit.training.run import train
@@ -231,9 +231,33 @@ def test_prompts_that_teach_nothing_end_a_run_without_dynamic_sampling(keys, tmp
 
 def test_samples_have_the_right_answer_whatever_its_field_is_called(keys):
     path = Path(keys["train_dataset_path"])
-    path.write_text(path.read_text().replace('"answer"', '"solution"'))
-    run(keys, answer_key="solution", max_steps=1)
+    path.write_text(path.read_text().replace('"answer"', '"right"'))
+    run(keys, answer_key="right", max_steps=1)
     assert all(line["answer"] for line in samples(keys["output_dir"]))
+
+
+def test_values_that_json_has_no_form_for_are_texts_in_samples():
+    for value, shown in (
+        ("\ud83d", "\\ud83d"),
+        (float("nan"), "nan"),
+        ([float("inf")], "[inf]"),
+        (object, str(object)),
+    ):
+        assert json_value(value) == shown
+    assert json_value({"a": ["好", 1.5, None]}) == {"a": ["好", 1.5, None]}
+
+
+def test_what_a_function_logs_replaces_no_number_of_the_run(keys, tmp_path):
+    (tmp_path / "logs.py").write_text(
+        "def logs(completions, log_extra, log_metric):\n"
+        "    log_extra('reward', ['much'] * len(completions))\n"
+        "    for name in ('loss', 'reward', 'mine'):\n        log_metric(name, 99)\n"
+        "    return list(range(len(completions)))\n"
+    )
+    (step,) = run(keys, reward_funcs=f"{tmp_path / 'logs.py'}:logs", max_steps=1)
+    assert (step["reward"], step["logged/loss"], step["logged/reward"], step["mine"]) == (1.5, 99, 99, 99)
+    assert abs(step["loss"]) < 1
+    assert {(line["logged/reward"], type(line["reward"])) for line in samples(keys["output_dir"])} == {("much", float)}
 
 
 def test_a_reward_that_fails_ends_the_run(keys, tmp_path):

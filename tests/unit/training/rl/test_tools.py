@@ -123,12 +123,29 @@ def test_errors_come_back_as_text():
 
 
 def test_calls_of_a_turn_and_tokens_of_a_result_are_limited(tmp_path):
-    (tmp_path / "long.py").write_text('def long() -> str:\n    """Says much."""\n    return "word " * 500\n')
+    text = '"word " * 10_000_000'  # to encode all of it would take minutes
+    (tmp_path / "long.py").write_text(f'def long() -> str:\n    """Says much."""\n    return {text}\n')
     loop = loop_of(template_of("text"), tools=(f"{tmp_path}/long.py:long",), max_tool_tokens=10, max_tool_calls=2)
     dialogue, _ = after(loop, '<tool_call>{"name": "long", "arguments": {}}</tool_call>' * 3)
     contents = [turn["content"] for turn in dialogue.turns[1:]]
     assert contents[0].endswith(" ... (cut)") and len(contents[0]) < 80
     assert contents[2].startswith("Error: only 2 calls a turn are executed")
+    loop.close()
+
+
+def test_a_result_that_is_no_unicode_text_does_not_end_the_run(tmp_path):
+    """Names of files that are not in UTF-8 are such texts; an exception may quote one."""
+    (tmp_path / "odd.py").write_text(
+        'def odd(fails: bool) -> str:\n    """Says half of a pair."""\n    text = chr(0xD83D)\n'
+        "    if fails:\n        raise ValueError(text)\n    return text\n"
+    )
+    loop = loop_of(template_of("text"), tools=(f"{tmp_path}/odd.py:odd",))
+    for fails, shown in (("false", "\\ud83d"), ("true", "Error: odd failed: ValueError: \\ud83d.")):
+        dialogue, continuation = after(
+            loop, f'<tool_call>{{"name": "odd", "arguments": {{"fails": {fails}}}}}</tool_call>'
+        )
+        assert dialogue.turns[1]["content"] == shown
+        assert shown in template_of("text").tokenizer.decode(continuation.ids)
     loop.close()
 
 
@@ -144,7 +161,9 @@ def test_a_template_that_shows_no_tools_is_refused(tmp_path):
     [
         ({"tools": ("paint",)}, "there is no tool paint"),
         ({"tools": ("image_zoom_in_tool",)}, "set stage: VL-RL"),
-        ({"tools": ("calculator", "calculator")}, "named twice"),
+        ({"tools": ("calculator", "calculator")}, "calculator: two tools have this name"),
+        ({"tools": ("calculator", "my.py:calculator")}, "calculator: two tools have this name"),
+        ({"tools": ("a.py:find", "b.py:find")}, "find: two tools have this name"),
         ({"tools": ("document_search",)}, "document_search_path: needed"),
     ],
 )
