@@ -11,6 +11,7 @@ from typing import Any
 
 from erniekit.checkpoint.run_record import read_record
 from erniekit.checkpoint.safetensors_header import INDEX_FILE, SINGLE_FILE, WEIGHT_FILE
+from erniekit.checkpoint.safetensors_read import unread_weights
 from erniekit.checkpoint.safetensors_write import replace_weights, write_error
 from erniekit.config.schema import Config
 from erniekit.models.config import CONFIG_FILE, Format, ModelConfig
@@ -134,8 +135,11 @@ def require_adapter(lora_path: str) -> Path:
 def require_weights(directory: Path) -> None:
     """Raises ConfigError if training is to start from weights and model_name_or_path has none."""
     if not has_weights(directory):
+        others = unread_weights(directory)
+        cure = "Convert them to safetensors (docs/weights.md), or set" if others else "Set"
         raise ConfigError(
-            f"model_name_or_path: {directory} holds no weights. Set continue_training: false for a random start."
+            f"model_name_or_path: {directory} holds no weights.{others} {cure} continue_training: false for a random "
+            "start."
         )
 
 

@@ -14,6 +14,7 @@ from typing import Protocol
 import numpy as np
 
 from erniekit.checkpoint import dtypes
+from erniekit.checkpoint.mismatch import listed
 from erniekit.checkpoint.model_dir import copy_companions, not_copied, write_configs
 from erniekit.checkpoint.model_reader import METADATA, ModelReader
 from erniekit.checkpoint.processor import complete_for_transformers, settings_of, write_processor
@@ -161,14 +162,19 @@ def _read_as(source: ModelReader, logical: Logical, dtype: str, editor: Edit | N
 def _verify(source: ModelReader, target_dir: Path, edited: Mapping[str, int]) -> None:
     """Read every tensor of the target, convert it back to the source's layout, and compare the checksum of its bits
     with the source's. Edited tensors are compared with the checksums of what was written, by their names in the target.
+    Tensors that are not finite are named in a warning.
 
     Checksums are compared, so that both sides need not be in memory at the same time.
     """
     target = ModelReader(target_dir, keep_mtp=True)
     assert len(target.logicals) == len(source.logicals)
+    not_finite: list[str] = []
     for logical in source.logicals:
         in_our_layout = target.read(logical)
         dtype = target.dtype_of(logical)
+        if not dtypes.all_finite(in_our_layout, dtype):
+            pieces = logical.pieces(target.format)
+            not_finite += [piece.name for piece in pieces if not dtypes.all_finite(piece.extract(in_our_layout), dtype)]
         if any(piece.name in edited for piece in logical.pieces(target.format)):
             for piece in logical.pieces(target.format):
                 if digest(piece.extract(in_our_layout)) != edited[piece.name]:
@@ -180,6 +186,11 @@ def _verify(source: ModelReader, target_dir: Path, edited: Mapping[str, int]) ->
             if digest(dtypes.convert(original, source.info(piece.name).dtype, dtype)) != written:
                 raise _misread(piece.name, source, target_dir)
         del in_our_layout
+    if not_finite:
+        log.warning(
+            f"{source.path}: NaN or infinite values, which are written as they are: {listed(not_finite)}. Such a model "
+            "gives no answers: use an earlier checkpoint"
+        )
 
 
 def _misread(name: str, source: ModelReader, target_dir: Path) -> CheckpointError:

@@ -26,7 +26,7 @@ from erniekit.export.convert import convert
 from erniekit.export.export import export_checkpoint
 from erniekit.export.quantise import write_quantised
 from erniekit.models.weights import Logical, Piece
-from erniekit.precision.codes import full_range
+from erniekit.precision.codes import full_range, quantise
 from erniekit.precision.packing import pack_words
 from erniekit.quantize.schemes import SCHEMES
 from erniekit.utils.errors import CheckpointError, ConfigError
@@ -158,6 +158,14 @@ def test_converting_a_quantised_directory_writes_what_it_stands_for(models: Path
     with pytest.raises(CheckpointError, match="quantised already"):
         quantised_model(tmp_path / "q", tmp_path / "twice", "wint8")
     assert not (tmp_path / "twice").exists()
+
+
+@pytest.mark.parametrize("codec", [quantised_paddle.W4A8_DOWN, quantised_paddle.TENSOR_WISE_FP8])
+def test_inputs_that_are_always_0_do_not_make_an_engine_divide_by_0(codec: quantised_codecs.Codec):
+    codes, scales = quantise(np.ones((128, 128), np.float32), codec.spec)
+    tensors = codec.stored(codes, scales, input_range=0.0)
+    names = [name for name, _, _ in codec.plan("m", (128, 128))]
+    assert tensors[names.index("m.activation_scale")] > 0
 
 
 def test_a_file_that_keeps_ranges_of_inputs_needs_them(models: Path, tmp_path: Path):
