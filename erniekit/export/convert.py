@@ -15,7 +15,7 @@ import numpy as np
 
 from erniekit.checkpoint import dtypes
 from erniekit.checkpoint.mismatch import listed
-from erniekit.checkpoint.model_dir import copy_companions, not_copied, write_configs
+from erniekit.checkpoint.model_dir import copy_companions, has_weights, is_adapter, not_copied, write_configs
 from erniekit.checkpoint.model_reader import METADATA, ModelReader
 from erniekit.checkpoint.processor import complete_for_transformers, settings_of, write_processor
 from erniekit.checkpoint.safetensors_header import Plan
@@ -56,6 +56,8 @@ def convert(
     misshapen tensors (all listed), a full disk, a damaged file.
     """
     require_apart(source_dir, target_dir)
+    if is_adapter(source_dir) and not has_weights(Path(source_dir)):
+        raise CheckpointError(f"{source_dir} is an adapter: `erniekit export` merges it, in either layout.")
     with model_target(target_dir, "convert", [source_dir], overwrite, "overwrite=true") as staging:
         report = rewrite(source_dir, staging, format, max_shard_size, dtype)
         copy_companions(source_dir, staging)

@@ -196,6 +196,11 @@ def test_refusals(tmp_path):
         convert(directory, tmp_path / "out", "gguf")
     with pytest.raises(CheckpointError, match="int8"):
         convert(directory, tmp_path / "out", "pt", dtype="int8")
+    (tmp_path / "adapter").mkdir()
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        (tmp_path / "adapter" / name).write_text("{}")
+    with pytest.raises(CheckpointError, match="adapter is an adapter: `erniekit export` merges it"):
+        convert(tmp_path / "adapter", tmp_path / "out", "pt")
     assert not (tmp_path / "out").exists()
 
 
