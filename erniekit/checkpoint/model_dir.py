@@ -128,7 +128,12 @@ def require_model(directory: Path) -> None:
 def require_adapter(lora_path: str) -> Path:
     """The directory that lora_path names. Raises CheckpointError if it is no adapter."""
     if not is_adapter(lora_path):
-        raise CheckpointError(f"lora_path: {lora_path} holds no adapter ({ADAPTER_CONFIG_FILE}, {ADAPTER_FILE}).")
+        older = ""
+        if (Path(lora_path) / "adapter_model.bin").is_file():
+            older = " adapter_model.bin is PEFT's older form: load it with PEFT and save it again."
+        raise CheckpointError(
+            f"lora_path: {lora_path} holds no adapter ({ADAPTER_CONFIG_FILE}, {ADAPTER_FILE}).{older}"
+        )
     return Path(lora_path)
 
 

@@ -190,8 +190,8 @@ def _verify(source: ModelReader, target_dir: Path, edited: Mapping[str, int]) ->
         del in_our_layout
     if not_finite:
         log.warning(
-            f"{source.path}: NaN or infinite values, which are written as they are: {listed(not_finite)}. Such a model "
-            "gives no answers: use an earlier checkpoint"
+            f"NaN or infinite values are written as they are: {listed(not_finite)}. A model with such weights gives no "
+            "answers: use an earlier checkpoint"
         )
 
 

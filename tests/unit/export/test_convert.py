@@ -99,8 +99,7 @@ def test_nan_and_infinity_survive_and_are_named(tmp_path, caplog):
 
     directory = source(tmp_path, "dense_tied", "F16", change)
     convert(directory, tmp_path / "paddle", "paddle")
-    named = "NaN or infinite values, which are written as they are: ernie.layers.0.self_attn.qkv_proj.weight."
-    assert f"{directory}: {named}" in caplog.text
+    assert "infinite values are written as they are: ernie.layers.0.self_attn.qkv_proj.weight." in caplog.text
     convert(tmp_path / "paddle", tmp_path / "pt", "pt")
     assert_same_bits(read(directory), read(tmp_path / "pt"))
 
