@@ -31,6 +31,8 @@ from erniekit.nn.frequencies import inverse_frequencies, scaled_frequencies
 from erniekit.utils import log
 from erniekit.utils.errors import CheckpointError
 
+# The last words of tensors that belong to quantised weights, of any method.
+_QUANTISED_PARTS = ("weight_packed", "weight_scale", "weight_scale_inv", "quant_weight", "qweight")
 # What readers of each layout expect in the header: transformers wants "pt", Paddle's loaders "np".
 METADATA: dict[Format, dict[str, str]] = {"pt": {"format": "pt"}, "paddle": {"format": "np"}}
 
@@ -250,6 +252,11 @@ def _advice(missing: list[str], unexpected: list[str]) -> str:
         return (
             "These weights lack the correction biases of the routers, which every mixture of experts has: copy them "
             "again from their source, or save the model with its buffers."
+        )
+    if any(name.rpartition(".")[2] in _QUANTISED_PARTS for name in unexpected):
+        return (
+            "Some are parts of quantised weights, which quantization_config in config.json has to describe: copy "
+            "config.json again from where the model was quantised."
         )
     if any(is_fused_experts(name) for name in unexpected):
         return (

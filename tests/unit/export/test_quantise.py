@@ -233,6 +233,14 @@ def test_a_changed_bit_is_not_kept(models: Path, tmp_path: Path, monkeypatch: py
     assert not (tmp_path / "q").exists()
 
 
+@pytest.mark.parametrize(("name", "format"), [("wint4", "pt"), ("w8a8", "pt"), ("fp8", "pt"), ("wint8", "paddle")])
+def test_a_quantised_directory_with_the_config_json_of_its_source(models: Path, tmp_path: Path, name: str, format: Any):
+    quantised_model(models, tmp_path / "q", name, format)
+    shutil.copy(models / "config.json", tmp_path / "q")
+    with pytest.raises(CheckpointError, match=r"parts of quantised weights, which quantization_config in config\.json"):
+        ModelReader(tmp_path / "q")
+
+
 def test_a_quantised_directory_is_not_rounded_again(models: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture):
     """By the configuration of the training that it comes from; by compute_type it is, with a warning."""
     quantised_model(models, tmp_path / "q", "wint4")
