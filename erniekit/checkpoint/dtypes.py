@@ -52,11 +52,11 @@ def to_fp32(values: np.ndarray, dtype: str) -> np.ndarray:
 
 def all_finite(values: np.ndarray, dtype: str) -> bool:
     """Whether no element of a tensor of a floating header type, as read from a file, is NaN or infinite."""
-    if dtype != "BF16":
-        return bool(np.isfinite(values).all())
     flat = values.reshape(-1)
-    # Exponents of ones alone are those of NaN and infinity.
     blocks = (flat[start : start + _BLOCK] for start in range(0, flat.size, _BLOCK))
+    if dtype != "BF16":
+        return all(bool(np.isfinite(block).all()) for block in blocks)
+    # Exponents of ones alone are those of NaN and infinity.
     return all(int((block & 0x7F80).max()) < 0x7F80 for block in blocks)
 
 

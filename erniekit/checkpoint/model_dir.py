@@ -11,6 +11,7 @@ from typing import Any
 
 from erniekit.checkpoint.run_record import read_record
 from erniekit.checkpoint.safetensors_header import INDEX_FILE, SINGLE_FILE, WEIGHT_FILE
+from erniekit.checkpoint.safetensors_read import unread_weights
 from erniekit.checkpoint.safetensors_write import replace_weights, write_error
 from erniekit.config.schema import Config
 from erniekit.models.config import CONFIG_FILE, Format, ModelConfig
@@ -127,15 +128,23 @@ def require_model(directory: Path) -> None:
 def require_adapter(lora_path: str) -> Path:
     """The directory that lora_path names. Raises CheckpointError if it is no adapter."""
     if not is_adapter(lora_path):
-        raise CheckpointError(f"lora_path: {lora_path} holds no adapter ({ADAPTER_CONFIG_FILE}, {ADAPTER_FILE}).")
+        older = ""
+        if (Path(lora_path) / "adapter_model.bin").is_file():
+            older = " adapter_model.bin is PEFT's older form: load it with PEFT and save it again."
+        raise CheckpointError(
+            f"lora_path: {lora_path} holds no adapter ({ADAPTER_CONFIG_FILE}, {ADAPTER_FILE}).{older}"
+        )
     return Path(lora_path)
 
 
 def require_weights(directory: Path) -> None:
     """Raises ConfigError if training is to start from weights and model_name_or_path has none."""
     if not has_weights(directory):
+        others = unread_weights(directory)
+        cure = "Convert them to safetensors (docs/weights.md), or set" if others else "Set"
         raise ConfigError(
-            f"model_name_or_path: {directory} holds no weights. Set continue_training: false for a random start."
+            f"model_name_or_path: {directory} holds no weights.{others} {cure} continue_training: false for a random "
+            "start."
         )
 
 

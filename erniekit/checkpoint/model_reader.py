@@ -31,6 +31,8 @@ from erniekit.nn.frequencies import inverse_frequencies, scaled_frequencies
 from erniekit.utils import log
 from erniekit.utils.errors import CheckpointError
 
+# The last words of tensors that belong to quantised weights, of any method.
+_QUANTISED_PARTS = ("weight_packed", "weight_scale", "weight_scale_inv", "quant_weight", "qweight")
 # What readers of each layout expect in the header: transformers wants "pt", Paddle's loaders "np".
 METADATA: dict[Format, dict[str, str]] = {"pt": {"format": "pt"}, "paddle": {"format": "np"}}
 
@@ -66,7 +68,13 @@ class ModelReader:
             for piece in (piece for logical in self.logicals for piece in logical.pieces(self.format))
             if piece.name in self._stored and self.info(piece.name).shape != piece.shape
         ]
-        self._complain(match.missing, match.unexpected, misshapen)
+        not_floating = [
+            f"{piece.name} {self.info(piece.name).dtype}"
+            for logical in self.logicals
+            for piece in logical.pieces(self.format)
+            if piece.name in self._stored and self.info(piece.name).dtype not in FLOATS
+        ]
+        self._complain(match.missing, match.unexpected, misshapen, not_floating)
 
     @property
     def quantised(self) -> str:
@@ -213,11 +221,22 @@ class ModelReader:
         # A tied head of a -Paddle file has the layout of the embeddings; an untied one is transposed. Accept both.
         return np.array_equal(head, table) or (self.format == "paddle" and np.array_equal(head.T, table))
 
-    def _complain(self, missing: list[str], unexpected: list[str], misshapen: list[str]) -> None:
-        lines = mismatch_lines({"missing": missing, "unexpected": unexpected, "of another shape": misshapen})
+    def _complain(
+        self, missing: list[str], unexpected: list[str], misshapen: list[str], not_floating: list[str]
+    ) -> None:
+        lines = mismatch_lines(
+            {
+                "missing": missing,
+                "unexpected": unexpected,
+                "of another shape": misshapen,
+                "of a type that is not floating": not_floating,
+            }
+        )
         if not lines:
             return
         advice = _advice(missing, unexpected)
+        if not_floating and not unexpected:
+            advice = "Weights are F32, F16, BF16 or F64: copy the model again, or save these tensors in such a type."
         raise CheckpointError("\n".join([f"{self.path}: the tensors do not fit the model.", *lines, advice]))
 
 
@@ -233,6 +252,11 @@ def _advice(missing: list[str], unexpected: list[str]) -> str:
         return (
             "These weights lack the correction biases of the routers, which every mixture of experts has: copy them "
             "again from their source, or save the model with its buffers."
+        )
+    if any(name.rpartition(".")[2] in _QUANTISED_PARTS for name in unexpected):
+        return (
+            "Some are parts of quantised weights, which quantization_config in config.json has to describe: copy "
+            "config.json again from where the model was quantised."
         )
     if any(is_fused_experts(name) for name in unexpected):
         return (

@@ -37,7 +37,8 @@ class WeightOnly(Codec):
     def unfit(self, shape: Shape) -> str:
         """See Codec."""
         fits = shape[0] % 16 == 0 and shape[1] % 64 == 0
-        return "" if fits else "FastDeploy's kernels need a multiple of 64 inputs and of 16 outputs. Use format: pt"
+        needed = "FastDeploy's kernels need a multiple of 64 inputs and of 16 outputs"
+        return "" if fits else f"{needed}. Use wint8 or wint4 with format: pt"
 
     def row_unit(self, shape: Shape) -> int | None:
         """See Codec."""
@@ -88,7 +89,7 @@ class W4A8(Codec):
     ) -> list[np.ndarray]:
         """See Codec. 7 times a bf16 scale is exact in fp32."""
         assert input_range is not None
-        return [pack_input_pairs(codes), scales[:, 0] * np.float32(7), np.array([input_range], np.float32)]
+        return [pack_input_pairs(codes), scales[:, 0] * np.float32(7), _kept_range(input_range)]
 
     def unstored(self, read: Read, name: str, shape: Shape) -> Codes:
         """See Codec."""
@@ -140,7 +141,7 @@ class TensorWiseFp8(Codec):
     ) -> list[np.ndarray]:
         """See Codec."""
         assert input_range is not None
-        scale = np.array([np.float32(input_range) / np.float32(self.spec.largest)], np.float32)
+        scale = _kept_range(input_range) / np.float32(self.spec.largest)
         return [transposed(codes).view(np.int8), scales.reshape(1), scale]
 
     def unstored(self, read: Read, name: str, shape: Shape) -> Codes:
@@ -162,6 +163,13 @@ class TensorWiseFp8(Codec):
 
 
 TENSOR_WISE_FP8 = TensorWiseFp8(FP8_TENSOR)
+
+
+def _kept_range(input_range: float) -> np.ndarray:
+    """The largest magnitude of a matrix's inputs as a tensor, by which an engine divides them: 1 where all inputs are
+    0, as the scale of a tile of zeros is.
+    """
+    return np.array([input_range or 1.0], np.float32)
 
 
 def _rotate(weight: np.ndarray, block: int) -> np.ndarray:

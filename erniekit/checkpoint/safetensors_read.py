@@ -58,10 +58,7 @@ class Reader:
                     f"{self.path} holds {len(shards)} weight shards but no {INDEX_FILE}: a download or a save was "
                     "interrupted. Copy the model again, or use an earlier checkpoint."
                 )
-            other = sorted(
-                file.name for file in self.path.glob("*") if file.suffix in (".pdparams", ".bin", ".safetensors")
-            )
-            others = f" It has {', '.join(other[:3])}, which this toolkit does not read as a model." if other else ""
+            others = unread_weights(self.path)
             raise CheckpointError(
                 f"no weights in {self.path}: expected {SINGLE_FILE} or {INDEX_FILE}.{others} Check the path."
             )
@@ -142,6 +139,12 @@ class Reader:
         if name not in self._entries:
             raise CheckpointError(f"{self.path} holds no tensor {name}.")
         return self._entries[name]
+
+
+def unread_weights(directory: Path) -> str:
+    """A sentence, with a space in front, about weights of a directory in files that are not read; empty without any."""
+    names = sorted(file.name for file in directory.glob("*") if file.suffix in (".pdparams", ".bin", ".safetensors"))
+    return f" It has {', '.join(names[:3])}, which this toolkit does not read as a model." if names else ""
 
 
 def _name_repeated(index: Path, weight_map: Mapping[str, str], headers: Iterable[Mapping[str, Entry]]) -> None:

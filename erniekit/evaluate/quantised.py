@@ -10,18 +10,16 @@ from typing import Any
 import numpy as np
 
 from erniekit.checkpoint.dtypes import num_bytes
+from erniekit.checkpoint.model_reader import ModelReader
 from erniekit.config import Config
 from erniekit.evaluate.run import measure
 from erniekit.export.convert import Report
 from erniekit.export.export import check_quantised_export, checkpoint_of, export, output_of
 from erniekit.export.quantise import QuantisedReport
-from erniekit.models.config import ModelConfig
 from erniekit.models.decoder import CausalLM
-from erniekit.models.weights import logical_tensors
 from erniekit.moe.layer import MoELayer, Routed
 from erniekit.parallel.mesh import Mesh
 from erniekit.quantize import report as reports
-from erniekit.utils import log
 
 
 def export_and_report(cfg: Config) -> Report:
@@ -50,14 +48,12 @@ def export_and_report(cfg: Config) -> Report:
         routing = agreement(before, after)
         report |= {} if routing is None else {"routing": routing}
     reports.write(report, target)
-    log.info(f"report: {target / reports.REPORT_FILE}, {reports.PICTURE_FILE}")
     return written
 
 
 def _written(written: QuantisedReport, target: Path) -> tuple[reports.Written, list[reports.MatrixLoss]]:
     """What reports.build takes."""
-    config, scheme = ModelConfig.from_dir(target), written.scheme
-    logicals = logical_tensors(config)
+    scheme, logicals = written.scheme, ModelReader(target, keep_mtp=True).logicals
     stored = {
         matrix.name: sum(num_bytes(dtype, shape) for _, dtype, shape in matrix.codec.plan(matrix.name, matrix.shape))
         for logical in logicals

@@ -14,7 +14,8 @@ from typing import Protocol
 import numpy as np
 
 from erniekit.checkpoint import dtypes
-from erniekit.checkpoint.model_dir import copy_companions, not_copied, write_configs
+from erniekit.checkpoint.mismatch import listed
+from erniekit.checkpoint.model_dir import copy_companions, has_weights, is_adapter, not_copied, write_configs
 from erniekit.checkpoint.model_reader import METADATA, ModelReader
 from erniekit.checkpoint.processor import complete_for_transformers, settings_of, write_processor
 from erniekit.checkpoint.safetensors_header import Plan
@@ -55,6 +56,8 @@ def convert(
     misshapen tensors (all listed), a full disk, a damaged file.
     """
     require_apart(source_dir, target_dir)
+    if is_adapter(source_dir) and not has_weights(Path(source_dir)):
+        raise CheckpointError(f"{source_dir} is an adapter: `erniekit export` merges it, in either layout.")
     with model_target(target_dir, "convert", [source_dir], overwrite, "overwrite=true") as staging:
         report = rewrite(source_dir, staging, format, max_shard_size, dtype)
         copy_companions(source_dir, staging)
@@ -161,14 +164,19 @@ def _read_as(source: ModelReader, logical: Logical, dtype: str, editor: Edit | N
 def _verify(source: ModelReader, target_dir: Path, edited: Mapping[str, int]) -> None:
     """Read every tensor of the target, convert it back to the source's layout, and compare the checksum of its bits
     with the source's. Edited tensors are compared with the checksums of what was written, by their names in the target.
+    Tensors that are not finite are named in a warning.
 
     Checksums are compared, so that both sides need not be in memory at the same time.
     """
     target = ModelReader(target_dir, keep_mtp=True)
     assert len(target.logicals) == len(source.logicals)
+    not_finite: list[str] = []
     for logical in source.logicals:
         in_our_layout = target.read(logical)
         dtype = target.dtype_of(logical)
+        if not dtypes.all_finite(in_our_layout, dtype):
+            pieces = logical.pieces(target.format)
+            not_finite += [piece.name for piece in pieces if not dtypes.all_finite(piece.extract(in_our_layout), dtype)]
         if any(piece.name in edited for piece in logical.pieces(target.format)):
             for piece in logical.pieces(target.format):
                 if digest(piece.extract(in_our_layout)) != edited[piece.name]:
@@ -180,6 +188,11 @@ def _verify(source: ModelReader, target_dir: Path, edited: Mapping[str, int]) ->
             if digest(dtypes.convert(original, source.info(piece.name).dtype, dtype)) != written:
                 raise _misread(piece.name, source, target_dir)
         del in_our_layout
+    if not_finite:
+        log.warning(
+            f"NaN or infinite values are written as they are: {listed(not_finite)}. A model with such weights gives no "
+            "answers: use an earlier checkpoint"
+        )
 
 
 def _misread(name: str, source: ModelReader, target_dir: Path) -> CheckpointError:

@@ -37,7 +37,7 @@ from erniekit.quantize.calibrated import calibrated, needs_calibration, say_if_i
 from erniekit.quantize.calibration import find_data
 from erniekit.quantize.quantiser import Quantiser, RoundToNearest
 from erniekit.quantize.schemes import Options, Scheme
-from erniekit.quantize.trained import AsTrained, say_if_qat_differs
+from erniekit.quantize.trained import AsTrained, say_if_groups_differ, say_if_qat_differs
 from erniekit.utils import log
 from erniekit.utils.errors import CheckpointError
 
@@ -100,6 +100,7 @@ def quantisation_of(cfg: Config, checkpoint: Path, adapter: Path | None) -> Quan
         if needs_calibration(cfg):
             return calibrated(cfg, checkpoint, adapter, source.config, source, scheme)
         if cfg.qat != "none":
+            say_if_groups_differ(adapter or checkpoint, cfg.qat, scheme, source.config)
             return AsTrained(cfg.quantization_clip_search, directory=adapter or checkpoint)
         return RoundToNearest(cfg.quantization_clip_search)
 

@@ -69,8 +69,10 @@ def check_target(
 
 
 def _is_replaced(target: Path, mark: dict[str, str], overwrite: bool, source: str | Path, cure: str) -> bool:
-    """Whether the target has another model that may be replaced; an error if it may not."""
+    """Whether the target has another model that may be replaced; an error if it may not, or is no directory."""
     if not target.is_dir():
+        if target.exists():
+            raise CheckpointError(f"{target} is a file where a directory is to be written: move it elsewhere.")
         return False
     if (target / RUN_FILE).exists() or list_checkpoints(target):
         raise CheckpointError(

@@ -33,6 +33,8 @@ _LANES = (32, 64, 128)
 _PARTS = 8
 _SLACK = np.float32(1 - 1e-5)
 _NEVER_ALONE = 0.8  # candidates from this share on are worth trying for nearly every group
+# Sums of squares down to this have lost at most their last digits to squares that fp32 cannot hold.
+_SMALL = 1e-25
 # Candidates of the search: shares of a tile's largest magnitude.
 _CLIPS = tuple(float(share) for share in np.arange(1.0, 0.375, -0.05))
 
@@ -170,14 +172,22 @@ def squared_error(weight: np.ndarray, codes: np.ndarray, scales: np.ndarray, spe
     if spec.kind == "convolutional":
         lost = decode(codes, scales, spec)
         lost -= weight
-        return float(np.vdot(lost, lost)), float(np.vdot(weight, weight))
+        return _squares(lost), _squares(weight)
     shape = _matrix(codes)
     for span, rows, _ in _spans(shape, spec):
         part, lost = weight[span], _decode_rows(codes[span], scales[rows], spec, shape)
         lost -= part
-        squared += float(np.vdot(lost, lost))
-        total += float(np.vdot(part, part))
+        squared += _squares(lost)
+        total += _squares(part)
     return squared, total
+
+
+def _squares(values: np.ndarray) -> float:
+    """The sum of the squares of fp32 values; in fp64 where it is beyond the range of fp32, or so small that squares may
+    have become 0.
+    """
+    total = float(np.vdot(values, values))
+    return total if _SMALL < total < np.inf else float(np.square(values, dtype=np.float64).sum())
 
 
 def _code_type(spec: CodeSpec) -> type[np.integer]:

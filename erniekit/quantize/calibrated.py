@@ -10,6 +10,7 @@ import numpy as np
 from erniekit.checkpoint.fingerprint import fingerprint, weights_digest
 from erniekit.checkpoint.model_io import WeightSource
 from erniekit.config import Config
+from erniekit.data.packed_batch import Modality
 from erniekit.models.config import ModelConfig
 from erniekit.models.weights import Logical
 from erniekit.quantize.algorithm import Algorithm, AlgorithmOptions
@@ -18,6 +19,7 @@ from erniekit.quantize.layer_pass import MatrixReport
 from erniekit.quantize.run import CalibratedModel, calibrate
 from erniekit.quantize.schemes import Matrix, Scheme
 from erniekit.utils import log
+from erniekit.utils.errors import DataError
 
 # Beside the exported directory: the layers that are finished, until all are.
 WORK_DIRECTORY = "export.calibration"
@@ -65,6 +67,22 @@ class CalibratedQuantiser:
         return {matrix.name: matrix for report in self._model.reports for matrix in report.matrices}
 
 
+def _require_pictures(calibration: Calibration, scheme: Scheme, config: ModelConfig, path: str) -> None:
+    """Raise DataError where the file keeps ranges of inputs of the experts of pictures, and the data has none."""
+    needing = (
+        matrix.name
+        for matrix in scheme.every_matrix(config)
+        if matrix.codec.needs_range and matrix.place.role == "vision_experts"
+    )
+    name = next(needing, None)
+    if name is not None and all((batch.modality == Modality.TEXT).all() for batch in calibration.batches):
+        raise DataError(
+            f"quantization_calibration_path: {path} has no pictures in its {len(calibration.batches)} rows, and a file "
+            f"of quantization: {scheme.name} with format: {scheme.format} keeps the largest magnitude of the inputs of "
+            f"{name}. Hint: name records with pictures, or raise quantization_calibration_samples."
+        )
+
+
 def needs_calibration(cfg: Config) -> bool:
     """Whether the configuration calibrates."""
     return cfg.quantization_algorithm != "rtn" or cfg.quantization_calibration_path is not None
@@ -102,6 +120,7 @@ def calibrated(
         cfg.quantization_calibration_length,
     )
     calibration = read_calibration(cfg, data, model_dir, config, adapter_dir)
+    _require_pictures(calibration, scheme, config, data.path)
     options = AlgorithmOptions(
         cfg.quantization_algorithm,  # type: ignore[arg-type]
         cfg.quantization_damping,

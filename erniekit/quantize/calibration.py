@@ -155,7 +155,7 @@ def _prose(path: Path, source: CalibrationSource, tokenizer: Tokenizer) -> Calib
     """Rows of a plain text file: consecutive parts of it, from its beginning."""
     wanted = source.samples * source.length
     try:
-        with open(path, encoding="utf-8") as file:
+        with open(path, encoding="utf-8-sig") as file:
             text = file.read(16 * wanted)
     except UnicodeDecodeError as error:
         raise DataError(f"{path}: not UTF-8 text (byte {error.start}). Hint: save the file as UTF-8.") from None

@@ -290,7 +290,10 @@ class LayerPass:
             self._sink.write(matrix, codes, scales)
             restored = matrix.codec.restored(codes, scales)
             count = statistics.count if tokens is None else tokens
-            report.matrices.append(_error_of(matrix, original, restored, statistics, count, note))
+            measured = _error_of(matrix, original, restored, statistics, count, note)
+            if not np.isfinite([measured.rms, measured.output_error or 0.0]).all():
+                raise ValueError(f"{matrix.name}: its weights or its outputs are too large for fp32")
+            report.matrices.append(measured)
             matrix.piece.insert(_out_in(matrix, restored), whole)
         self._layer.put(weight, whole)
 
@@ -375,8 +378,9 @@ def to_bf16(values: np.ndarray) -> np.ndarray:
 
 
 def _ratio(part: np.ndarray, whole: np.ndarray) -> float:
-    size = float(np.linalg.norm(whole))
-    return float(np.linalg.norm(part)) / size if size else 0.0
+    with np.errstate(over="ignore"):  # the caller looks for infinity
+        size, difference = float(np.linalg.norm(whole)), float(np.linalg.norm(part))
+    return difference / size if size else 0.0
 
 
 def _tokens_by_modality(batches: Sequence[PackedBatch], sees_pictures: bool) -> dict[int, np.ndarray]:

@@ -141,13 +141,16 @@ def _bits(losses: Iterable[MatrixLoss]) -> float:
 
 
 def write(report: dict[str, Any], directory: Path) -> None:
-    """Write the report and draw its picture. A picture that cannot be drawn is a warning."""
+    """Write the report and draw its picture, and log where they are. A picture that cannot be drawn is a warning."""
     atomic.write_text(directory / REPORT_FILE, json.dumps(report, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
     try:
         with atomic.new_file(directory / PICTURE_FILE) as temporary:
             picture.draw(report, temporary)
     except Exception as error:  # the model is written and verified: the picture must not end the command
         log.warning(f"{PICTURE_FILE} could not be drawn: {error}")
+        log.info(f"report: {directory / REPORT_FILE}")
+    else:
+        log.info(f"report: {directory / REPORT_FILE}, {PICTURE_FILE}")
 
 
 def remove(directory: Path) -> None:

@@ -129,9 +129,14 @@ def _group_of(config: ModelConfig, options: Options, name: str, experts_only: bo
     )
 
 
-def _readers(config: ModelConfig) -> str:
-    """Who loads -PT files. transformers stacks experts, and cannot do so with those of two widths."""
-    return _VLLM if config.vision is not None else f"transformers, {_VLLM}"
+def _readers(config: ModelConfig, group: int | None = None) -> str:
+    """Who loads -PT files, with codes of 4 bits in groups of `group` inputs. transformers stacks experts, and cannot do
+    so with those of two widths.
+    """
+    vllm = _VLLM
+    if group is not None and group not in GROUPS:
+        vllm = f"vLLM (not run here; its Marlin kernels have groups of {', '.join(map(str, GROUPS))} only)"
+    return vllm if config.vision is not None else f"transformers, {vllm}"
 
 
 def _require_experts(config: ModelConfig, name: str, instead: str) -> None:
@@ -146,7 +151,7 @@ def _wint4(config: ModelConfig, options: Options) -> Scheme:
     codec = PackQuantized(full_range(4, _group_of(config, options, "wint4")))
     said = settings.compressed(config, [settings.group(codec.spec, ["Linear"], "pack-quantized")], "pack-quantized")
     method = f"4-bit codes, a bf16 scale for {codec.spec.group} inputs"
-    return Scheme("wint4", "pt", lambda logical, place: codec, said, method, _readers(config))
+    return Scheme("wint4", "pt", lambda logical, place: codec, said, method, _readers(config, codec.spec.group))
 
 
 def _wint8(config: ModelConfig, options: Options) -> Scheme:
@@ -170,7 +175,7 @@ def _wint4_8(config: ModelConfig, options: Options) -> Scheme:
         return few if place.role in EXPERTS else many
 
     said = settings.compressed(config, groups, "pack-quantized")
-    return Scheme("wint4/8", "pt", codec_of, said, method, _readers(config))
+    return Scheme("wint4/8", "pt", codec_of, said, method, _readers(config, few.spec.group))
 
 
 def _w8a8(config: ModelConfig, options: Options) -> Scheme:

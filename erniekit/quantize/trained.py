@@ -4,14 +4,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import yaml
 
 from erniekit.checkpoint.product_state import DIRECTORY
 from erniekit.checkpoint.stored_state import StoredState
+from erniekit.models.config import ModelConfig
 from erniekit.quantize.quantiser import RoundToNearest
-from erniekit.quantize.schemes import Matrix
+from erniekit.quantize.schemes import Matrix, Options, Scheme, scheme_for
 from erniekit.utils import log
 from erniekit.utils.errors import ConfigError, UserError
 from erniekit.utils.user_files import read_text
@@ -39,16 +41,43 @@ class AsTrained(RoundToNearest):
 
 def say_if_qat_differs(directory: Path, qat: str) -> None:
     """Log a warning if config.yaml beside the weights or the adapter says that they were trained with another `qat`."""
-    try:
-        settings = yaml.safe_load(read_text(directory / "config.yaml", ConfigError))
-    except (OSError, UserError, yaml.YAMLError):
-        return  # the file is only a hint
-    trained = settings.get("qat") if isinstance(settings, dict) else None
+    trained = _settings(directory).get("qat")
     if isinstance(trained, str) and trained != qat:
         log.warning(
             f"{directory / 'config.yaml'}: trained with qat: {trained}, and exported with qat: {qat}: codes and scales "
             f"are not those of the training. Set qat: {trained}"
         )
+
+
+def say_if_groups_differ(directory: Path, qat: str, scheme: Scheme, config: ModelConfig) -> None:
+    """Log a warning if config.yaml beside the weights or the adapter says that they were trained for `qat` with other
+    groups of inputs than those of `scheme`.
+    """
+    settings = _settings(directory)
+    group = settings.get("quantization_group_size")
+    if settings.get("qat") != qat or qat != scheme.name or scheme.format != "pt":
+        return  # another scheme or layout, of which other lines say so
+    trained = _groups(scheme_for(qat, "pt", config, Options(group if isinstance(group, int) else None)), config)
+    if trained != _groups(scheme, config):
+        log.warning(
+            f"{directory / 'config.yaml'}: trained with groups of {', '.join(map(str, trained))} inputs, and exported "
+            "with others: codes and scales are not those of the training. Set quantization_group_size: "
+            f"{'null' if group is None else group}"
+        )
+
+
+def _groups(scheme: Scheme, config: ModelConfig) -> list[int]:
+    """The numbers of inputs that share a scale, where these are not all of a channel."""
+    return sorted({matrix.codec.spec.group for matrix in scheme.every_matrix(config) if matrix.codec.spec.group})
+
+
+def _settings(directory: Path) -> dict[str, Any]:
+    """What config.yaml beside the weights or the adapter says; nothing without one, since it is only a hint."""
+    try:
+        settings = yaml.safe_load(read_text(directory / "config.yaml", ConfigError))
+    except (OSError, UserError, yaml.YAMLError):
+        return {}
+    return settings if isinstance(settings, dict) else {}
 
 
 @lru_cache(maxsize=1)

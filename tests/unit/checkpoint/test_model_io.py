@@ -152,6 +152,18 @@ def test_all_tensors_that_do_not_fit_are_listed_at_once(tmp_path):
         assert words in str(error.value)
 
 
+def test_whole_numbers_are_no_weights(tmp_path):
+    """Also to commands that copy bits: nothing could load what they would write."""
+
+    def change(tensors):
+        tensors["model.norm.weight"] = tensors["model.norm.weight"].astype(np.int64)
+
+    directory, _ = checkpoint(tmp_path, "dense_tied", change)
+    expected = r"(?s)1 of a type that is not floating: model\.norm\.weight I64.*Weights are F32"
+    with pytest.raises(CheckpointError, match=expected):
+        read_config(directory)
+
+
 def test_a_tied_head_that_repeats_the_embeddings_is_fine(tmp_path, monkeypatch):
     def change(tensors):
         tensors["lm_head.weight"] = tensors[next(name for name in tensors if "embed_tokens" in name)].copy()

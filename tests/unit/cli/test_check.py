@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -328,6 +329,14 @@ def test_an_evaluation_needs_no_training_data_but_weights(given):
     )
     for command in ("eval", "chat"):
         assert f"{DENSE} holds no weights" in findings([*args, "continue_training=true"], "error", command)
+
+
+def test_weights_in_files_that_are_not_read_are_named(given, tmp_path):
+    """Instead of advice to begin from a random start alone."""
+    shutil.copytree(DENSE, tmp_path / "model")
+    (tmp_path / "model" / "pytorch_model.bin").write_bytes(b"x")
+    args = given(model_name_or_path=str(tmp_path / "model"), continue_training=True)
+    assert "holds no weights. It has pytorch_model.bin, which" in findings(args, "error")
 
 
 def test_parameters_to_freeze_are_those_of_the_model(given):

@@ -68,6 +68,16 @@ def test_the_report_has_errors_and_what_an_evaluation_of_the_directory_finds(mod
     assert report["routing"]["tokens"] > before["num_tokens"]
 
 
+def test_prediction_blocks_that_config_json_does_not_mention_are_counted(tmp_path):
+    model = model_directory(tmp_path, **SIZES, num_nextn_predict_layers=1)
+    values = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(values | {"num_nextn_predict_layers": 0}))
+    export_and_report(cfg_for(model, tmp_path, quantization="wint8"))
+    report = json.loads((tmp_path / "export" / REPORT_FILE).read_text())
+    read = ModelReader(model, keep_mtp=True)
+    assert report["weights"]["model"] == sum(np.prod(logical.shape) for logical in read.logicals)
+
+
 def test_another_export_removes_the_report(model, tmp_path):
     export_and_report(cfg_for(model, tmp_path))
     assert "evaluation" not in json.loads((tmp_path / "export" / REPORT_FILE).read_text())

@@ -7,6 +7,7 @@ import paddle
 import pytest
 from support.adapters import attach_random
 from support.tiny_directories import model_directory, write_lines
+from support.vision_directories import vision_model_directory
 
 from erniekit import config
 from erniekit.build import load_model
@@ -116,6 +117,17 @@ def test_ranges_of_inputs_that_a_file_keeps(checkpoint, tmp_path, data):
     assert "fp8" in reader.quantised
     exact, quantised = logits(checkpoint), logits(tmp_path / "export")
     assert np.linalg.norm(quantised - exact) < 0.2 * np.linalg.norm(exact)
+
+
+def test_ranges_of_the_experts_of_pictures_need_pictures(tmp_path, data):
+    """An error before the first layer."""
+    sizes = {"hidden_size": 64, "intermediate_size": 64, "moe_intermediate_size": [64, 32]}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}
+    model = vision_model_directory(tmp_path / "model", weights=True, **sizes, **heads)
+    changes = {"quantization": "fp8", "format": "paddle", "quantization_algorithm": None}
+    with pytest.raises(DataError, match=r"no pictures in its . rows, and .* inputs of ernie\.layers\.1\.mlp\.experts"):
+        export(keys(model, tmp_path, data, **changes))
+    assert not (tmp_path / WORK_DIRECTORY).exists()
 
 
 def test_what_does_not_fit_is_refused_before_anything_is_read(checkpoint, tmp_path, data):

@@ -92,13 +92,14 @@ def test_uint16_paddle_files_become_bfloat16(tmp_path):
     assert config["torch_dtype"] == "float32"  # what the source's config.json says
 
 
-def test_nan_and_infinity_survive(tmp_path):
+def test_nan_and_infinity_survive_and_are_named(tmp_path, caplog):
     def change(tensors):
         _, array = tensors["model.layers.0.self_attn.q_proj.weight"]
         array[0, :4] = [np.nan, np.inf, -np.inf, -0.0]
 
     directory = source(tmp_path, "dense_tied", "F16", change)
     convert(directory, tmp_path / "paddle", "paddle")
+    assert "infinite values are written as they are: ernie.layers.0.self_attn.qkv_proj.weight." in caplog.text
     convert(tmp_path / "paddle", tmp_path / "pt", "pt")
     assert_same_bits(read(directory), read(tmp_path / "pt"))
 
@@ -194,6 +195,11 @@ def test_refusals(tmp_path):
         convert(directory, tmp_path / "out", "gguf")
     with pytest.raises(CheckpointError, match="int8"):
         convert(directory, tmp_path / "out", "pt", dtype="int8")
+    (tmp_path / "adapter").mkdir()
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        (tmp_path / "adapter" / name).write_text("{}")
+    with pytest.raises(CheckpointError, match="adapter is an adapter: `erniekit export` merges it"):
+        convert(tmp_path / "adapter", tmp_path / "out", "pt")
     assert not (tmp_path / "out").exists()
 
 

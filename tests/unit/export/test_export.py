@@ -70,6 +70,10 @@ def test_a_lora_path_that_is_no_adapter_is_refused(tmp_path):
     trained(tmp_path / "model", "tiny-moe")
     with pytest.raises(CheckpointError, match=r"lora_path: .*model holds no adapter"):
         export(load({"output_dir": str(tmp_path / "out"), "lora_path": str(tmp_path / "model")}))
+    (tmp_path / "older").mkdir()
+    (tmp_path / "older" / "adapter_model.bin").write_bytes(b"x")
+    with pytest.raises(CheckpointError, match=r"holds no adapter .*adapter_model.bin is PEFT's older form"):
+        export(load({"output_dir": str(tmp_path / "out"), "lora_path": str(tmp_path / "older")}))
 
 
 def test_layout_dtype_and_template_can_be_chosen(tmp_path):

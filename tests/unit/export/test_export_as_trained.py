@@ -12,9 +12,11 @@ from erniekit import config, lora
 from erniekit.checkpoint.model_reader import ModelReader
 from erniekit.checkpoint.safetensors_read import Reader
 from erniekit.export.export import export
+from erniekit.models.config import ModelConfig
 from erniekit.models.products import products
 from erniekit.parallel.mesh import Mesh
-from erniekit.quantize.trained import say_if_qat_differs
+from erniekit.quantize.schemes import Options, scheme_for
+from erniekit.quantize.trained import say_if_groups_differ, say_if_qat_differs
 from erniekit.training.build import build_run
 from erniekit.training.trainer import Trainer
 from erniekit.utils.errors import ConfigError
@@ -180,3 +182,12 @@ def test_a_model_that_was_trained_otherwise_is_a_warning(tmp_path: Path, caplog,
     assert (f"trained with qat: {trained}, and exported with qat: {exported}" in caplog.text) == (trained != exported)
     assert ("Set qat" in caplog.text) == (trained != exported)
     say_if_qat_differs(tmp_path / "without", "w8a8")
+
+
+@pytest.mark.parametrize(("trained", "exported"), [("null", 32), ("32", None), ("null", 128), ("128", None)])
+def test_other_groups_than_those_of_the_training_are_a_warning(tmp_path: Path, caplog, trained: str, exported: int):
+    """128 and null are the same groups of this model."""
+    model = ModelConfig.from_dir(ROOT / "examples" / "models" / "tiny-moe")
+    (tmp_path / "config.yaml").write_text(f"qat: wint4\nquantization_group_size: {trained}\n")
+    say_if_groups_differ(tmp_path, "wint4", scheme_for("wint4", "pt", model, Options(exported)), model)
+    assert (f"Set quantization_group_size: {trained}" in caplog.text) == ("32" in (trained, str(exported)))

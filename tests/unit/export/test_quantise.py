@@ -26,7 +26,7 @@ from erniekit.export.convert import convert
 from erniekit.export.export import export_checkpoint
 from erniekit.export.quantise import write_quantised
 from erniekit.models.weights import Logical, Piece
-from erniekit.precision.codes import full_range
+from erniekit.precision.codes import full_range, quantise
 from erniekit.precision.packing import pack_words
 from erniekit.quantize.schemes import SCHEMES
 from erniekit.utils.errors import CheckpointError, ConfigError
@@ -160,6 +160,14 @@ def test_converting_a_quantised_directory_writes_what_it_stands_for(models: Path
     assert not (tmp_path / "twice").exists()
 
 
+@pytest.mark.parametrize("codec", [quantised_paddle.W4A8_DOWN, quantised_paddle.TENSOR_WISE_FP8])
+def test_inputs_that_are_always_0_do_not_make_an_engine_divide_by_0(codec: quantised_codecs.Codec):
+    codes, scales = quantise(np.ones((128, 128), np.float32), codec.spec)
+    tensors = codec.stored(codes, scales, input_range=0.0)
+    names = [name for name, _, _ in codec.plan("m", (128, 128))]
+    assert tensors[names.index("m.activation_scale")] > 0
+
+
 def test_a_file_that_keeps_ranges_of_inputs_needs_them(models: Path, tmp_path: Path):
     with pytest.raises(ConfigError, match=r"w4a8 with format: paddle: .*experts.0.up_gate_proj, .*calibration_path"):
         quantised_model(models, tmp_path / "q", "w4a8", "paddle", ranges=False)
@@ -223,6 +231,14 @@ def test_a_changed_bit_is_not_kept(models: Path, tmp_path: Path, monkeypatch: py
     with pytest.raises(CheckpointError, match=rf"{ending} read again from .* differs from what was written"):
         quantised_model(models, tmp_path / "q", "wint8", format)
     assert not (tmp_path / "q").exists()
+
+
+@pytest.mark.parametrize(("name", "format"), [("wint4", "pt"), ("w8a8", "pt"), ("fp8", "pt"), ("wint8", "paddle")])
+def test_a_quantised_directory_with_the_config_json_of_its_source(models: Path, tmp_path: Path, name: str, format: Any):
+    quantised_model(models, tmp_path / "q", name, format)
+    shutil.copy(models / "config.json", tmp_path / "q")
+    with pytest.raises(CheckpointError, match=r"parts of quantised weights, which quantization_config in config\.json"):
+        ModelReader(tmp_path / "q")
 
 
 def test_a_quantised_directory_is_not_rounded_again(models: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture):

@@ -54,6 +54,14 @@ def test_another_model_is_replaced_only_if_asked(tmp_path, command, monkeypatch)
     assert len(said) == 1 and "replaces the model" in said[0]
 
 
+def test_a_file_in_place_of_the_directory_is_an_error_before_anything_is_written(tmp_path):
+    (tmp_path / "target").write_text("mine")
+    message = "target is a file where a directory is to be written"
+    target = model_target(tmp_path / "target", "export", [make(tmp_path / "a")], True, "overwrite=true")
+    with pytest.raises(CheckpointError, match=message), target:
+        raise AssertionError("the model is written before")
+
+
 def test_a_model_that_nobody_marked(tmp_path):
     with pytest.raises(CheckpointError, match="another model"):
         write(make(tmp_path / "downloaded"), make(tmp_path / "a"))

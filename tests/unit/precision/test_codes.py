@@ -15,6 +15,8 @@ from erniekit.precision.codes import (
     encode,
     fp32_to_e4m3,
     full_range,
+    quantise,
+    squared_error,
     symmetric,
 )
 from erniekit.precision.rounding import round_to
@@ -146,6 +148,17 @@ def test_importance_moves_the_error_to_inputs_that_matter_less():
     back = decode(encode(weight, plain, INT4_GROUP128), plain, INT4_GROUP128)
     without = np.linalg.norm((back - weight) * np.sqrt(importance)) / np.linalg.norm(weight * np.sqrt(importance))
     assert error(weight, INT4_GROUP128, True, importance) < 0.97 * without
+
+
+@pytest.mark.parametrize("size", [1e-24, 1.0, 1e25])
+def test_the_error_of_weights_whose_squares_fp32_cannot_hold(size: float):
+    weight = (np.random.default_rng(8).normal(size=(8, 128)) * size).astype(np.float32)
+    spec = full_range(8)
+    codes, scales = quantise(weight, spec)
+    exact = decode(codes, scales, spec).astype(np.float64) - weight
+    found = squared_error(weight, codes, scales, spec)
+    expected = np.square(exact).sum(), np.square(weight, dtype=np.float64).sum()
+    assert found == pytest.approx(expected, rel=1e-4, abs=0)
 
 
 def test_asymmetric_codes_of_other_tools():

@@ -83,3 +83,14 @@ def test_report_and_picture_are_written_and_removed(tmp_path, more):
     assert (tmp_path / PICTURE_FILE).read_bytes().startswith(b"\x89PNG")
     remove(tmp_path)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_picture_that_cannot_be_drawn_is_not_announced(tmp_path, monkeypatch, caplog):
+    def draw(*args):
+        raise OSError("no space left")
+
+    monkeypatch.setattr("erniekit.quantize.picture.draw", draw)
+    write(build(WRITTEN, LOSSES), tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == [REPORT_FILE]
+    assert f"{PICTURE_FILE} could not be drawn" in caplog.text
+    assert caplog.messages[-1] == f"report: {tmp_path / REPORT_FILE}"

@@ -242,13 +242,14 @@ def test_memory_is_that_of_one_layer(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("param", "message"),
+    ("param", "bad", "message"),
     [
-        ("model.layers.1.self_attn.o_proj.weight", r"layer 1 cannot be quantised: .*o_proj"),
-        ("model.embed_tokens.weight", r"embed_tokens.weight: the embeddings of the calibration tokens are not"),
+        ("model.layers.1.self_attn.o_proj.weight", np.nan, r"layer 1 cannot be quantised: .*o_proj"),
+        ("model.layers.1.self_attn.o_proj.weight", 1e30, r"o_proj: its weights or its outputs are too large for fp32"),
+        ("model.embed_tokens.weight", np.nan, r"embed_tokens.weight: the embeddings of the calibration tokens are not"),
     ],
 )
-def test_a_weight_that_is_not_finite_is_named(directory, tmp_path, param, message):
+def test_a_weight_that_is_not_finite_or_too_large_is_named(directory, tmp_path, param, bad, message):
     reader = ModelReader(directory)
 
     class Damaged:
@@ -257,7 +258,7 @@ def test_a_weight_that_is_not_finite_is_named(directory, tmp_path, param, messag
         def read(self, logical, as_fp32=False):
             value = reader.read(logical, as_fp32)
             if logical.param == param:
-                value[:, 3] = np.nan
+                value[:, 3] = bad
             return value
 
     with pytest.raises(CheckpointError, match=message):

@@ -104,6 +104,7 @@ def test_a_layout_that_no_reader_of_the_scheme_knows(name: str, format: str, cur
         ("wint4/8", "pt", {"moe_intermediate_size": 1500}, ["experts.0.down_proj", "1500 inputs"]),
         ("fp8", "pt", {"moe_intermediate_size": 1500}, ["experts.0.gate_proj [1500, 2560]", "128"]),
         ("wint8", "paddle", {"moe_intermediate_size": 1520}, ["experts.0.down_proj [2560, 1520]", "64"]),
+        ("w4a8", "paddle", {"intermediate_size": 12280}, ["mlp.down_proj [2560, 12280]", "Use wint8 or wint4 with"]),
         ("w4a8", "paddle", {"moe_intermediate_size": 1472}, ["experts.0.down_proj [2560, 1472]", "128"]),
         ("fp8", "paddle", {"moe_intermediate_size": 1500}, ["experts.0.down_proj", "1500 inputs", "32"]),
         ("wint2", "paddle", {"moe_intermediate_size": 1472}, ["down_proj [2560, 1472]", "128"]),
@@ -138,6 +139,9 @@ def test_group_size_is_chosen_or_given():
 
     assert group(scheme_for("wint4", "pt", config)) == {128}
     assert group(scheme_for("wint4", "pt", config, Options(64))) == {64}
+    assert "Marlin" not in scheme_for("wint4", "pt", config, Options(64)).readers
+    for name in ("wint4", "wint4/8"):
+        assert "Marlin kernels have groups of 128, 64, 32 only" in scheme_for(name, "pt", config, Options(16)).readers
     assert group(scheme_for("wint4/8", "pt", config, Options(32))) == {None, 32}
     with pytest.raises(ConfigError, match="groups of 100"):
         scheme_for("wint4", "pt", config, Options(100))
