@@ -21,7 +21,7 @@ from starlette.staticfiles import StaticFiles
 
 from erniekit.board import chat, forms
 from erniekit.board.access import LOGIN, Cookie, cookie_of, digest_of, with_cookies
-from erniekit.board.runs import COMMANDS, NoRun, Run, Runs, cli, offset_of, short
+from erniekit.board.runs import COMMANDS, NoRun, Runs, cli, offset_of, short
 from erniekit.serve.server_access import Gate
 from erniekit.serve.server_body import read_body
 from erniekit.serve.server_errors import ApiError
@@ -150,19 +150,15 @@ async def _list(board: Board, request: Request) -> Response:
 
 
 async def _poll(board: Board, request: Request) -> Response:
-    """What is new about a run since the marks of the last answer."""
+    """What is new about a run since the marks of the last answer; the results and samples that it has written."""
     run, query = board.runs.get(request.path_params["id"]), request.query_params
 
     def news() -> Body:
         log = run.log(offset_of(query.get("log", "0")))
-        return {"run": run.facts(), "metrics": run.metrics(query.get("metrics", "")), "log": log, **_results(run)}
+        written = {"results": head(run.output / "eval_results.json", 100_000), "samples": run.table("samples.jsonl")}
+        return {"run": run.facts(), "metrics": run.metrics(query.get("metrics", "")), "log": log, **written}
 
     return json_response(await run_in_threadpool(news))
-
-
-def _results(run: Run) -> Body:
-    """What an evaluation measured, and what a run of reinforcement learning wrote."""
-    return {"results": head(run.output / "eval_results.json", 100_000), "samples": run.table("samples.jsonl")}
 
 
 async def _act(board: Board, act: Callable[[Board, Body], Any], request: Request) -> Response:

@@ -184,7 +184,8 @@ class Runs:
             return Run(directory, tuple(map(str, words)), Path(output), created)
         run = Run(directory, (), directory)
         with contextlib.suppress(OSError):  # none, or one that has just been removed
-            return replace(run, created=run.metrics_file.stat().st_mtime) if run.metrics_file.is_file() else None
+            first = run.yaml if run.yaml.is_file() else run.metrics_file  # a training writes its YAML as it starts
+            return replace(run, created=first.stat().st_mtime) if run.metrics_file.is_file() else None
         return None
 
     def is_below(self, path: str) -> bool:

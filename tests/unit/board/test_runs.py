@@ -213,6 +213,9 @@ def test_a_run_that_something_else_started_is_shown(runs: Runs):
     write(Run(directory, (), directory), [{"step": 1, "loss": 2.0}])
     facts = runs.get("by-hand").facts()
     assert facts["state"] == "other" and facts["last"] == {"step": 1, "loss": 2.0} and facts["words"] == ""
+    (directory / "config.yaml").write_text("seed: 1\n")
+    os.utime(directory / "config.yaml", (1000, 1000))
+    assert runs.get("by-hand").created == 1000, "a training writes it as it starts"
     with pytest.raises(UserError):
         runs.start(runs.get("by-hand"))
 
