@@ -81,8 +81,8 @@ def require_text(line: str) -> None:
         line.encode()
     except UnicodeError:
         raise UserError(
-            f"{line[:40]!a} in standard input is not text in {sys.stdin.encoding}. Set PYTHONIOENCODING to the encoding "
-            "that it is in, such as gbk."
+            f"{line[:40]!a} in standard input is not text in {sys.stdin.encoding}. Set PYTHONIOENCODING to the "
+            "encoding that it is in, such as gbk."
         ) from None
 
 
