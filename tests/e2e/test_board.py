@@ -4,6 +4,7 @@ import contextlib
 import importlib.util
 import json
 import os
+import shutil
 import signal
 import threading
 import time
@@ -124,6 +125,11 @@ def test_a_run_of_reinforcement_learning(page: Page, board: BoardProcess, root: 
     cells = page.js("[...document.querySelectorAll('#samples td')].map((cell) => cell.textContent)")
     assert cells == ["1", "user: Sort: 3 1", "<i>1 3", "0.33333"]
     assert page.problems() == []
+    shutil.rmtree(output)
+    page.wait(lambda: page.text("#toasts"), "a message")
+    time.sleep(3)  # another poll
+    assert page.text("#toasts") == "there is no run 'by-hand'", "it is said once"
+    page.problems()
 
 
 def test_a_run_by_clicks_outlives_its_tab_and_its_board(root: Path, workspace: Path):

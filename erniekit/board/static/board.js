@@ -25,6 +25,7 @@ const doc = (...children) => h("p", { class: "doc" }, ...children);
 const button = (text, kind, onclick) => h("button", { class: kind, onclick, type: "button" }, text);
 
 function toast(text) {
+  if ([...$("toasts").children].some((box) => box.textContent === text)) return; // a poll repeats what it says
   const box = div("toast", text);
   $("toasts").append(box);
   setTimeout(() => box.remove(), 8000);
