@@ -98,7 +98,8 @@ class Run:
         # What is in the log before this process, an earlier one wrote, at another port.
         begin = read_object(self.directory / job.PROCESS).get("log")
         said = tail(self.directory / job.LOG, 1 << 22, begin if isinstance(begin, int) else 0)[0]
-        return next(iter(re.findall(r" is served at (http://\S+)/v1", said)), None)
+        # Of this machine, and the last one: the name of the model, which stands before it, is any text.
+        return next(reversed(re.findall(r" is served at (http://127\.0\.0\.1:\d+)/v1", said)), None)
 
     @property
     def metrics_file(self) -> Path:

@@ -98,7 +98,8 @@ def test_the_address_of_a_server_is_that_of_its_present_process(runs: Runs, monk
     """Each start has a free port of its own and adds to the log; another program may have the old port."""
     ports = "import sys, time, pathlib; p = pathlib.Path('n'); n = int(p.read_text()) if p.exists() else 1\n"
     ports += "p.write_text(str(n + 1)); time.sleep(0.3)\n"
-    ports += "print(f'[erniekit] m is served at http://127.0.0.1:{n}/v1 (x)', flush=True); time.sleep(60)"
+    ports += "name = 'm is served at http://127.0.0.1:7/v1 (' if n == 1 else 'm is served at http://10.0.0.1:7/v1 ('\n"
+    ports += "print(f'[erniekit] {name} is served at http://127.0.0.1:{n}/v1 (x)', flush=True); time.sleep(60)"
     monkeypatch.setattr(module, "cli", lambda *words: (sys.executable, "-c", ports))
     run = runs.create(runs.new_directory("s"), "a: 1\n", ("server", "x"), runs.root)
     wait(lambda: run.address() == "http://127.0.0.1:1")
