@@ -21,13 +21,15 @@ from starlette.staticfiles import StaticFiles
 
 from erniekit.board import chat, forms
 from erniekit.board.access import LOGIN, Cookie, cookie_of, digest_of, with_cookies
-from erniekit.board.runs import COMMANDS, NoRun, Run, Runs, cli, short
+from erniekit.board.runs import COMMANDS, NoRun, Runs, cli, offset_of, short
 from erniekit.serve.server_access import Gate
 from erniekit.serve.server_body import read_body
 from erniekit.serve.server_errors import ApiError
 from erniekit.serve.server_responses import error_response, json_response
 from erniekit.utils import log
 from erniekit.utils.errors import UserError
+from erniekit.utils.growing_files import head
+from erniekit.utils.user_files import read_text
 from erniekit.utils.version import __version__
 
 _HERE = Path(__file__).parent
@@ -148,22 +150,15 @@ async def _list(board: Board, request: Request) -> Response:
 
 
 async def _poll(board: Board, request: Request) -> Response:
-    """What is new about a run since the marks of the last answer."""
+    """What is new about a run since the marks of the last answer; the results and samples that it has written."""
     run, query = board.runs.get(request.path_params["id"]), request.query_params
 
     def news() -> Body:
-        offset = query.get("log", "0")
-        tail = run.log(int(offset) if offset.isdecimal() else 0)
-        return {"run": run.facts(), "metrics": run.metrics(query.get("metrics", "")), "log": tail, **_results(run)}
+        log = run.log(offset_of(query.get("log", "0")))
+        written = {"results": head(run.output / "eval_results.json", 100_000), "samples": run.table("samples.jsonl")}
+        return {"run": run.facts(), "metrics": run.metrics(query.get("metrics", "")), "log": log, **written}
 
     return json_response(await run_in_threadpool(news))
-
-
-def _results(run: Run) -> Body:
-    """What an evaluation measured, and what a run of reinforcement learning wrote."""
-    results = run.output / "eval_results.json"
-    text = results.read_text("utf-8")[:100_000] if results.is_file() else ""
-    return {"results": text, "samples": run.table("samples.jsonl")}
 
 
 async def _act(board: Board, act: Callable[[Board, Body], Any], request: Request) -> Response:
@@ -201,16 +196,16 @@ def _form(board: Board, body: Body) -> Body:
         if "key" in body:
             said["yaml"] = text = forms.change(text, _text(body, "key"), _text(body, "value"))
         said["values"] = forms.values(text)
+        return said | forms.check(text, words[0], board.runs, overrides)
     except UserError as error:
         return said | {"problems": {"": [str(error)]}, "notes": []}
-    return said | forms.check(text, words[0], board.runs, overrides)
 
 
 def _source(board: Board, body: Body) -> Body:
     """The text of an example or of a run; that of a run names its output, so that other commands find it there."""
     if "run" in body:
         run = board.runs.get(_text(body, "run"))
-        text = run.yaml.read_text("utf-8")
+        text = _read(board, run.yaml)
         if body.get("copy") is True:
             return {"yaml": text}
         output = "" if body.get("base") else short(run.output)
@@ -219,17 +214,29 @@ def _source(board: Board, body: Body) -> Body:
     name = _text(body, "example")
     if name not in _examples():
         raise UserError(f"there is no example {name[:100]!r}")
-    return {"yaml": Path(name).read_text("utf-8")}
+    return {"yaml": _read(board, Path(name))}
+
+
+def _read(board: Board, path: Path) -> str:
+    """The text of a YAML, links followed only to where the board may read."""
+    if not board.runs.is_below(str(path)):
+        raise UserError(
+            f"{short(path)} is a link to a file that the board may not read. Start it with allow=DIRECTORY."
+        )
+    try:
+        return read_text(path, UserError)
+    except FileNotFoundError:
+        raise UserError(f"there is no file {short(path)}") from None
 
 
 def _start(board: Board, body: Body) -> Body:
     """A new run of a text without problems."""
     text, directory, words, overrides = _asked(board, body)
-    problems = forms.check(text, words[0], board.runs, overrides)["problems"]
-    if problems:
-        raise UserError("\n".join(line for lines in problems.values() for line in lines))
-    written = forms.values(text).get("output_dir", "")
-    output = directory / "output" if overrides or not written else Path(written).expanduser()
+    checked = forms.check(text, words[0], board.runs, overrides)
+    if checked["problems"]:
+        raise UserError("\n".join(line for lines in checked["problems"].values() for line in lines))
+    written = None if overrides else checked["output_dir"]
+    output = Path(written) if written else directory / "output"
     return {"id": board.runs.create(directory, text, words, output.absolute()).id}
 
 

@@ -67,13 +67,16 @@ def change(text: str, name: str, value: str) -> str:
 
 
 def check(text: str, command: str, runs: Runs, words: Sequence[str] = ()) -> dict[str, Any]:
-    """What `config.load` says about a text: `problems` by key, those of no key under "", and `notes`."""
+    """What `config.load` says about a text: `problems` by key, those of no key under "", `notes`, and its
+    `output_dir`, references followed.
+    """
     problems: dict[str, list[str]] = {}
     notes: list[str] = []
+    output = None
     with draft(text, runs) as path:
         try:
             cfg = config.load(str(path), list(words), command)
-            notes = list(cfg.notes)
+            notes, output = list(cfg.notes), cfg.output_dir
             config.require_supported(cfg, command)
             said: Sequence[str] = _outside(cfg, runs)
         except ConfigError as error:
@@ -81,7 +84,8 @@ def check(text: str, command: str, runs: Runs, words: Sequence[str] = ()) -> dic
         for line in [_unnamed(str(path), each) for each in said]:
             key = _KEY.match(line)
             problems.setdefault(key[1] if key and key[1] in _FIELDS else "", []).append(line)
-        return {"problems": problems, "notes": [_unnamed(str(path), note) for note in notes]}
+        notes = [_unnamed(str(path), note) for note in notes]
+        return {"problems": problems, "notes": notes, "output_dir": output}
 
 
 def _unnamed(path: str, line: str) -> str:
@@ -94,13 +98,16 @@ def draft(text: str, runs: Runs) -> Iterator[Path]:
     """A context with a file that holds a text, below the root of the runs. Raises UserError for a text that names
     environment variables, whose values a page must not show, and for one that is too long.
     """
-    if "oc.env" in text:
-        raise UserError("oc.env: the board reads no environment variables. Write the value.")
     if len(text.encode()) > MAX_BYTES:
         raise UserError(f"the YAML has more than {MAX_BYTES} bytes.")
     with tempfile.TemporaryDirectory(prefix=".draft-", dir=runs.root) as directory:
         path = Path(directory) / "draft.yaml"
         path.write_text(text, encoding="utf-8")
+        names = []
+        with contextlib.suppress(ConfigError):  # what is wrong with the text is said by what reads it
+            names = config.environment_variables(str(path))
+        if names:
+            raise UserError(f"${{{names[0]}}}: the board reads no environment variables. Write the value.")
         yield path
 
 

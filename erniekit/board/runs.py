@@ -4,8 +4,7 @@ DIRECTORY/run.yaml is the configuration as written, job.json what was started, p
 it (board.job), log.txt what it printed, and output/ what it wrote, unless its YAML names another directory.
 """
 
-import codecs
-import json
+import contextlib
 import os
 import re
 import secrets
@@ -22,6 +21,7 @@ from erniekit.board import job
 from erniekit.utils import atomic, runtime
 from erniekit.utils.directory_lock import DirectoryLock
 from erniekit.utils.errors import ConfigError, UserError
+from erniekit.utils.growing_files import json_object, read, read_object, tail
 
 COMMANDS = ("train", "eval", "export", "split", "server")
 MAX_LOG = 1 << 16  # bytes of a log in one answer
@@ -66,9 +66,9 @@ class Run:
 
     def pid(self) -> int | None:
         """The process that leads its group; None if it does not run. A number that another process got is not its."""
-        facts = _read_json(self.directory / job.PROCESS)
+        facts = read_object(self.directory / job.PROCESS)
         pid = facts.get("pid")
-        is_it = isinstance(pid, int) and facts["started"] == job.start_time(pid) is not None
+        is_it = isinstance(pid, int) and facts.get("started") == job.start_time(pid) is not None
         return pid if is_it and not (self.directory / job.EXIT).exists() else None
 
     def state(self) -> dict[str, Any]:
@@ -77,8 +77,8 @@ class Run:
         """
         if not self.words:
             return {"state": "other"}
-        ended = _read_json(self.directory / job.EXIT)
-        if ended:
+        ended = read_object(self.directory / job.EXIT)
+        if isinstance(ended.get("code"), int):
             # a training that saved after SIGTERM ends with 0, like one that has made all its steps
             good = "stopped" if ended.get("asked_to_stop") else "done"
             names = {0: good, 128 + signal.SIGTERM: "stopped", 128 + signal.SIGINT: "stopped"}
@@ -96,8 +96,10 @@ class Run:
         if self.command != "server" or not self.pid():
             return None
         # What is in the log before this process, an earlier one wrote, at another port.
-        said = _tail(self.directory / job.LOG, 1 << 22, _read_json(self.directory / job.PROCESS).get("log", 0))[0]
-        return next(iter(re.findall(r" is served at (http://\S+)/v1", said)), None)
+        begin = read_object(self.directory / job.PROCESS).get("log")
+        said = tail(self.directory / job.LOG, 1 << 22, begin if isinstance(begin, int) else 0)[0]
+        # Of this machine, and the last one: the name of the model, which stands before it, is any text.
+        return next(reversed(re.findall(r" is served at (http://127\.0\.0\.1:\d+)/v1", said)), None)
 
     @property
     def metrics_file(self) -> Path:
@@ -107,38 +109,38 @@ class Run:
     def _last(self) -> dict[str, Any]:
         """The newest values of its metrics."""
         last: dict[str, Any] = {}
-        for line in _tail(self.metrics_file, 8192)[0].splitlines()[-20:]:
+        for line in tail(self.metrics_file, 8192)[0].split("\n")[-20:]:
             last |= _record(line) or {}
         return last
 
     def log(self, offset: int) -> dict[str, Any]:
         """The log from a byte on, or its end where there is more of it."""
-        return dict(zip(("text", "offset", "skipped"), _tail(self.directory / job.LOG, MAX_LOG, offset), strict=True))
+        return dict(zip(("text", "offset", "skipped"), tail(self.directory / job.LOG, MAX_LOG, offset), strict=True))
 
     def metrics(self, mark: str) -> dict[str, Any]:
         """The records after `mark`, which an earlier answer gave; all, with `restart`, where the file is another one
         since (a resumed run drops steps that it repeats). `every`: k where only every k-th step is returned.
         """
         try:
-            with open(self.metrics_file, "rb") as file:
-                facts = os.fstat(file.fileno())
-                inode, _, text = mark.partition(":")
-                offset = int(text) if text.isdecimal() and inode == str(facts.st_ino) else 0
-                offset = offset if offset <= facts.st_size else 0
-                file.seek(offset)
-                data = file.read()
+            facts = self.metrics_file.stat()
         except OSError:
             return {"mark": "", "records": [], "restart": bool(mark), "every": 1}
+        inode, _, text = mark.partition(":")
+        offset = offset_of(text) if inode == str(facts.st_ino) else 0
+        offset = offset if offset <= facts.st_size else 0
+        data = read(self.metrics_file, offset)
         whole = data[: data.rfind(b"\n") + 1]
-        records = [record for line in whole.decode(errors="replace").splitlines() if (record := _record(line))]
-        every = max(1, -(-len(records) // MAX_RECORDS))
-        kept = [record for n, record in enumerate(records) if n % every == 0 or "loss" not in record]
+        every = max(1, -(-whole.count(b"\n") // MAX_RECORDS))
+        records = (_record(line.decode(errors="replace")) for line in whole.split(b"\n"))
+        kept = [each for n, each in enumerate(filter(None, records)) if n % every == 0 or "loss" not in each]
         mark = f"{facts.st_ino}:{offset + len(whole)}"
         return {"mark": mark, "records": kept, "restart": offset == 0, "every": every}
 
     def table(self, name: str, most: int = 200) -> list[dict[str, Any]]:
         """The last objects of a file of JSON lines in its output."""
-        return [row for line in _tail(self.output / name, 1 << 20)[0].splitlines()[-most:] if (row := _object(line))]
+        # Not splitlines: a completion may hold other separators of lines, such as U+2028.
+        lines = tail(self.output / name, 1 << 20)[0].split("\n")
+        return [row for line in lines[-most:] if (row := json_object(line))]
 
 
 class Runs:
@@ -162,6 +164,8 @@ class Runs:
 
     def list(self) -> list[Run]:
         """All runs, the newest first."""
+        if not self.root.is_dir():
+            raise UserError(f"{self.root} is not there any more. Start the board again.")
         runs = [run for path in self.root.iterdir() if _NAME.fullmatch(path.name) and (run := self._read(path))]
         return sorted(runs, key=lambda run: -run.created)
 
@@ -175,11 +179,15 @@ class Runs:
     def _read(self, directory: Path) -> Run | None:
         if directory.is_symlink():
             return None
-        facts = _read_json(directory / _JOB)
-        if facts:
-            return Run(directory, tuple(facts["words"]), Path(facts["output"]), facts["created"])
+        facts = read_object(directory / _JOB)
+        words, output, created = (facts.get(name) for name in ("words", "output", "created"))
+        if words and isinstance(words, list) and isinstance(output, str) and isinstance(created, int | float):
+            return Run(directory, tuple(map(str, words)), Path(output), created)
         run = Run(directory, (), directory)
-        return replace(run, created=run.metrics_file.stat().st_mtime) if run.metrics_file.is_file() else None
+        with contextlib.suppress(OSError):  # none, or one that has just been removed
+            first = run.yaml if run.yaml.is_file() else run.metrics_file  # a training writes its YAML as it starts
+            return replace(run, created=first.stat().st_mtime) if run.metrics_file.is_file() else None
+        return None
 
     def is_below(self, path: str) -> bool:
         """Whether a path, with all links followed, is below a directory that the board may use."""
@@ -243,46 +251,20 @@ class Runs:
             os.kill(pid, signal.SIGTERM)
 
 
+def offset_of(text: str) -> int:
+    """The place in a file that a page asks for; 0 for what is none."""
+    return int(text) if text.isdecimal() and len(text) < 20 else 0
+
+
 def short(path: Path) -> str:
     """A path as a user of the working directory writes it."""
     path = path.absolute()
     return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        return _object(path.read_text(encoding="utf-8", errors="replace")) or {}
-    except OSError:
-        return {}
-
-
-def _object(text: str) -> dict[str, Any] | None:
-    try:
-        content = json.loads(text, parse_constant=lambda word: None)
-    except (ValueError, RecursionError):
-        return None
-    return content if isinstance(content, dict) else None
-
-
 def _record(line: str) -> dict[str, Any] | None:
     """The numbers of a line of metrics.jsonl."""
-    record = _object(line)
+    record = json_object(line)
     if record is None or type(record.get("step")) is not int:
         return None
     return {name: value for name, value in record.items() if value is None or type(value) in (int, float)}
-
-
-def _tail(path: Path, most: int, offset: int = 0) -> tuple[str, int, int]:
-    """(the text from a byte on, the byte after it, how many bytes before it were left out)."""
-    try:
-        with open(path, "rb") as file:
-            size = os.fstat(file.fileno()).st_size
-            start = offset if offset <= size else 0
-            begin = max(start, size - most)
-            file.seek(begin)
-            data = file.read(most)
-    except OSError:
-        return "", 0, 0
-    decoder = codecs.getincrementaldecoder("utf-8")("replace")
-    text = decoder.decode(data)
-    return text, begin + len(data) - len(decoder.getstate()[0]), begin - start  # half a character waits for its rest

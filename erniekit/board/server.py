@@ -3,7 +3,6 @@
 import os
 import secrets
 from pathlib import Path
-from typing import Any
 
 from erniekit.board.runs import Runs, short
 from erniekit.utils import log, runtime
@@ -15,7 +14,7 @@ try:
 
     from erniekit.board.app import Board, make_app
     from erniekit.serve.server_access import key_digests, require_key_if_reachable
-    from erniekit.serve.server_socket import listen, url_of
+    from erniekit.serve.server_socket import UVICORN, listen, url_of
 except ModuleNotFoundError as error:
     missing = (error.name or "").partition(".")[0]
     if missing not in ("starlette", "uvicorn", "httpx"):
@@ -50,8 +49,7 @@ def serve(
             log.info(f"runs are in {short(runs.root)}, and continue when the board ends; it may read and write below:")
             log.info("  " + ", ".join(dict.fromkeys(str(root) for root in runs.roots)))
             log.info(f"board: {link} (this process ends by Ctrl-C)")
-            quiet: Any = {"log_level": "warning", "access_log": False, "server_header": False}
-            config = uvicorn.Config(make_app(board), timeout_graceful_shutdown=1, **quiet)
+            config = uvicorn.Config(make_app(board), timeout_graceful_shutdown=1, **UVICORN)
             uvicorn.Server(config).run(sockets=[listening])
     finally:
         runs.close()

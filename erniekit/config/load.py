@@ -38,6 +38,11 @@ def load(
     return _finish(state, path, command)
 
 
+def environment_variables(path: str) -> list[str]:
+    """The environment variables that values of a file refer to. Raises ConfigError for a file that cannot be read."""
+    return references.variables(read.read_file(path, is_known))
+
+
 def is_known(name: str) -> bool:
     """Whether a name is a key of the schema or has a compatibility rule."""
     return name in _FIELDS or name in RULES

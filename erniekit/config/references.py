@@ -5,6 +5,7 @@
 `${`. Anything else is an error that names the key and its place, since nobody names a directory ${NAME} on purpose.
 """
 
+import contextlib
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -31,6 +32,15 @@ def resolve(layers: Sequence[Sequence[Entry]]) -> list[list[Entry]]:
     given: dict[str, Entry] = {entry.name: entry for entries in layers for entry in entries}
     resolver = _Resolver(given)
     return [[replace(entry, value=resolver.value(entry)) for entry in entries] for entries in layers]
+
+
+def variables(entries: Sequence[Entry]) -> list[str]:
+    """The environment variables that values refer to. None of them is read."""
+    finder = _Finder({entry.name: entry for entry in entries})
+    for entry in entries:
+        with contextlib.suppress(ConfigError):  # `resolve` reports what is wrong with a reference
+            finder.value(entry)
+    return finder.names
 
 
 class _Resolver:
@@ -137,3 +147,15 @@ class _Resolver:
 
     def _refuse(self, whole: str, why: str) -> NoReturn:
         raise ConfigError(f"{self._entry.name}: {whole}: {why} ({self._entry.place}).")
+
+
+class _Finder(_Resolver):
+    """Notes the names of environment variables, without their values."""
+
+    def __init__(self, given: Mapping[str, Entry]):
+        super().__init__(given)
+        self.names: list[str] = []
+
+    def _variable(self, whole: str, name: str, default: str | None) -> str:
+        self.names.append(name)
+        return ""

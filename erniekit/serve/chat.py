@@ -102,6 +102,7 @@ def _answer(conversation: Conversation, screen: "Screen", question: str) -> bool
     if has_media(question) and not conversation.sees_pictures:
         screen.note("this is a model of text alone: <image> and <video> are read as text")
     try:
+        streams.require_text(question)
         with closing(conversation.ask(question)) as pieces:
             screen.show(pieces)
     except KeyboardInterrupt:

@@ -5,7 +5,6 @@ One process, one port. It is for checking and using a model beside its training,
 
 import asyncio
 import socket
-from typing import Any
 
 from erniekit.config import Config
 from erniekit.generation.load import ChatModel
@@ -22,7 +21,7 @@ try:
     from erniekit.serve.server_app import make_app
     from erniekit.serve.server_engine import EngineThread
     from erniekit.serve.server_metrics import Metrics
-    from erniekit.serve.server_socket import listen, url_of
+    from erniekit.serve.server_socket import UVICORN, listen, url_of
     from erniekit.serve.server_state import Served
 except ModuleNotFoundError as error:
     missing = (error.name or "").partition(".")[0]
@@ -71,8 +70,7 @@ class HttpServer(uvicorn.Server):
     """
 
     def __init__(self, served: "Served") -> None:
-        quiet: Any = {"log_level": "warning", "access_log": False, "server_header": False}
-        super().__init__(uvicorn.Config(make_app(served), timeout_graceful_shutdown=GRACE + 3, **quiet))
+        super().__init__(uvicorn.Config(make_app(served), timeout_graceful_shutdown=GRACE + 3, **UVICORN))
         self._thread = served.thread
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:

@@ -50,5 +50,5 @@ def closing() -> ApiError:
 
 
 def to_json(body: Any) -> bytes:
-    """JSON as bytes of UTF-8."""
-    return json.dumps(body, ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode()
+    """JSON as bytes of UTF-8; half of a surrogate pair, which UTF-8 has not, becomes a question mark."""
+    return json.dumps(body, ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode("utf-8", "replace")

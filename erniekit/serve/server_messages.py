@@ -4,7 +4,7 @@ import io
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 from urllib.parse import unquote, urlsplit
 
 from PIL import Image
@@ -130,7 +130,7 @@ class Messages:
         parsed = arguments
         if isinstance(arguments, str):
             try:
-                parsed = json.loads(arguments or "{}")
+                parsed = json.loads(arguments or "{}", parse_constant=_no_constant)
             except (ValueError, RecursionError) as error:
                 raise _wrong(f"{name}.function.arguments", f"not valid JSON: {error}") from None
         parsed = {} if parsed is None else parsed
@@ -252,16 +252,24 @@ def read_tools(tools: list[Any], choice: Any) -> list[dict[str, Any]] | None:
     if len(tools) > MAX_TOOLS:
         raise _wrong("tools", f"at most {MAX_TOOLS}, got {len(tools)}")
     for i, tool in enumerate(tools):
-        function = tool.get("function") if isinstance(tool, dict) else None
+        is_function = isinstance(tool, dict) and tool.get("type", "function") == "function"
+        function = tool.get("function") if is_function else None
         if not isinstance(function, dict) or not isinstance(function.get("name"), str) or not function["name"]:
             raise _wrong(f"tools[{i}]", 'expected {"type": "function", "function": {"name", "parameters"}}')
-        parameters = function.get("parameters")
-        if parameters is not None and not isinstance(parameters, dict):
-            name = f"tools[{i}].function.parameters"
-            raise _wrong(name, f"expected a JSON schema of an object, got {type_name(parameters)}")
+        _check_parameters(function.get("parameters"), f"tools[{i}].function.parameters")
     if not tools or choice == "none":
         return None
     return tools
+
+
+def _check_parameters(parameters: Any, name: str) -> None:
+    """Raises ApiError for a schema of the arguments of a call, which are an object, that is of anything else."""
+    if parameters is None:
+        return
+    if not isinstance(parameters, dict):
+        raise _wrong(name, f"expected a JSON schema of an object, got {type_name(parameters)}")
+    if parameters.get("type") not in (None, "object"):
+        raise _wrong(f"{name}.type", f"expected object, got {json.dumps(parameters['type'])[:40]}")
 
 
 def called_tools(tools: Sequence[dict[str, Any]] | None, choice: Any) -> list[dict[str, Any]]:
@@ -302,6 +310,10 @@ def _text(value: Any, name: str, required: bool = False) -> str:
     if not isinstance(value, str):
         raise _wrong(name, f"expected text, got {type_name(value)}")
     return value
+
+
+def _no_constant(word: str) -> NoReturn:
+    raise ValueError(f"{word} is not a number of JSON")
 
 
 def _wrong(name: str, what: str) -> ApiError:

@@ -1,8 +1,18 @@
-"""The socket that a server listens to."""
+"""The socket that a server listens to, and what all servers tell uvicorn."""
 
 import socket
+from typing import Any
 
 from erniekit.utils.errors import ConfigError
+
+# Whatever else is installed: h11 bounds the headers of a request, and a request for a websocket is one like any other.
+UVICORN: dict[str, Any] = {
+    "log_level": "warning",
+    "access_log": False,
+    "server_header": False,
+    "http": "h11",
+    "ws": "none",
+}
 
 
 def listen(host: str, port: int) -> socket.socket:

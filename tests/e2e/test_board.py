@@ -4,6 +4,7 @@ import contextlib
 import importlib.util
 import json
 import os
+import shutil
 import signal
 import threading
 import time
@@ -106,7 +107,8 @@ def test_a_run_of_reinforcement_learning(page: Page, board: BoardProcess, root: 
     names = ["reward", "eval_reward", "entropy", *(f"rollout/part{number}" for number in range(40))]
     with open(output / "metrics.jsonl", "w") as file:
         for step in range(1, 30):
-            same = dict.fromkeys(names, 1 + step % 2 * 2e-16)
+            same: dict[str, float | None] = dict.fromkeys(names, 1 + step % 2 * 2e-16)
+            same |= {"entropy": None} if step == 9 else {}
             file.write(json.dumps({"step": step, "loss": float("nan") if step == 7 else 1 / step, **same}) + "\n")
     samples = [
         {"step": 1, "prompt": [{"role": "user", "content": "Sort: 3 1"}], "completion": "<i>1 3", "reward": 1 / 3}
@@ -116,12 +118,18 @@ def test_a_run_of_reinforcement_learning(page: Page, board: BoardProcess, root: 
     page.wait(lambda: page.js("document.querySelectorAll('#more-charts canvas').length") == 32, "the curves")
     titles = page.js("[...document.querySelectorAll('#charts h3')].map((title) => title.textContent)")
     assert titles[:4] == ["loss", "reward", "eval_reward", "entropy"] and len(titles) == 12
-    assert "32" in page.text("#more summary") and "step 7" in page.text("#remarks")
+    assert "32" in page.text("#more summary") and not page.find("#log-part").is_displayed()
+    assert all(word in page.text("#remarks") for word in ("loss", "step 7", "entropy", "step 9"))
     page.js("($('more').open = true)")
     page.wait(lambda: page.js("document.querySelector('#more-charts canvas').clientWidth") > 200, "wide curves")
     cells = page.js("[...document.querySelectorAll('#samples td')].map((cell) => cell.textContent)")
     assert cells == ["1", "user: Sort: 3 1", "<i>1 3", "0.33333"]
     assert page.problems() == []
+    shutil.rmtree(output)
+    page.wait(lambda: page.text("#toasts"), "a message")
+    time.sleep(3)  # another poll
+    assert page.text("#toasts") == "there is no run 'by-hand'", "it is said once"
+    page.problems()
 
 
 def test_a_run_by_clicks_outlives_its_tab_and_its_board(root: Path, workspace: Path):

@@ -25,6 +25,7 @@ const doc = (...children) => h("p", { class: "doc" }, ...children);
 const button = (text, kind, onclick) => h("button", { class: kind, onclick, type: "button" }, text);
 
 function toast(text) {
+  if ([...$("toasts").children].some((box) => box.textContent === text)) return; // a poll repeats what it says
   const box = div("toast", text);
   $("toasts").append(box);
   setTimeout(() => box.remove(), 8000);
@@ -71,6 +72,7 @@ const sizeOf = (bytes) => Math.abs(bytes) >= 1e9 ? `${(bytes / 1e9).toFixed(1)} 
 
 const isLong = (value) => Math.abs(value) >= 1e5 || (value !== 0 && Math.abs(value) < 1e-3);
 const number = (value) => value == null ? "" : isLong(value) ? value.toExponential(2) : String(+value.toPrecision(5));
+const tick = (value) => isLong(value) ? (+value.toPrecision(6)).toExponential().replace("e+", "e") : number(value);
 
 // The list of runs
 
@@ -111,8 +113,10 @@ function runsPage() {
 // One run, or several to compare
 
 const COLOURS = ["#3b6fe0", "#e0733b", "#2a9d6f", "#a04fd0", "#d0457e", "#8a7a2e", "#2f9fc0", "#777"];
-const FIRST = ["loss", "eval_loss", "reward", "eval_reward", "accuracy", "eval_accuracy", "entropy",
-  "completions/mean_length", "learning_rate", "grad_norm", "tokens_per_second"];
+const FIRST = ["loss", "eval_loss", "reward", "eval_reward", "accuracy", "eval_accuracy", "reward_accuracy",
+  "eval_reward_accuracy", "reward_margin", "eval_reward_margin", "entropy", "completions/mean_length",
+  "learning_rate", "grad_norm", "tokens_per_second"];
+const STEPS = [...Array(12).keys()].flatMap((power) => [1, 2, 5].map((each) => each * 10 ** power));
 
 // Six digits: an axis of values that differ in their last bits alone would have ticks without end.
 const smoothed = (values, share, mean = null) => values.map(
@@ -120,7 +124,7 @@ const smoothed = (values, share, mean = null) => values.map(
 
 class Charts {
   constructor(ids) {
-    [this.ids, this.data, this.plots] = [ids, new Map(ids.map((id) => [id, []])), new Map()];
+    [this.ids, this.data, this.plots, this.remarks] = [ids, new Map(ids.map((id) => [id, []])), new Map(), new Map()];
     on("smooth", "input", () => this.draw(false));
     on("log-scale", "input", () => this.draw(true));
     const observer = new ResizeObserver(() => this.plots.forEach((plot, name) => plot.setSize(this.size(name))));
@@ -131,7 +135,7 @@ class Charts {
     const records = this.data.get(id);
     if (news.restart) records.length = 0;
     records.push(...news.records);
-    if (news.every > 1) $("remarks").textContent = say("every", news.every);
+    if (news.every > 1) this.remarks.set("", say("every", news.every));
     return news.restart || news.records.length > 0;
   }
 
@@ -146,6 +150,7 @@ class Charts {
     $("charts-part").hidden = !names.size;
     [...names].sort((a, b) => place(a) - place(b) || a.localeCompare(b)).forEach((name, n) =>
       this.drawOne(name, again, names.size > 15 && n >= 12 ? "more-charts" : "charts"));
+    $("remarks").textContent = [...this.remarks.values()].slice(0, 3).join("; ");
     $("more").hidden = names.size <= 15;
     $("more").firstElementChild.textContent = say("more_curves", names.size - 12);
   }
@@ -155,7 +160,7 @@ class Charts {
     const tables = this.ids.map((id) => {
       const records = this.data.get(id).filter((record) => name in record);
       const missing = records.find((record) => record[name] === null);
-      if (missing) $("remarks").textContent = say("no_number", `${id}: ${name}`, missing.step);
+      if (missing) this.remarks.set(`${id}: ${name}`, say("no_number", `${id}: ${name}`, missing.step));
       return [records.map((record) => record.step), smoothed(records.map((record) => record[name]), share)];
     });
     const data = uPlot.join(tables);
@@ -171,12 +176,13 @@ class Charts {
     const positive = data.slice(1).flat().every((value) => value == null || value > 0);
     const [ink, line] = [getComputedStyle($("remarks")).color, getComputedStyle($("log")).borderTopColor];
     const axis = { stroke: ink, grid: { stroke: line, width: 1 }, ticks: { stroke: line, width: 1 } };
-    const value = (plot, each) => number(each);
-    const series = this.ids.map((label, n) => ({ label, value, stroke: COLOURS[n % COLOURS.length], width: 1.6,
-      spanGaps: true, points: { show: tables[n][0].length < 3 } }));
+    const wide = (plot, ticks) => Math.max(62, 18 + 8 * Math.max(...(ticks ?? [""]).map((each) => each.length)));
+    // A null is a gap in a curve; a step that only other runs have is none.
+    const series = this.ids.map((label, n) => ({ label, stroke: COLOURS[n % COLOURS.length], width: 1.6,
+      value: (plot, each) => number(each), points: { show: tables[n][0].length < 3 } }));
     return {
       series: [{ label: T.step }, ...series],
-      axes: [{ ...axis, size: 30 }, { ...axis, size: 62, values: (plot, ticks) => ticks.map(number) }],
+      axes: [{ ...axis, size: 30, incrs: STEPS }, { ...axis, size: wide, values: (plot, ticks) => ticks.map(tick) }],
       scales: { x: { time: false }, y: { distr: $("log-scale").checked && positive ? 3 : 1 } },
       legend: { show: this.ids.length > 1 },
       cursor: { sync: { key: "step" } },
@@ -213,7 +219,8 @@ function runPage() {
       $("words").textContent = run.words;
     }
     $("results").textContent = results;
-    [$("log-part").hidden, $("results-part").hidden, $("samples-part").hidden] = [false, !results, !samples.length];
+    // What something else has started has no log here.
+    [$("log-part").hidden, $("results-part").hidden, $("samples-part").hidden] = [!run.words, !results, !samples[0]];
     const box = $("log");
     const atEnd = box.scrollTop + box.clientHeight >= box.scrollHeight - 8;
     if (log.offset < offset) box.textContent = "";

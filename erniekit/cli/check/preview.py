@@ -92,6 +92,10 @@ def _sizes(record: Encoded, document: Document, number: int) -> str:
     parts = [count_of(len(document.ids), "token"), f"{trained} of them trained"]
     if document.pictures is not None:
         parts.append(f"{int((document.pictures.modality > 0).sum())} of pictures and videos")
+    if document.pair is not None:
+        parts.append("first the chosen answer, then the rejected one")
+    if document.is_good is not None:
+        parts.append(f"the answer is judged {'good' if document.is_good else 'bad'}")
     if record.cut:
         parts.append("too long: rounds are left out")
     if record.shrunk:

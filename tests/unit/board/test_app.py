@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import socket
 import stat
 import threading
@@ -308,6 +309,39 @@ def test_a_run_is_started_watched_and_used_by_the_next_command(page: TestClient,
     assert words[3:5] == ["host=127.0.0.1", "port=0"]
     key = Path(words[5].removeprefix("api_key_file="))
     assert stat.S_IMODE(key.stat().st_mode) == 0o600 and len(key.read_text()) > 20
+
+
+def test_a_run_is_looked_for_where_its_yaml_says_after_references(page: TestClient, root: Path, monkeypatch):
+    monkeypatch.setattr("erniekit.board.runs.cli", lambda *words: ("true",))
+    named = f"output_dir: {root}/${{run_name}}\nrun_name: by-name"
+    asked = {"yaml": text_of(page).replace("output_dir: ./demo_output/dense", named), "command": "train", "name": "a"}
+    identity = page.post("/api/start", json=asked).json()["id"]
+    (root / "by-name").mkdir()
+    (root / "by-name" / "metrics.jsonl").write_text('{"step": 1, "loss": 2.0}\n')
+    assert page.get(f"/api/runs/{identity}").json()["metrics"]["records"] == [{"step": 1, "loss": 2.0}]
+    asked["yaml"] += "logging_dir: ${HOME}\n"
+    assert "environment" in page.post("/api/form", json=asked).json()["problems"][""][0]
+    assert "environment" in error(page.post("/api/start", json=asked))
+
+
+def test_a_source_that_cannot_be_read_is_an_error(tmp_path: Path, monkeypatch):
+    work = tmp_path / "work"
+    (work / "directory.yaml").mkdir(parents=True)
+    monkeypatch.chdir(work)
+    (work / "gbk.yaml").write_bytes("seed: 1  # 中文\n".encode("gbk"))
+    (tmp_path / "elsewhere.yaml").write_text("seed: 1\n")
+    (work / "link.yaml").symlink_to(tmp_path / "elsewhere.yaml")
+    (work / "nowhere.yaml").symlink_to(work / "missing")
+    run = work / "runs" / "by-hand"
+    run.mkdir(parents=True)
+    (run / "metrics.jsonl").write_text('{"step": 1}\n')
+    said = {"gbk": "not UTF-8", "directory": "a directory", "nowhere": "there is no file", "link": "allow=DIRECTORY"}
+    with client(Board(Runs(work / "runs"), (), "127.0.0.1", (), "board")) as page:
+        for name, reason in said.items():
+            assert reason in error(page.post("/api/source", json={"example": f"{name}.yaml"})), name
+        assert "there is no file runs/by-hand/config.yaml" in error(page.post("/api/source", json={"run": "by-hand"}))
+        shutil.rmtree(work / "runs")
+        assert "not there any more" in error(page.get("/api/runs"))
 
 
 def test_data_and_plan_are_those_of_the_commands(page: TestClient):

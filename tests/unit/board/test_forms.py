@@ -134,8 +134,9 @@ def test_what_is_no_configuration_is_refused(runs: Runs):
     assert forms.values('{"seed": 1}') == {"seed": "1"} and forms.values("") == {}
     with pytest.raises(UserError, match="unknown key"):
         forms.change("", "sede", "2")
-    with pytest.raises(UserError, match="environment"):
-        forms.check("output_dir: ${oc.env:HOME}\n", "train", runs)
+    for value in ("${oc.env:HOME}", "${env:HOME}", "${HOME}", '"${\\x6fc.env:HOME}"', "${oc.env:HOME,x}"):
+        with pytest.raises(UserError, match=r"^\$\{HOME\}: the board reads no environment"):
+            forms.check(f"output_dir: {value}\n", "train", runs)
     with pytest.raises(UserError, match="bytes"):
         forms.check("#" * (MAX_BYTES + 1), "train", runs)
 

@@ -13,6 +13,7 @@ from support.source_tree import REPOSITORY
 from erniekit.board import job
 from erniekit.board import runs as module
 from erniekit.board.runs import MAX_LOG, MAX_RECORDS, Run, Runs
+from erniekit.serve.server_responses import json_response
 from erniekit.utils.errors import ConfigError, UserError
 
 # A stand-in for a training: it says that it has begun, and what SIGTERM makes it do.
@@ -97,7 +98,8 @@ def test_the_address_of_a_server_is_that_of_its_present_process(runs: Runs, monk
     """Each start has a free port of its own and adds to the log; another program may have the old port."""
     ports = "import sys, time, pathlib; p = pathlib.Path('n'); n = int(p.read_text()) if p.exists() else 1\n"
     ports += "p.write_text(str(n + 1)); time.sleep(0.3)\n"
-    ports += "print(f'[erniekit] m is served at http://127.0.0.1:{n}/v1 (x)', flush=True); time.sleep(60)"
+    ports += "name = 'm is served at http://127.0.0.1:7/v1 (' if n == 1 else 'm is served at http://10.0.0.1:7/v1 ('\n"
+    ports += "print(f'[erniekit] {name} is served at http://127.0.0.1:{n}/v1 (x)', flush=True); time.sleep(60)"
     monkeypatch.setattr(module, "cli", lambda *words: (sys.executable, "-c", ports))
     run = runs.create(runs.new_directory("s"), "a: 1\n", ("server", "x"), runs.root)
     wait(lambda: run.address() == "http://127.0.0.1:1")
@@ -212,5 +214,40 @@ def test_a_run_that_something_else_started_is_shown(runs: Runs):
     write(Run(directory, (), directory), [{"step": 1, "loss": 2.0}])
     facts = runs.get("by-hand").facts()
     assert facts["state"] == "other" and facts["last"] == {"step": 1, "loss": 2.0} and facts["words"] == ""
+    (directory / "config.yaml").write_text("seed: 1\n")
+    os.utime(directory / "config.yaml", (1000, 1000))
+    assert runs.get("by-hand").created == 1000, "a training writes it as it starts"
     with pytest.raises(UserError):
         runs.start(runs.get("by-hand"))
+
+
+def test_one_broken_run_hides_no_other(runs: Runs):
+    """Files that were damaged, or that another program wrote under these names."""
+    good = start(runs, "good", "quick0")
+    facts = {"words": ["train", "x"], "output": str(runs.root / "o"), "created": 1}
+    for n, job_file in enumerate(
+        ({"a": 1}, {"words": "train", "output": 5}, facts | {"words": []}, facts | {"created": ""})
+    ):
+        (runs.root / f"job{n}").mkdir()
+        (runs.root / f"job{n}" / "job.json").write_text(json.dumps(job_file))
+    for name in ("process", "exit"):
+        (runs.root / name).mkdir()
+        (runs.root / name / "job.json").write_text(json.dumps(facts))
+        (runs.root / name / f"{name}.json").write_text('{"pid": 1}')
+    os.mkfifo(runs.root / "job0" / "metrics.jsonl")
+    assert {run.id: run.facts()["state"] for run in runs.list() if run != good} == {
+        "process": "killed",
+        "exit": "killed",
+    }
+
+
+def test_numbers_that_json_lacks_and_odd_texts_do_not_end_the_page_of_a_run(runs: Runs):
+    run = start(runs, "a", "quick0")
+    write(run, [])
+    run.metrics_file.write_text('{"step": 1, "loss": 1e999}\n{"step": 2, "loss": -Infinity}\n')
+    rows = [{"text": "a\u2028b"}, {"text": "c\x85d"}, {"text": "\ud800"}]
+    lines = [json.dumps(row, ensure_ascii="\ud800" in row["text"]) for row in rows]
+    (run.output / "samples.jsonl").write_text("\n".join([*lines, '{"reward": 1e999}']), encoding="utf-8")
+    assert run.metrics("")["records"] == [{"step": 1, "loss": None}, {"step": 2, "loss": None}]
+    assert run.table("samples.jsonl") == [*rows, {"reward": None}]
+    assert b"?" in json_response(run.table("samples.jsonl")).body

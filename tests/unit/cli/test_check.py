@@ -82,6 +82,19 @@ def test_the_example_shows_what_is_trained(given):
     assert "not trained: '<|begin_of_sentence|>User: q 0\\nAssistant: '\ntrained:     'a 0</s>'" in ok
 
 
+def test_the_example_says_which_answer_is_the_better_one(given, tmp_path, capsys):
+    pair = {"src": ["q"], "tgt": [], "response": [["worse"], ["better"]], "sort": [0, 1]}
+    judged = [{"src": "q", "tgt": "a", "label": label} for label in (True, False)]
+    for stage, records in (("DPO", [pair]), ("KTO", judged)):
+        (tmp_path / f"{stage}.jsonl").write_text("\n".join(map(json.dumps, records)))
+    args = {"eval_dataset_path": None, "do_eval": None}
+    ok = findings([*given(stage="DPO", train_dataset_path=tmp_path / "DPO.jsonl", **args)], "ok")
+    assert "trained, first the chosen answer, then the rejected one" in ok and ok.index("better") < ok.index("worse")
+    check.run([*given(stage="KTO", train_dataset_path=tmp_path / "KTO.jsonl", **args), "preview=2"])
+    said = " ".join(capsys.readouterr().out.split())
+    assert said.index("the answer is judged good") < said.index("the answer is judged bad")
+
+
 def test_it_needs_no_paddle_where_output_dir_is_new(given):
     code = (
         "import sys; from erniekit.cli.main import main; code = main(['check', *sys.argv[1:]]); "

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from erniekit.config import load
+from erniekit.config import environment_variables, load
 from erniekit.utils.errors import ConfigError
 
 
@@ -103,3 +103,13 @@ def test_references_that_double_are_bounded():
 
 def test_values_without_effect_are_resolved_too():
     assert dict(load(None, {"metrics_output_path": "${RUNROOT}"}, "version").extras) == {"metrics_output_path": "/runs"}
+
+
+def test_environment_variables_are_found_however_they_are_written(tmp_path: Path):
+    path = tmp_path / "x.yaml"
+    path.write_text(
+        'output_dir: "${\\x6fc.env:RUNROOT}/${STEPS}"\nlogging_dir: ${oc.env:ABSENT,${env:LAST}}\nseed: ${max_steps}\n'
+        "max_steps: 3  # ${COMMENT}\nrun_name: $${LITERAL}\neval_dataset_path: [a, '${LISTED}']\n"
+        "project: ${${INNER}}\n"
+    )
+    assert sorted(environment_variables(str(path))) == ["ABSENT", "INNER", "LAST", "LISTED", "RUNROOT", "STEPS"]

@@ -255,7 +255,10 @@ def test_from_python(model_dir: Path):
         ({"tools": TOOLS, "tool_choice": {"function": {"name": "weather"}}}, "tool_choice", "weather, forecast"),
         ({"tools": TOOLS, "tool_choice": {"type": "function"}}, "tool_choice", "weather, forecast"),
         (
-            {"tools": [{"function": {"name": "f", "parameters": {"type": "foo"}}}], "tool_choice": "required"},
+            {
+                "tools": [{"function": {"name": "f", "parameters": {"properties": {"a": {"type": "foo"}}}}}],
+                "tool_choice": "required",
+            },
             "tool_choice",
             "foo",
         ),

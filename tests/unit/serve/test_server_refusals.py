@@ -81,6 +81,11 @@ def server(model_dir: Path, model: ChatModel):
         ({"tool_choice": "auto"}, "tool_choice", "no tools"),
         ({"tools": [{}]}, "tools[0]", "function"),
         ({"tools": [{"function": {"name": "f", "parameters": True}}]}, "tools[0].function.parameters", "got boolean"),
+        ({"tools": [{"function": {"name": "f", "parameters": {"type": "array"}}}]}, "tools[0].function.parameters.type",
+         'expected object, got "array"'),
+        ({"tools": [{"type": "custom", "function": {"name": "f"}}]}, "tools[0]", '"type": "function"'),
+        ({"messages": [{"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": '{"a": NaN}'}}]}]},
+         "messages[0].tool_calls[0].function.arguments", "NaN is not a number"),
         ({"enable_thinking": True}, "enable_thinking", "never thinks"),
         ({"chat_template_kwargs": {"tokenize": False}}, "chat_template_kwargs.tokenize", "unknown field"),
         ({"chat_template": "{{ 1 }}"}, "chat_template", "unknown field"),
@@ -366,6 +371,19 @@ def test_an_engine_that_fails_says_so(model_dir: Path, model: ChatModel, monkeyp
         assert "ZeroDivisionError" in dying.bad(status=500)["message"]
         assert error_of(dying.http.get("/health"), 503)["code"] == "engine_failed"
         assert dying.bad(status=503)["code"] == "engine_failed", "later requests do not wait for ever"
+
+
+def test_a_request_for_a_websocket_is_answered_like_any_other(model_dir: Path):
+    upgrade = {
+        "Connection": "Upgrade",
+        "Upgrade": "websocket",
+        "Sec-WebSocket-Key": "eA==",
+        "Sec-WebSocket-Version": "13",
+    }
+    with serving(model_dir) as url:
+        answer = httpx.get(f"{url}/models", headers=KEY_HEADER | upgrade)
+        assert answer.status_code == 200 and answer.json()["object"] == "list"
+        error_of(httpx.get(f"{url}/ws", headers=KEY_HEADER | upgrade), 404)
 
 
 def test_a_server_that_ends_tells_its_clients(model_dir: Path, monkeypatch: pytest.MonkeyPatch, capfd):
