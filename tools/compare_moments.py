@@ -13,7 +13,7 @@ from pathlib import Path
 import comparison
 import numpy as np
 
-# Host memory for the state (offload_optim) changes no bit: tests/unit/training/test_state_home.py.
+# Host memory for the state (offload_optim) changes no bit: tests/unit/training/test_state_storage.py.
 VARIANTS = {"fp32": "fp32", "bf16": "bf16", "8 bits": "8bit"}
 
 

@@ -39,7 +39,7 @@ COMMANDS = {
     ),
     "plan": Command(
         "erniekit.cli.plan:run",
-        "say whether a run fits the GPUs and how long it takes, without weights and without a GPU",
+        "plan a run: whether it fits the GPUs and how long it takes, without weights and without a GPU",
         "erniekit plan sft.yaml gpus=96 gpu=H800",
         "erniekit plan CONFIG.yaml [key=value ...] [gpus=N] [gpu=NAME] [gpus_per_node=8] [json=OUT.json]\n"
         "       [search=true] [chart=OUT.png] [tokens=N] [memory=GB] [document_tokens=N] [picture_tokens=N]\n"
@@ -63,7 +63,7 @@ COMMANDS = {
     ),
     "eval": Command(
         "erniekit.evaluate.run:evaluate",
-        "measure a model on an evaluation set",
+        "evaluate a model on a data set or a benchmark",
         "erniekit eval run_eval.yaml output_dir=./output",
         takes_config=True,
     ),
@@ -75,13 +75,13 @@ COMMANDS = {
     ),
     "split": Command(
         "erniekit.export.split:split",
-        "write a model again in shards of another size",
+        "rewrite a model with weight files of another size",
         "erniekit split run_export.yaml max_shard_size=2",
         takes_config=True,
     ),
     "convert": Command(
         "erniekit.cli.convert:run",
-        "change weights between the -PT and -Paddle layouts",
+        "convert weights between the -PT and -Paddle layouts",
         "erniekit convert ./in ./out format=pt",
         "erniekit convert SOURCE TARGET format=pt|paddle [max_shard_size=5] [overwrite=true]",
         (
@@ -108,19 +108,19 @@ COMMANDS = {
     ),
     "chat": Command(
         "erniekit.serve.chat:chat",
-        "talk to a model in the terminal, about pictures too (<image>path</image>, /image path)",
+        "chat with a model in the terminal, also about pictures (<image>path</image>, /image path)",
         "erniekit chat run_chat.yaml temperature=0.7",
         takes_config=True,
     ),
     "server": Command(
         "erniekit.serve.server:serve",
-        "answer OpenAI's clients over HTTP (`erniekit serve` is another name)",
+        "serve a model over OpenAI's HTTP API (`erniekit serve` is another name)",
         "erniekit server run_chat.yaml port=8188",
         takes_config=True,
     ),
     "webui": Command(
         "erniekit.cli.webui:run",
-        "show a board in the browser: make a YAML, start and watch runs, look at data, chat",
+        "open a board in the browser: write a YAML, start and watch runs, inspect data, chat",
         "erniekit webui runs=./runs",
         "erniekit webui [runs=./runs] [host=127.0.0.1] [port=7860] [allow=DIR,DIR] [allowed_hosts=NAME,NAME]\n"
         "       [api_key_file=FILE]",

@@ -64,6 +64,14 @@ def one_of(*choices: str) -> Callable[[str], str]:
     return read_word
 
 
+def new_file(text: str) -> str:
+    """A parser for the path of a file that the command writes; its directory must exist."""
+    path = Path(expand(text))
+    if path.is_dir() or not path.absolute().parent.is_dir():
+        raise ValueError(f"expected a file to be written, in a directory that exists ({path.absolute().parent})")
+    return str(path)
+
+
 def require(command: str, condition: object, message: str) -> None:
     """Raise ConfigError with `message` and the usage of `command` unless `condition` holds."""
     if not condition:

@@ -275,18 +275,11 @@ def _gigabytes(text: str) -> float:
     return float(_positive(10_000)(text)) * 1e9
 
 
-def _truth(text: str) -> bool:
-    try:
-        return to_bool(text)
-    except ValueError:
-        raise ValueError("expected true or false") from None
-
-
 def _calibrate(args: list[str]) -> int:
     """`erniekit plan calibrate FILE`: measure this machine and write a table for `hardware=FILE`."""
     options.require("plan", len(args) == 1, "`plan calibrate` takes the file to write, such as my_machine.yaml.")
     try:
-        path = Path(_new_file(args[0]))
+        path = Path(options.new_file(args[0]))
     except ValueError as error:
         raise ConfigError(f"plan calibrate {args[0]}: {error}") from None
     from erniekit.plan.calibrate import calibrate
@@ -299,13 +292,6 @@ def _calibrate(args: list[str]) -> int:
     return 0
 
 
-def _new_file(text: str) -> str:
-    path = Path(expand(text))
-    if path.is_dir() or not path.absolute().parent.is_dir():
-        raise ValueError(f"expected a file to be written, in a directory that exists ({path.absolute().parent})")
-    return str(path)
-
-
 _OPTIONS: options.Readers = {
     "gpus": _whole(1_000_000),
     "gpu": str,
@@ -315,9 +301,9 @@ _OPTIONS: options.Readers = {
     "document_tokens": _whole(10**9),
     "picture_tokens": _whole(10**9),
     "hardware": expand,
-    "json": _new_file,
-    "chart": _new_file,
-    "search": _truth,
-    "timeline": _new_file,
-    "trace": _new_file,
+    "json": options.new_file,
+    "chart": options.new_file,
+    "search": to_bool,
+    "timeline": options.new_file,
+    "trace": options.new_file,
 }

@@ -94,9 +94,13 @@ def _schedule(cfg: Config) -> Iterator[str]:
 def _datasets(cfg: Config) -> Iterator[str]:
     for split in ("train", "text", "eval"):
         paths, types, shares = (vars(cfg)[f"{split}_dataset_{suffix}"] for suffix in ("path", "type", "prob"))
-        if paths and any(values and len(values) != len(paths) for values in (types, shares)):
-            counts = f"{len(paths)} paths, {len(shares)} probs, {len(types)} types"
-            yield f"{split}_dataset_path: The len of dataset path, prob, type are inconsistent: {counts}"
+        others = {f"{split}_dataset_type": types, f"{split}_dataset_prob": shares}
+        wrong = [f"{name} has {len(values)}" for name, values in others.items() if values and len(values) != len(paths)]
+        if paths and wrong:
+            yield (
+                f"{split}_dataset_path: {len(paths)} paths, but {' and '.join(wrong)}. Give one for each path, or "
+                "leave the key out."
+            )
         elif shares and split != "eval" and cfg.mix_strategy != "concat" and abs(sum(shares) - 1) > _SUM_ROOM:
             total = f"they sum to {sum(shares):g}"
             yield f"{split}_dataset_prob: shares must sum to 1 with mix_strategy: {cfg.mix_strategy}, {total}"

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 import paddle
 
-from erniekit.generation.drawing import Way, draw_rows
+from erniekit.generation.drawing import DrawSettings, draw_rows
 from erniekit.generation.ranks import chooses, from_chooser
 from erniekit.generation.request import Generation, TokenScore
 from erniekit.generation.sampling import choose
@@ -82,17 +82,17 @@ def _fill(table: np.ndarray, scores_BV: np.ndarray, rows: Sequence[Generation]) 
     if table.shape[1] == 1 and all(row.is_choice_plain for row in rows):
         table[:, 0] = scores_BV.argmax(axis=-1)
         return
-    alike: dict[Way, list[int]] = {}
+    alike: dict[DrawSettings, list[int]] = {}
     for place, row in enumerate(rows):
-        way = row.way
-        if way is None:
+        settings = row.draw_settings
+        if settings is None:
             _fill_line(table[place], scores_BV[place], row)
         else:
-            alike.setdefault(way, []).append(place)
-    for way, places in alike.items():
+            alike.setdefault(settings, []).append(place)
+    for settings, places in alike.items():
         every = len(places) == len(rows)
         of_these = scores_BV if every else scores_BV[places]
-        tokens, logprobs = draw_rows(of_these, way, [rows[place].generator for place in places])
+        tokens, logprobs = draw_rows(of_these, settings, [rows[place].generator for place in places])
         table[places, 0] = tokens
         if logprobs is not None:
             table[places, 1] = logprobs.view(np.int64)

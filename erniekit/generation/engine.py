@@ -112,7 +112,7 @@ class Engine:
         return not (self._waiting or self._reading or self._running)
 
     def add(self, request: Request) -> Generation:
-        """Take a request. Its answer grows as `step` is called. Raises UserError for a prompt that does not fit."""
+        """Queue a request. Its answer grows as `step` is called. Raises UserError for a prompt that does not fit."""
         check_prompts(self.model, [request.prompt])
         if request.adapter is not None:
             adapters = adapter_set_of(self.model)
@@ -237,7 +237,7 @@ class Engine:
         longest = min(self.prefill_tokens, prompts.stepper.piece_tokens)
         pieces = [rest[:longest] if is_single else rest for rest in prompts.rest]
         rest = [rest[len(piece) :] for rest, piece in zip(prompts.rest, pieces, strict=True)]
-        scores, states = self._fed(prompts, pieces, rest)
+        scores, states = self._feed(prompts, pieces, rest)
         prompts.fed += len(pieces[0]) if is_single else 0
         prompts.rest = rest
         if any(len(rest) for rest in prompts.rest):
@@ -245,7 +245,7 @@ class Engine:
         self._reading = None
         return self._begin_answers(prompts, scores, states)
 
-    def _fed(self, prompts: _Prompts, pieces: list[Sequence[int]], rest: list[Sequence[int]]) -> tuple[Any, Any]:
+    def _feed(self, prompts: _Prompts, pieces: list[Sequence[int]], rest: list[Sequence[int]]) -> tuple[Any, Any]:
         """Feed a piece of each prompt -> (scores of the next tokens, hidden states for the drafts)."""
         with rows_of(self.model, [members[0].request.adapter if members else None for members in prompts.members]):
             if self.drafting is None:

@@ -1,4 +1,4 @@
-"""What is asked of a model and what it has answered: limits, requests and growing answers."""
+"""The requests that a model answers, their limits, and the growing answers."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 
 from erniekit.data.vision.prompt import PicturePrompt
-from erniekit.generation.drawing import Way
+from erniekit.generation.drawing import DrawSettings
 from erniekit.generation.sampling import Sampling
 from erniekit.models.decoder import CausalLM
 from erniekit.models.pictures import PictureTables
@@ -79,9 +79,9 @@ class Request:
         kept beside that of each chosen token.
     score_temperature: the log-probabilities are those of the scores divided by it.
     constraint: restricts the tokens that may be chosen.
-    never: tokens that are never chosen, wherever the answer stands.
+    never: tokens that are never chosen.
     adapter: the name of the adapter that the model has for this answer (lora.several); None: none.
-    owner: who asks. Owners wait by turns, and share no keys and values.
+    owner: whose request it is. Requests of different owners are read in turns, and share no keys and values.
     fails_alone: scores that are not finite end this answer with an error, and no other.
     """
 
@@ -132,8 +132,8 @@ class Generation:
         self.experts: np.ndarray | None = None
         self._context = context
         self.generator = _generator(request.sampling.seed, request.draw)
-        self._num_told = 0  # of the tokens, by new_events
-        self._way = _way_of(request)
+        self._num_reported = 0  # of the tokens, by new_events
+        self._draw_settings = _draw_settings(request)
 
     @property
     def is_choice_plain(self) -> bool:
@@ -143,9 +143,9 @@ class Generation:
         return request.sampling.plain and count >= request.limits.min_new_tokens and not restricted
 
     @property
-    def way(self) -> Way | None:
-        """How the next token is drawn; None: not in a way that rows of a batch can share (generation.drawing)."""
-        return self._way if len(self.answer.ids) >= self.request.limits.min_new_tokens else None
+    def draw_settings(self) -> DrawSettings | None:
+        """How the next token is drawn, if rows of a batch can share it (generation.drawing); None otherwise."""
+        return self._draw_settings if len(self.answer.ids) >= self.request.limits.min_new_tokens else None
 
     def append(self, token: int, score: TokenScore | None = None) -> None:
         """Add a chosen token to the answer, or end it."""
@@ -167,8 +167,8 @@ class Generation:
 
     def new_events(self) -> list[Event]:
         """What has come since the last call, an event for each token; the last one says how the answer ended."""
-        answer, first = self.answer, self._num_told
-        self._num_told = len(answer.ids)
+        answer, first = self.answer, self._num_reported
+        self._num_reported = len(answer.ids)
         scores = answer.scores[first:] if answer.scores else []
         events = [Event(token, scores[place] if scores else None) for place, token in enumerate(answer.ids[first:])]
         if answer.stop_id is not None:
@@ -178,7 +178,7 @@ class Generation:
         return events
 
 
-def _way_of(request: Request) -> Way | None:
+def _draw_settings(request: Request) -> DrawSettings | None:
     """How an answer's tokens are drawn, if it is from the whole distribution."""
     sampling, temperature = request.sampling, request.sampling.temperature
     if request.constraint is not None or sampling.penalises or sampling.filters or request.num_scores:
@@ -186,7 +186,7 @@ def _way_of(request: Request) -> Way | None:
     score_temperature = None if request.num_scores is None else request.score_temperature
     if score_temperature is not None and temperature not in (0, score_temperature):
         return None
-    return Way(temperature, request.never, score_temperature)
+    return DrawSettings(temperature, request.never, score_temperature)
 
 
 def _generator(seed: int | None, draw: int) -> np.random.Generator:

@@ -108,10 +108,10 @@ class DecoderLayer(nn.Layer):
             self.mlp = SwiGLU(config.hidden_size, width, bias=config.use_bias, init_std=std)
 
     def forward(
-        self, x_TD: paddle.Tensor, mixer: AttentionContext, tokens: TokenInfo, layer: int
+        self, x_TD: paddle.Tensor, context: AttentionContext, tokens: TokenInfo, layer: int
     ) -> tuple[paddle.Tensor, dict[int, Routed]]:
         """[T, D] -> ([T, D], what the routers decided by modality; empty for a dense layer)."""
-        x_TD = add(x_TD, self.self_attn(self.input_layernorm(x_TD), mixer, layer))
+        x_TD = add(x_TD, self.self_attn(self.input_layernorm(x_TD), context, layer))
         normed = self.post_attention_layernorm(x_TD)
         if self.sparse:
             y, decisions = self.mlp(normed, tokens, layer)

@@ -49,15 +49,15 @@ def predict_ahead(decoder: Decoder, hidden: Hidden, inputs: ModelInputs) -> list
 
 
 def predict_behind(
-    decoder: Decoder, hidden_TD: paddle.Tensor, next_ids_T: paddle.Tensor, mixer: AttentionContext
+    decoder: Decoder, hidden_TD: paddle.Tensor, next_ids_T: paddle.Tensor, context: AttentionContext
 ) -> paddle.Tensor:
     """Depth 0 for tokens of a running generation: states before the final norm [T, D] and the token behind each ->
-    normed states [T, D], of which the head makes scores of the token behind that. `mixer`: the cache, in whose present
-    step the block is one layer more.
+    normed states [T, D], of which the head makes scores of the token behind that. `context`: the cache, in whose
+    present step the block is one layer more.
     """
     assert decoder.embed_tokens is not None and decoder.norm is not None, "this process holds no head"
     ahead = decoder.embed_tokens(next_ids_T)
     joined = concat([decoder.mtp_emb_norm[0](ahead), decoder.mtp_hidden_norm[0](hidden_TD)], axis=-1)
     dense = TokenInfo([hidden_TD.shape[0]])
-    x_TD, _ = decoder.mtp_block[0](decoder.mtp_linear_proj[0](joined), mixer, dense, decoder.config.num_hidden_layers)
+    x_TD, _ = decoder.mtp_block[0](decoder.mtp_linear_proj[0](joined), context, dense, decoder.config.num_hidden_layers)
     return decoder.norm(x_TD)

@@ -92,9 +92,9 @@ class VisionAttention(nn.Layer):
         self.qkv = Linear(size, 3 * size, bias=True, init_std=init_std, head_dim=config.head_dim)
         self.proj = Linear(size, size, bias=True, init_std=init_std)
 
-    def forward(self, x_PC: paddle.Tensor, mixer: FrameAttention) -> paddle.Tensor:
+    def forward(self, x_PC: paddle.Tensor, attention: FrameAttention) -> paddle.Tensor:
         """[P, C] -> [P, C]."""
-        return self.proj(mixer.attend(self.qkv(x_PC)))
+        return self.proj(attention.attend(self.qkv(x_PC)))
 
 
 class _QuickGELU(PyLayer):
@@ -145,9 +145,9 @@ class VisionBlock(nn.Layer):
         self.attn = VisionAttention(config, init_std)
         self.mlp = VisionMLP(config, init_std)
 
-    def forward(self, x_PC: paddle.Tensor, mixer: FrameAttention) -> paddle.Tensor:
+    def forward(self, x_PC: paddle.Tensor, attention: FrameAttention) -> paddle.Tensor:
         """[P, C] -> [P, C]."""
-        x_PC = add(x_PC, self.attn(self.norm1(x_PC), mixer))
+        x_PC = add(x_PC, self.attn(self.norm1(x_PC), attention))
         return add(x_PC, self.mlp(self.norm2(x_PC)))
 
 
@@ -179,8 +179,8 @@ class VisionTransformer(ComponentLayer):
         frames = Frames(grid_N3, config.spatial_merge_size)
         head_dim = config.head_dim
         cos, sin = frames.rotation(head_dim, config.rope_theta)
-        mixer = FrameAttention(frames.runs, cos, sin, config.num_heads)
+        attention = FrameAttention(frames.runs, cos, sin, config.num_heads)
         x_PC = self.patch_embed(patches, self.ln.weight.dtype)
         for block in self.blocks:
-            x_PC = block(x_PC, mixer)
+            x_PC = block(x_PC, attention)
         return self.ln(x_PC)

@@ -396,7 +396,7 @@ class PackedAttention:
 
 
 class SelfAttention(nn.Layer):
-    """Fused q|k|v projection, a mixer that decides who sees whom, output projection."""
+    """Fused q|k|v projection, an attention context that decides which keys a query sees, output projection."""
 
     def __init__(self, hidden_size: int, heads: HeadLayout, bias: bool = False, init_std: float = 0.02) -> None:
         super().__init__()
@@ -416,10 +416,10 @@ class SelfAttention(nn.Layer):
         )
         self.o_proj = Linear(heads.num_heads * heads.dim, hidden_size, bias=bias, split="row", init_std=init_std)
 
-    def forward(self, x_TD: paddle.Tensor, mixer: AttentionContext, layer: int) -> paddle.Tensor:
+    def forward(self, x_TD: paddle.Tensor, context: AttentionContext, layer: int) -> paddle.Tensor:
         """[T, D] -> [T, D]."""
-        return self.o_proj(self.core(self.qkv_proj(x_TD), mixer, layer))
+        return self.o_proj(self.core(self.qkv_proj(x_TD), context, layer))
 
-    def core(self, qkv: paddle.Tensor, mixer: AttentionContext, layer: int) -> paddle.Tensor:
+    def core(self, qkv: paddle.Tensor, context: AttentionContext, layer: int) -> paddle.Tensor:
         """Attention between the projections: [T, (H+2G)*d] -> [T, H*d]."""
-        return mixer.attend(qkv, layer)
+        return context.attend(qkv, layer)

@@ -131,14 +131,14 @@ class _Attention(PyLayer):
     """
 
     @staticmethod
-    def forward(ctx, qkv: paddle.Tensor, mixer: FrameAttention) -> paddle.Tensor:
-        num_patches, num_rows = qkv.shape[0], qkv.shape[0] * mixer.num_heads
-        head_dim = qkv.shape[1] // (3 * mixer.num_heads)
-        rows = paddle.gather(qkv.reshape([3 * num_rows, head_dim]), mixer.fetch)
-        q = mixer.rotate(rows[:num_rows]).scale_(head_dim**-0.5)
-        k = mixer.rotate(rows[num_rows : 2 * num_rows])
+    def forward(ctx, qkv: paddle.Tensor, attention: FrameAttention) -> paddle.Tensor:
+        num_patches, num_rows = qkv.shape[0], qkv.shape[0] * attention.num_heads
+        head_dim = qkv.shape[1] // (3 * attention.num_heads)
+        rows = paddle.gather(qkv.reshape([3 * num_rows, head_dim]), attention.fetch)
+        q = attention.rotate(rows[:num_rows]).scale_(head_dim**-0.5)
+        k = attention.rotate(rows[num_rows : 2 * num_rows])
         outputs, saved, ctx.kept = [], [], []
-        for parts in mixer.by_run(q, k, rows[2 * num_rows :]):
+        for parts in attention.by_run(q, k, rows[2 * num_rows :]):
             length = parts[0].shape[2]
             if blockwise.applies(length, *parts):
                 kept: Any = _heads(*parts)
@@ -149,17 +149,17 @@ class _Attention(PyLayer):
             ctx.kept.append(kept)
             outputs.append(out.reshape([-1, head_dim]))
         ctx.save_for_backward(*saved)
-        ctx.mixer = mixer
-        context = paddle.gather(_join(outputs), mixer.merge_context)
-        return context.reshape([num_patches, mixer.num_heads * head_dim])
+        ctx.attention = attention
+        context = paddle.gather(_join(outputs), attention.merge_context)
+        return context.reshape([num_patches, attention.num_heads * head_dim])
 
     @staticmethod
     def backward(ctx, dout: paddle.Tensor) -> paddle.Tensor:
-        saved, mixer = ctx.saved_tensor(), ctx.mixer
-        head_dim = dout.shape[1] // mixer.num_heads
-        dout_rows = paddle.gather(dout.reshape([-1, head_dim]), mixer.fetch_context)
+        saved, attention = ctx.saved_tensor(), ctx.attention
+        head_dim = dout.shape[1] // attention.num_heads
+        dout_rows = paddle.gather(dout.reshape([-1, head_dim]), attention.fetch_context)
         runs = []
-        for number, (do,) in enumerate(mixer.by_run(dout_rows)):
+        for number, (do,) in enumerate(attention.by_run(dout_rows)):
             kept = ctx.kept[number]
             if isinstance(kept, blockwise.Heads):
                 every, count = kept.backward(do), math.prod(kept.q.shape) // head_dim
@@ -170,9 +170,9 @@ class _Attention(PyLayer):
             runs.append([grad.reshape([-1, head_dim]) for grad in grads])
         ctx.kept = None
         dq, dk, dv = (_join(list(parts)) for parts in zip(*runs, strict=True))
-        dq = mixer.rotate(dq, inverse=True).scale_(head_dim**-0.5)
-        grads = paddle.concat([dq, mixer.rotate(dk, inverse=True), dv])
-        return paddle.gather(grads, mixer.merge).reshape([dout.shape[0], 3 * dout.shape[1]])
+        dq = attention.rotate(dq, inverse=True).scale_(head_dim**-0.5)
+        grads = paddle.concat([dq, attention.rotate(dk, inverse=True), dv])
+        return paddle.gather(grads, attention.merge).reshape([dout.shape[0], 3 * dout.shape[1]])
 
 
 def _join(parts: list[paddle.Tensor], axis: int = 0) -> paddle.Tensor:

@@ -16,7 +16,7 @@ import numpy as np
 
 from erniekit.parallel.process_group import Group
 
-# How queries meet the keys of other ranks: keys and values travel around a ring, or heads are exchanged for tokens.
+# How queries get the keys of other ranks: keys and values are passed around a ring, or heads are exchanged for tokens.
 Exchange = Literal["p2p", "a2a"]
 
 
@@ -87,7 +87,7 @@ class _Piece(NamedTuple):
 
 class Tile(NamedTuple):
     """`queries` rows of this rank from row `query` on see `keys` keys from `key` on: all of them, or, if `causal`, the
-    same tokens, each up to itself. Keys are counted among those that travel, or on this rank for its own.
+    same tokens, each up to itself. Keys are numbered among those that are sent, or on this rank for its own.
     """
 
     query: int
@@ -100,11 +100,11 @@ class Tile(NamedTuple):
 @dataclass(frozen=True)
 class RingPlan:
     """What one rank computes with the keys and values of every rank of the ring. `tiles`: by the rank that the keys are
-    of. `travelling`: of every rank, its rows whose keys and values another rank needs, which alone travel.
+    of. `sent`: of every rank, the rows whose keys and values another rank needs; only these are sent.
     """
 
     tiles: list[list[Tile]]
-    travelling: list[np.ndarray]
+    sent: list[np.ndarray]
 
 
 def ring_plan(shard: ContextShard, document_of_token: np.ndarray, prefix_of: np.ndarray | None = None) -> RingPlan:
@@ -122,13 +122,13 @@ def ring_plan(shard: ContextShard, document_of_token: np.ndarray, prefix_of: np.
         """For each piece of queries of a rank, the pieces of keys of another that it sees."""
         return [_seen(query, by_document[rank], prefix_of) for query in pieces[reader]]
 
-    travelling, tiles = [], []
+    sent, tiles = [], []
     for rank in ranks:
         readers = [reader for reader in ranks if reader != rank]
         needed = sorted({piece for reader in readers for keys in seen_by(reader, rank) for piece in keys})
         starts = np.cumsum([0, *(piece.length for piece in needed)]).tolist()
         place = {key: key.row for key in pieces[mine]} if rank == mine else dict(zip(needed, starts, strict=False))
-        travelling.append(np.concatenate([np.zeros(0, np.int64), *(_rows(piece) for piece in needed)]))
+        sent.append(np.concatenate([np.zeros(0, np.int64), *(_rows(piece) for piece in needed)]))
         tiles.append(
             [
                 Tile(query.row, query.length, place[key], key.length, key == query)
@@ -136,7 +136,7 @@ def ring_plan(shard: ContextShard, document_of_token: np.ndarray, prefix_of: np.
                 for key in keys
             ]
         )
-    return RingPlan(tiles, travelling)
+    return RingPlan(tiles, sent)
 
 
 def _by_document(pieces: Sequence[_Piece]) -> dict[int, list[_Piece]]:

@@ -1,11 +1,11 @@
-"""Ring attention: context ranks pass keys and values around, so that every rank's queries meet them all (Liu et al.
-2023, arXiv 2310.01889), a part at a time. No rank ever has the keys of more than two ranks.
+"""Ring attention: context ranks pass keys and values around a ring, so that every rank's queries attend to those of all
+ranks (Liu et al. 2023, arXiv 2310.01889), one block at a time. No rank ever has the keys of more than two ranks.
 
-Forward, the keys and values of rank s visit s, s + 1, ..., s + C - 1. Backward they go the same way again, followed by
-the gradients that each visited rank has added to, which then come home to s. Only tokens travel that another rank sees
-(parallel/context.py), so documents within one rank cost nothing.
+In the forward pass the keys and values of rank s are sent to s + 1, ..., s + C - 1. In the backward pass they take the
+same way again, followed by their gradients, to which each rank adds its part and which return to s at the end. Only
+tokens that another rank attends to are sent (parallel/context.py), so documents within one rank cost nothing.
 
-Legend: C context ranks, t tokens of this rank, H heads, G key-value heads, d head size, m travelling tokens of a rank.
+Legend: C context ranks, t tokens of this rank, H heads, G key-value heads, d head size, m sent tokens of a rank.
 """
 
 from dataclasses import dataclass
@@ -48,7 +48,7 @@ class _RingAttention(PyLayer):
         q, kv = _by_head(ring.rotation.apply(qkv.reshape([num_tokens, heads.total, heads.dim])), heads)
         out, lse = paddle.zeros_like(q), np.full(q.shape[:2], -np.inf, np.float32)
         queries = _queries(q, out, lse, heads)
-        for source, block in _visits(kv, ring):
+        for source, block in _blocks_of_all_ranks(kv, ring):
             keys = memory_of(block)
             for tile in ring.plan.tiles[source]:
                 queries.attend(*_keys_of(keys, tile), _rows_of(tile), tile.causal)
@@ -70,12 +70,12 @@ def _gradients(
     ring: RingAttention, do: paddle.Tensor, q: paddle.Tensor, kv: paddle.Tensor, out: paddle.Tensor, lse: np.ndarray
 ) -> tuple[paddle.Tensor, paddle.Tensor]:
     """The gradients of this rank's rotated queries [G, t * r, d] and of its keys and values [2, G, t, d]."""
-    heads, group, travelling = ring.heads, ring.group, ring.plan.travelling
+    heads, group, sent = ring.heads, ring.group, ring.plan.sent
     dq, dkv_own = paddle.zeros_like(q), paddle.zeros_like(kv)
     queries, of_queries = _queries(q, out, lse, heads), memory_of(dq)
     upstream = memory_of(do)
     delta = np.einsum("gtd,gtd->gt", upstream, memory_of(out))
-    for source, block in _visits(kv, ring):
+    for source, block in _blocks_of_all_ranks(kv, ring):
         is_own, keys = source == group.index, memory_of(block)
         dkv = dkv_own if is_own else paddle.zeros_like(block)
         grads = memory_of(dkv)
@@ -87,31 +87,29 @@ def _gradients(
         if source != (group.index - 1) % group.size:  # the source's next rank is the first to have a gradient
             dkv = dkv.add_(comm.receive_from_previous(dkv.shape, group))
         comm.send_to_next(dkv, group)
-    home = travelling[group.index]
-    if group.size > 1 and len(home):
-        added = comm.receive_from_previous([2, heads.num_kv_heads, len(home), heads.dim], group)
-        memory_of(dkv_own)[:, :, home] += memory_of(added)
+    sent_rows = sent[group.index]
+    if group.size > 1 and len(sent_rows):
+        added = comm.receive_from_previous([2, heads.num_kv_heads, len(sent_rows), heads.dim], group)
+        memory_of(dkv_own)[:, :, sent_rows] += memory_of(added)
     return dq, dkv_own
 
 
-def _visits(kv: paddle.Tensor, ring: RingAttention) -> Any:
+def _blocks_of_all_ranks(kv: paddle.Tensor, ring: RingAttention) -> Any:
     """Yields (source, keys and values [2, G, m, d]) of every rank, this one's first, with all of its tokens."""
-    group, travelling = ring.group, ring.plan.travelling
+    group, sent = ring.group, ring.plan.sent
     block = kv
     for step in range(group.size):
         source = (group.index - step) % group.size
         if step:
-            block = comm.receive_from_previous(
-                [2, ring.heads.num_kv_heads, len(travelling[source]), ring.heads.dim], group
-            )
+            block = comm.receive_from_previous([2, ring.heads.num_kv_heads, len(sent[source]), ring.heads.dim], group)
         if step < group.size - 1:
             # Passed on before it is used, so that the next rank does not wait for this one's products.
-            comm.send_to_next(block if step else _leaving(kv, travelling[source]), group)
+            comm.send_to_next(block if step else _sent_rows(kv, sent[source]), group)
         yield source, block
 
 
-def _leaving(kv: paddle.Tensor, rows: np.ndarray) -> paddle.Tensor:
-    """This rank's keys and values that travel [2, G, m, d]."""
+def _sent_rows(kv: paddle.Tensor, rows: np.ndarray) -> paddle.Tensor:
+    """This rank's keys and values that are sent [2, G, m, d]."""
     return kv if len(rows) == kv.shape[2] else paddle.to_tensor(memory_of(kv)[:, :, rows])
 
 

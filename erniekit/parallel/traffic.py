@@ -147,19 +147,19 @@ def expert_parallel_bytes(
 
 
 def ring_bytes(
-    travelling: Sequence[int], index: int, kv_width: int, num_layers: int = 1, recomputed: bool = False
+    sent_tokens: Sequence[int], index: int, kv_width: int, num_layers: int = 1, recomputed: bool = False
 ) -> int:
     """Keys and values around a ring of C ranks in the forward and the backward pass of `num_layers` layers, fp32 (Liu
     et al. 2023, arXiv 2310.01889, section 3). A pass sends on the block of every rank but the next one's; backward the
     gradients of every other rank's block follow them. A recomputed layer has a second forward pass.
 
     Args:
-        travelling: the tokens of each rank that another one needs, [C].
+        sent_tokens: the tokens of each rank that another one needs, [C].
         index: the place of this rank among them.
         kv_width: the numbers of one token's keys, G * d of one tensor rank.
     """
-    count, total = len(travelling), sum(travelling)
-    passed_on, of_others = total - travelling[(index + 1) % count], total - travelling[index]
+    count, total = len(sent_tokens), sum(sent_tokens)
+    passed_on, of_others = total - sent_tokens[(index + 1) % count], total - sent_tokens[index]
     blocks = (3 if recomputed else 2) * passed_on + of_others
     return num_layers * blocks * 2 * kv_width * FLOAT32 if count > 1 else 0
 

@@ -121,7 +121,7 @@ def _divided(job: Job, mesh: Mesh, model: CausalLM) -> dict[str, Entry]:
 
 
 def _largest_state(job: Job, entries: Mapping[str, Entry]) -> int:
-    """Room for the state of the parameters that are updated at a time (training/state_home.py)."""
+    """Room for the state of the parameters that are updated at a time (training/state_storage.py)."""
     sizes = sorted(
         (state_bytes([entry], moment_dtype=job.cfg.moment_dtype) for entry in entries.values()), reverse=True
     )

@@ -62,7 +62,7 @@ async def complete(request: HttpRequest, served: Served) -> Response:
     usage = stream_options(values)
     only_scores = bool(values.get("echo")) and values.get("max_tokens") == 0
     if only_scores and (values.get("stream") or values.get("n", 1) > 1):
-        raise ApiError(400, "max_tokens: 0 needs n: 1 and no stream.", "max_tokens", "invalid_value")
+        raise ApiError(400, "max_tokens: 0 works with n: 1 and without stream only.", "max_tokens", "invalid_value")
     if isinstance(values["prompt"], list) and len(values["prompt"]) == 0:
         raise ApiError(400, "prompt: the list is empty.", "prompt", "invalid_value")
     count = values.get("n", 1) * _num_prompts(values["prompt"])

@@ -13,7 +13,7 @@ from erniekit.nn.roles import Component, Role, named_components, named_roles
 from erniekit.parallel.zero import ShardedParameters
 from erniekit.training.moment_codes import MOMENTS
 from erniekit.training.moments import MomentDtype, store_of
-from erniekit.training.state_home import OnDevice, StateHome
+from erniekit.training.state_storage import OnDevice, StateStorage
 
 # Fields of the state that are a single number for each parameter.
 POWERS = ("beta1_pow", "beta2_pow")
@@ -74,7 +74,7 @@ class AdamW:
     parameter.
 
     State is two moments, the powers of the betas, and, for 16-bit parameters, an fp32 master copy. The moments are
-    computed in fp32 and stored as training/moments.py says; all but the powers is where training/state_home.py says.
+    computed in fp32 and stored as training/moments.py says; all but the powers is where training/state_storage.py says.
     `state` maps parameter name -> {"moment1", "moment2", "beta1_pow", "beta2_pow"[, "master"]} -> tensor, under the
     names of `model.named_parameters()`. Where a parameter's state is divided over ranks, moments and master copy are
     this rank's chunk [c], flat (parallel/buckets.py).
@@ -83,7 +83,7 @@ class AdamW:
         parameters: the trainable parameters.
         rules: the rule of each parameter.
         moment_dtype: how the moments are stored.
-        home: where the state is between steps; None: on the device.
+        storage: where the state is between steps; None: on the device.
     """
 
     def __init__(
@@ -94,14 +94,14 @@ class AdamW:
         beta2: float,
         epsilon: float,
         moment_dtype: MomentDtype = "fp32",
-        home: StateHome | None = None,
+        storage: StateStorage | None = None,
     ) -> None:
         self.parameters = parameters
         self.rules = rules
         self.beta1, self.beta2, self.epsilon = beta1, beta2, epsilon
         self._rounds_at_random = moment_dtype != "fp32"
         self._stores = {name: store_of(moment_dtype, entry.chunk) for name, entry in parameters.entries.items()}
-        self._home = OnDevice() if home is None else home
+        self._storage = OnDevice() if storage is None else storage
         self._powers: dict[str, dict[str, paddle.Tensor]] = {}
         self.reset()
 
@@ -115,7 +115,7 @@ class AdamW:
                 self._stores[name].write(fields, moment, zeros, at_random=False)
             if own.dtype != paddle.float32:
                 fields["master"] = own.astype("float32")
-            self._home.put(name, fields)
+            self._storage.put(name, fields)
             betas = zip(POWERS, (self.beta1, self.beta2), strict=True)
             powers = {power: paddle.full([1], beta, dtype="float32") for power, beta in betas}
             self._powers[name] = {power: powers[power] for power in self._power_names(name)}
@@ -131,7 +131,7 @@ class AdamW:
     @property
     def state(self) -> dict[str, dict[str, paddle.Tensor]]:
         """See the class; copies where the state is in host memory."""
-        return {name: self._home.get(name) | powers for name, powers in self._powers.items()}
+        return {name: self._storage.get(name) | powers for name, powers in self._powers.items()}
 
     @property
     def has_masters(self) -> bool:
@@ -153,7 +153,7 @@ class AdamW:
         """What this rank has of a parameter's master copy, fp32; None if it has none."""
         if name not in self.parameters.entries or not self._has_master(name):
             return None
-        return self._home.get(name)["master"]
+        return self._storage.get(name)["master"]
 
     def state_bytes(self) -> int:
         """The bytes of the state on this rank, counted over its tensors; the formula is parallel.memory.state_bytes."""
@@ -169,7 +169,7 @@ class AdamW:
         # One tensor for each distinct rate, filled on the device, so that nothing is uploaded.
         ratios = {self.rules[name].lr_ratio for name in self.parameters.tensors}
         rates = {ratio: paddle.full([1], learning_rate * ratio, dtype="float32") for ratio in ratios}
-        for name, fields in self._home.visit(gradients):
+        for name, fields in self._storage.iterate(gradients):
             parameter, store = self.parameters.local_chunk(name), self._stores[name]
             moments = [store.read(fields, moment) for moment in self._moments(name)]
             master = fields.get("master")
@@ -243,7 +243,7 @@ class AdamW:
         name, field = key.rsplit("/", 1)
         if field in POWERS:
             return self._powers[name][field].numpy()
-        fields = self._home.get(name)
+        fields = self._storage.get(name)
         chunk = self._stores[name].read(fields, field) if field in self._moments(name) else fields[field]
         return self.parameters.gather(name, chunk)
 
@@ -260,9 +260,9 @@ class AdamW:
         if field in POWERS:
             self._powers[name][field].set_value(array)
             return
-        chunk, fields = paddle.to_tensor(self.parameters.scatter(name, array)), self._home.get(name)
+        chunk, fields = paddle.to_tensor(self.parameters.scatter(name, array)), self._storage.get(name)
         if field in self._moments(name):
             self._stores[name].write(fields, field, chunk, at_random=False)
         else:
             fields[field] = chunk
-        self._home.put(name, fields)
+        self._storage.put(name, fields)

@@ -64,7 +64,7 @@ from erniekit.training.lr_scheduler import Schedule, build_schedule, warn_of_lon
 from erniekit.training.methods import Method, method_of
 from erniekit.training.moments import MomentDtype
 from erniekit.training.recipes.base import Recipe, RecipeContext
-from erniekit.training.state_home import build_home
+from erniekit.training.state_storage import build_storage
 from erniekit.training.trainable import describe_lora
 from erniekit.utils import log
 from erniekit.utils.errors import ConfigError
@@ -145,7 +145,7 @@ def build_optimizer(
         cfg.adam_beta2,
         cfg.adam_epsilon,
         cast(MomentDtype, cfg.moment_dtype),
-        build_home(cfg.offload_optim, cfg.tensorwise_offload_optimizer, cfg.emulate_precision),
+        build_storage(cfg.offload_optim, cfg.tensorwise_offload_optimizer, cfg.emulate_precision),
     )
     if cfg.optim != "muon":
         return AdamW(*arguments)

@@ -35,7 +35,7 @@ from erniekit.parallel.process_group import ALONE, Group
 from erniekit.parallel.zero import ShardedParameters
 from erniekit.training.adamw import AdamW, ParamRule
 from erniekit.training.moments import MomentDtype
-from erniekit.training.state_home import StateHome
+from erniekit.training.state_storage import StateStorage
 
 MOMENTUM = "momentum"
 # Of x, x^3 and x^5: chosen so that five steps bring singular values from 0.01 to 1 into 0.68 .. 1.14 (Jordan et al.).
@@ -133,14 +133,14 @@ class Muon(AdamW):
         beta2: float,
         epsilon: float,
         moment_dtype: MomentDtype = "fp32",
-        home: StateHome | None = None,
+        storage: StateStorage | None = None,
         *,
         matrices: Mapping[str, MatrixLayout],
         options: MuonOptions,
     ) -> None:
         self._matrices, self._options = matrices, options
         assert all(entry.num_moments == len(self._moments(name)) for name, entry in parameters.entries.items())
-        super().__init__(parameters, rules, beta1, beta2, epsilon, moment_dtype, home)
+        super().__init__(parameters, rules, beta1, beta2, epsilon, moment_dtype, storage)
 
     def _moments(self, name: str) -> tuple[str, ...]:
         return (MOMENTUM,) if name in self._matrices else super()._moments(name)

@@ -22,7 +22,7 @@ from erniekit.parallel.process_group import Group
 from erniekit.parallel.zero import ShardedParameters
 from erniekit.training.adamw import AdamW, ParamRule
 from erniekit.training.moments import MomentDtype
-from erniekit.training.state_home import build_home
+from erniekit.training.state_storage import build_storage
 
 SHAPES = {"weight": (96, 256), "norm": (300,)}  # each half of the first is stored in blocks, the second never is
 STEPS, LR = 20, 1e-2
@@ -56,7 +56,7 @@ def optimize(moment_dtype: MomentDtype, stage: int, offloads: bool, ranks: int) 
     else:
         parameters = ShardedParameters(named, dict.fromkeys(SHAPES, placement(stage)))
     rules = dict.fromkeys(SHAPES, ParamRule(1.0, 0.0))
-    home = build_home(offloads, False, emulate=True)
+    home = build_storage(offloads, False, emulate=True)
     optimizer = AdamW(parameters, rules, 0.9, 0.95, 1e-8, moment_dtype, home)
     sync = GradientSync(parameters, stage)
     for step in range(STEPS):

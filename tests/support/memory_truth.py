@@ -204,7 +204,7 @@ def measure(keys: dict[str, Any]) -> dict[str, dict[str, int]]:
     gradients = _gradient_bytes(trainer, batches)
     idle = allocated()
     run.optimizer._powers.clear()
-    run.optimizer._home = None
+    run.optimizer._storage = None
     state = idle - allocated()
     held = allocated()
     if run.recipe.reference is not None:

@@ -78,8 +78,8 @@ def _context_bytes(run: Any, batch: Any, layers: int, sparse: int, recomputed: b
         tokens = [len(tokens) for tokens in shard.by_rank]
         sent["all_to_all"] = traffic.head_exchange_bytes(tokens, index, *widths, layers, recomputed)
     else:
-        travelling = [len(rows) for rows in ring_plan(shard, batch.segment_ids).travelling]
-        sent["ring"] = traffic.ring_bytes(travelling, index, heads.num_kv_heads * heads.dim, layers, recomputed)
+        sent_tokens = [len(rows) for rows in ring_plan(shard, batch.segment_ids).sent]
+        sent["ring"] = traffic.ring_bytes(sent_tokens, index, heads.num_kv_heads * heads.dim, layers, recomputed)
     if run.cfg.moe_aux_loss_lambda:
         rows, experts = len(batch.row_lengths), model.config.moe_num_experts
         sent["all_reduce"] = sparse * traffic.load_balance_bytes(rows, experts, shard.group.size)

@@ -9,7 +9,6 @@ from erniekit.cli import launch, options
 from erniekit.cli.check import data, model, output, settings
 from erniekit.cli.check.report import Report
 from erniekit.config import Config
-from erniekit.config.paths import expand
 from erniekit.config.values import to_bool
 from erniekit.utils import atomic
 
@@ -43,13 +42,6 @@ def read_options(args: list[str]) -> tuple[dict[str, Any], list[str]]:
     return defaults | values, command_args
 
 
-def _new_file(text: str) -> str:
-    path = Path(expand(text))
-    if path.is_dir() or not path.absolute().parent.is_dir():
-        raise ValueError(f"expected a file to be written, in a directory that exists ({path.absolute().parent})")
-    return str(path)
-
-
 def _count(text: str) -> int:
     count = int(text) if text.isdecimal() else -1
     if not 0 <= count <= MAX_PREVIEWED:
@@ -67,12 +59,12 @@ def _number(text: str) -> int:
 _OPTIONS: options.Readers = {
     "command": options.one_of("train", "eval", "export", "split", "chat", "server"),
     "strict": to_bool,
-    "json": _new_file,
+    "json": options.new_file,
     "decode": to_bool,
     "preview": _count,
-    "sheet": _new_file,
+    "sheet": options.new_file,
     "first": _number,
-    "records": _new_file,
+    "records": options.new_file,
 }
 
 

@@ -84,9 +84,9 @@ def test_evaluation_follows_from_its_strategy():
         ({"mix_strategy": "random"}, "max_steps: mix_strategy: random has no end"),
         (
             {"train_dataset_path": "a,b", "train_dataset_prob": "1.0"},
-            "train_dataset_path: The len of dataset path, prob, type are inconsistent: 2 paths, 1 probs, 0 types",
+            "train_dataset_path: 2 paths, but train_dataset_prob has 1. Give one for each path, or leave the key out.",
         ),
-        ({"train_dataset_type": "erniekit,alpaca"}, "The len of dataset path, prob, type are inconsistent: 1 paths"),
+        ({"train_dataset_type": "erniekit,alpaca"}, "train_dataset_path: 1 paths, but train_dataset_type has 2."),
         ({"train_dataset_prob": "much"}, "train_dataset_prob: expected a number, got 'much'"),
         ({"train_dataset_prob": "0"}, "train_dataset_prob: must be more than 0"),
         ({"train_dataset_type": "text", "stage": "DPO"}, "train_dataset_type: stage: DPO reads pairs of answers"),

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from erniekit.generation.drawing import Way, draw_rows
+from erniekit.generation.drawing import DrawSettings, draw_rows
 from erniekit.generation.sampling import Sampling, choose
 
 NEVER = (0, 7, 40)
@@ -19,8 +19,8 @@ def test_a_row_is_drawn_as_alone(temperature: float, size: int, scale: float):
     scores = (np.random.default_rng(1).standard_normal((70, size)) * scale).astype(np.float32)
     scores[:, 7] += 200.0  # the likeliest token is one that is never chosen
     before = scores.copy()
-    way, sampling = Way(temperature, NEVER, temperature or 2.0), Sampling(temperature)
-    tokens, logprobs = draw_rows(scores, way, generators(70))
+    settings, sampling = DrawSettings(temperature, NEVER, temperature or 2.0), Sampling(temperature)
+    tokens, logprobs = draw_rows(scores, settings, generators(70))
     alone = [choose(row, [], [], sampling, rng, NEVER) for row, rng in zip(before.copy(), generators(70), strict=True)]
     assert tokens.tolist() == alone and (scores == before).all()
     scaled = before.astype(np.float64) / (temperature or 2.0)
@@ -29,7 +29,7 @@ def test_a_row_is_drawn_as_alone(temperature: float, size: int, scale: float):
     expected = scaled - np.log(np.exp(scaled).sum(axis=1, keepdims=True))
     assert logprobs is not None
     np.testing.assert_allclose(logprobs, expected[np.arange(70), tokens], rtol=1e-6, atol=2 * rounding)
-    part, of_part = draw_rows(scores[3:5], way, generators(70)[3:5])
+    part, of_part = draw_rows(scores[3:5], settings, generators(70)[3:5])
     assert part.tolist() == tokens[3:5].tolist() and of_part is not None and (of_part == logprobs[3:5]).all()
 
 
@@ -39,5 +39,5 @@ def test_the_last_token_with_a_weight_is_drawn_where_the_draw_rounds_up():
             return 1.0
 
     scores = np.array([[1.0, 2.0, 0.5, -500.0, 9.0]], np.float32)
-    tokens, logprobs = draw_rows(scores, Way(1.0, (4,)), [Largest()])  # type: ignore[list-item]
+    tokens, logprobs = draw_rows(scores, DrawSettings(1.0, (4,)), [Largest()])  # type: ignore[list-item]
     assert tokens.tolist() == [2] and logprobs is None

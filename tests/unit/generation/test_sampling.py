@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from erniekit.generation.choosing import likeliest
-from erniekit.generation.drawing import Way, draw_rows
+from erniekit.generation.drawing import DrawSettings, draw_rows
 from erniekit.generation.sampling import (
     Sampling,
     choose,
@@ -100,7 +100,7 @@ def test_next_to_no_temperature_is_the_likeliest_token(temperature: float):
         sampling = Sampling(temperature=temperature, seed=1, **more)
         assert choose(scores, [1], [], sampling, np.random.default_rng(0)) == 1
     used = Sampling(temperature=temperature).temperature
-    tokens, logprobs = draw_rows(scores[None], Way(used, (), used), [np.random.default_rng(0)])
+    tokens, logprobs = draw_rows(scores[None], DrawSettings(used, (), used), [np.random.default_rng(0)])
     assert tokens.tolist() == [1] and logprobs is not None and logprobs.tolist() == [0.0]
 
 

@@ -18,7 +18,7 @@ LAYERS, LAYER, RATE = 4, 3, 0.4
 M64, M32 = (1 << 64) - 1, (1 << 32) - 1
 
 
-def mixer(
+def attention_of(
     tokens: np.ndarray,
     segments: np.ndarray,
     step: DropoutStep | None,
@@ -107,7 +107,7 @@ def dense(
 def test_context_and_gradient_are_those_of_the_formula_with_its_mask(prefixes):
     tokens, qkv = draw(0, 17)
     step = DropoutStep(RATE, seed=7, step=3)
-    documents = mixer(tokens, segments_of(4, 5, 6, 2), step, prefixes)
+    documents = attention_of(tokens, segments_of(4, 5, 6, 2), step, prefixes)
     formula = dense(documents, prefixes, step)
     context, gradient = run(documents, qkv)
     np.testing.assert_allclose(context, formula(qkv), atol=1e-5)
@@ -118,8 +118,8 @@ def test_context_and_gradient_are_those_of_the_formula_with_its_mask(prefixes):
 def test_the_mean_over_many_seeds_is_attention_without_dropout():
     tokens, qkv = draw(1, 24)
     segments = segments_of(9, 15)
-    plain, _ = run(mixer(tokens, segments, None), qkv)
-    contexts = np.stack([run(mixer(tokens, segments, DropoutStep(RATE, s, 0)), qkv)[0] for s in range(400)])
+    plain, _ = run(attention_of(tokens, segments, None), qkv)
+    contexts = np.stack([run(attention_of(tokens, segments, DropoutStep(RATE, s, 0)), qkv)[0] for s in range(400)])
     error = contexts.std(axis=0) / np.sqrt(len(contexts))
     assert np.abs((contexts.mean(axis=0) - plain) / np.maximum(error, 1e-4)).max() < 4.5
     assert contexts.std(axis=0).max() > 0.1
@@ -127,7 +127,7 @@ def test_the_mean_over_many_seeds_is_attention_without_dropout():
 
 def test_the_share_of_dropped_weights_is_the_rate():
     tokens, _ = draw(2, 400)
-    documents = mixer(tokens, segments_of(400), DropoutStep(0.1, 3, 5))
+    documents = attention_of(tokens, segments_of(400), DropoutStep(0.1, 3, 5))
     for layer, rate in ((1, 0.025), (3, 0.075)):
         mask = documents.dropout.masks(layer, documents.plan, 4, 2).block(0, 0, 256).numpy()
         deviation = np.sqrt(rate * (1 - rate) / mask.size)
@@ -144,10 +144,10 @@ def test_packed_is_separate():
     lengths = (30, 3, 300, 17, 41)
     parts = [draw(10 + i, n) for i, n in enumerate(lengths)]
     step = DropoutStep(RATE, 7, 3)
-    alone = [run(mixer(tokens, segments_of(len(tokens)), step), qkv)[0] for tokens, qkv in parts]
+    alone = [run(attention_of(tokens, segments_of(len(tokens)), step), qkv)[0] for tokens, qkv in parts]
     for order in ([0, 1, 2, 3, 4], [4, 2, 0, 1, 3]):
         tokens, qkv = (np.concatenate([parts[i][side] for i in order]) for side in (0, 1))
-        packed, _ = run(mixer(tokens, segments_of(*(lengths[i] for i in order)), step), qkv)
+        packed, _ = run(attention_of(tokens, segments_of(*(lengths[i] for i in order)), step), qkv)
         np.testing.assert_allclose(packed, np.concatenate([alone[i] for i in order]), atol=1e-5)
 
 
@@ -158,7 +158,7 @@ def test_everything_that_should_changes_the_mask(change):
     def mask(seed: int = 7, step: int = 3, layer: int = LAYER, token: int = 5, head: int = 0) -> np.ndarray:
         ids = tokens.copy()
         ids[20] = token
-        documents = mixer(ids, segments_of(40), DropoutStep(RATE, seed, step))
+        documents = attention_of(ids, segments_of(40), DropoutStep(RATE, seed, step))
         found = documents.dropout.masks(layer, documents.plan, 4, 2).block(0, 0, 40).numpy() > 0
         return found.reshape(2, 40, 2, 40).transpose(0, 2, 1, 3).reshape(4, 40, 40)[head]
 
@@ -173,12 +173,12 @@ def test_everything_that_should_changes_the_mask(change):
 def test_ranks_with_some_of_the_heads_have_their_share_of_the_whole():
     tokens, qkv = draw(4, 50)
     segments, step = segments_of(20, 30), DropoutStep(RATE, 7, 3)
-    whole, _ = run(mixer(tokens, segments, step), qkv)
+    whole, _ = run(attention_of(tokens, segments, step), qkv)
     z = qkv.reshape(50, HEADS.total, 4)
     half = HeadLayout(2, 1, 4)
     for rank in range(2):
         own = np.concatenate([z[:, 2 * rank : 2 * rank + 2], z[:, 4 + rank : 5 + rank], z[:, 6 + rank : 7 + rank]], 1)
-        found, _ = run(mixer(tokens, segments, step, heads=half, first_head=2 * rank), own.reshape(50, -1))
+        found, _ = run(attention_of(tokens, segments, step, heads=half, first_head=2 * rank), own.reshape(50, -1))
         np.testing.assert_allclose(found, whole[:, 8 * rank : 8 * rank + 8], atol=1e-6)
 
 
@@ -189,11 +189,11 @@ def test_long_documents_work_block_by_block(monkeypatch, keep):
     monkeypatch.setattr(attention, "_KEEP_WEIGHTS", keep)
     tokens, qkv = draw(6, 50)
     step = DropoutStep(RATE, 7, 3)
-    documents = mixer(tokens, segments_of(50), step)
+    documents = attention_of(tokens, segments_of(50), step)
     found, gradient = run(documents, qkv)
     monkeypatch.setattr(attention, "_BLOCK", 256)
-    np.testing.assert_allclose(found, run(mixer(tokens, segments_of(50), step), qkv)[0], atol=1e-5)
-    np.testing.assert_allclose(gradient, run(mixer(tokens, segments_of(50), step), qkv)[1], atol=1e-5)
+    np.testing.assert_allclose(found, run(attention_of(tokens, segments_of(50), step), qkv)[0], atol=1e-5)
+    np.testing.assert_allclose(gradient, run(attention_of(tokens, segments_of(50), step), qkv)[1], atol=1e-5)
 
 
 def test_branches_of_a_shared_prompt_drop_weights_of_the_prompt_independently():
@@ -201,17 +201,20 @@ def test_branches_of_a_shared_prompt_drop_weights_of_the_prompt_independently():
     tokens[15:20], tokens[20:] = tokens[10:15], tokens[10:15]  # the same answer three times, once with no prompt
     qkv[15:20], qkv[20:] = qkv[10:15], qkv[10:15]
     segments, step = segments_of(10, 5, 5, 5), DropoutStep(RATE, 7, 3)
-    found, _ = run(mixer(tokens, segments, step, np.array([-1, 0, 0, -1])), qkv)
+    found, _ = run(attention_of(tokens, segments, step, np.array([-1, 0, 0, -1])), qkv)
     np.testing.assert_array_equal(found[10:15], found[15:20])  # the same tokens behind the same prompt
     tokens[15] += 1
-    other, _ = run(mixer(tokens, segments, step, np.array([-1, 0, 0, -1])), qkv)
+    other, _ = run(attention_of(tokens, segments, step, np.array([-1, 0, 0, -1])), qkv)
     np.testing.assert_array_equal(other[10:15], found[10:15])
     assert np.abs(other[15:20] - found[15:20]).max() > 0.01
 
 
 def test_without_dropout_nothing_is_different():
     tokens, qkv = draw(8, 40)
-    plain, zero = mixer(tokens, segments_of(40), None), mixer(tokens, segments_of(40), DropoutStep(RATE, 7, 3))
+    plain, zero = (
+        attention_of(tokens, segments_of(40), None),
+        attention_of(tokens, segments_of(40), DropoutStep(RATE, 7, 3)),
+    )
     for a, b in zip(run(plain, qkv), run(zero, qkv, layer=0), strict=True):
         np.testing.assert_array_equal(a, b)
 
@@ -236,7 +239,7 @@ def test_a_gpus_kernel_gets_a_seed_of_what_it_masks(monkeypatch: pytest.MonkeyPa
     segments, step = segments_of(3, 4), DropoutStep(RATE, 5, 6)
 
     def ask(tokens=tokens, layer=LAYER, step=step, first_head=0, segments=segments) -> None:
-        mixer(tokens, segments, step, first_head=first_head).attend(paddle.to_tensor(qkv), layer)
+        attention_of(tokens, segments, step, first_head=first_head).attend(paddle.to_tensor(qkv), layer)
 
     ask(layer=0)  # it drops nothing
     assert not drawn

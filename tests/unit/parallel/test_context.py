@@ -47,7 +47,7 @@ def computed(plan: RingPlan, shard: ContextShard) -> np.ndarray:
     counts = np.zeros((total, total), int)
     for source, tiles in enumerate(plan.tiles):
         own = source == shard.group.index
-        keys = shard.by_rank[source] if own else shard.by_rank[source][plan.travelling[source]]
+        keys = shard.by_rank[source] if own else shard.by_rank[source][plan.sent[source]]
         for tile in tiles:
             queries = shard.tokens[tile.query : tile.query + tile.queries]
             seen = keys[tile.key : tile.key + tile.keys]
@@ -77,7 +77,7 @@ def test_the_ranks_compute_every_visible_pair_once(case: str, num_ranks: int):
         sum(computed(plan, shard) for plan, shard in zip(plans, shards(rows, num_ranks), strict=True)), visible
     )
     for plan in plans:  # both ends of a link expect the same number of tokens
-        assert all(np.array_equal(a, b) for a, b in zip(plan.travelling, plans[0].travelling, strict=True))
+        assert all(np.array_equal(a, b) for a, b in zip(plan.sent, plans[0].sent, strict=True))
 
 
 @pytest.mark.parametrize("num_ranks", [2, 3, 4, 8])
@@ -90,6 +90,6 @@ def test_one_long_document_is_as_much_work_for_every_rank(num_ranks: int):
 
 def test_documents_within_a_rank_do_not_travel():
     document = np.repeat(np.arange(4), 10)  # as many as there are chunks
-    assert [len(rows) for rows in ring_plan(shards([40], 2)[0], document).travelling] == [0, 0]
+    assert [len(rows) for rows in ring_plan(shards([40], 2)[0], document).sent] == [0, 0]
     # The last chunk of one long document is seen by nobody else.
-    assert [len(rows) for rows in ring_plan(shards([40], 2)[0], np.zeros(40, int)).travelling] == [10, 20]
+    assert [len(rows) for rows in ring_plan(shards([40], 2)[0], np.zeros(40, int)).sent] == [10, 20]

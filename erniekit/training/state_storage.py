@@ -15,18 +15,18 @@ from erniekit.utils import log
 Fields = dict[str, paddle.Tensor]
 
 
-class StateHome(Protocol):
+class StateStorage(Protocol):
     """The state of each parameter, by its name."""
 
     def put(self, name: str, fields: Fields) -> None:
-        """Store the state of a parameter; the home owns the tensors from now on."""
+        """Store the state of a parameter; the storage owns the tensors from then on."""
         ...
 
     def get(self, name: str) -> Fields:
         """The state of a parameter on the device. Changes count when it is put back."""
         ...
 
-    def visit(self, names: Iterable[str]) -> Iterator[tuple[str, Fields]]:
+    def iterate(self, names: Iterable[str]) -> Iterator[tuple[str, Fields]]:
         """The state of each parameter in turn, on the device; what the caller made of it is stored when the next one is
         asked for.
         """
@@ -45,7 +45,7 @@ class OnDevice:
     def get(self, name: str) -> Fields:
         return self._fields[name]
 
-    def visit(self, names: Iterable[str]) -> Iterator[tuple[str, Fields]]:
+    def iterate(self, names: Iterable[str]) -> Iterator[tuple[str, Fields]]:
         for name in names:
             yield name, self._fields[name]
 
@@ -96,7 +96,7 @@ class OnHost:
         return self._arrive(self._fetch(name))
 
     @paddle.no_grad()
-    def visit(self, names: Iterable[str]) -> Iterator[tuple[str, Fields]]:
+    def iterate(self, names: Iterable[str]) -> Iterator[tuple[str, Fields]]:
         queue = list(names)
         coming = [self._fetch(name) for name in queue[: self._ahead]]
         leaving: list[tuple[Fields, list[Any]]] = []
@@ -136,8 +136,8 @@ def _all(copy: Any, fields: Mapping[str, paddle.Tensor]) -> tuple[Fields, list[A
     return {field: tensor for field, (tensor, _) in made.items()}, [wait for _, wait in made.values()]
 
 
-def build_home(offloads: bool, one_at_a_time: bool, emulate: bool = False) -> StateHome:
-    """The home that offload_optim and tensorwise_offload_optimizer ask for. On a CPU, all memory is the host's; only
+def build_storage(offloads: bool, one_at_a_time: bool, emulate: bool = False) -> StateStorage:
+    """The storage that offload_optim and tensorwise_offload_optimizer ask for. On a CPU, all memory is the host's; only
     where a GPU is to be emulated are the copies made.
     """
     if not offloads and not one_at_a_time:

@@ -5,9 +5,9 @@ import paddle
 import pytest
 
 from erniekit.parallel.zero import ShardedParameters
-from erniekit.training import state_home
+from erniekit.training import state_storage
 from erniekit.training.adamw import AdamW, ParamRule
-from erniekit.training.state_home import CpuCopies, OnDevice, OnHost, StateHome, build_home
+from erniekit.training.state_storage import CpuCopies, OnDevice, OnHost, StateStorage, build_storage
 
 
 class Watched(CpuCopies):
@@ -27,7 +27,7 @@ class Watched(CpuCopies):
         return copy, lambda: self.order.append("left")
 
 
-def optimizer_of(home: StateHome, moment_dtype: str = "fp32") -> tuple[AdamW, dict[str, paddle.Tensor]]:
+def optimizer_of(storage: StateStorage, moment_dtype: str = "fp32") -> tuple[AdamW, dict[str, paddle.Tensor]]:
     parameters = {}
     for number in range(3):
         values = np.random.default_rng(number).normal(size=(64, 80)).astype(np.float32)
@@ -36,7 +36,7 @@ def optimizer_of(home: StateHome, moment_dtype: str = "fp32") -> tuple[AdamW, di
         )
     sharded = ShardedParameters.single(parameters.items())
     rules = dict.fromkeys(parameters, ParamRule(1.0, 0.1))
-    return AdamW(sharded, rules, 0.9, 0.999, 1e-8, moment_dtype, home), parameters
+    return AdamW(sharded, rules, 0.9, 0.999, 1e-8, moment_dtype, storage), parameters
 
 
 def train(optimizer: AdamW, steps: int = 3, begin: int = 0) -> None:
@@ -66,11 +66,11 @@ def test_training_is_the_same_wherever_the_state_is(moment_dtype: str, ahead: in
 @pytest.mark.parametrize(("ahead", "order"), [(0, "in arrived out left"), (1, "in in arrived out in arrived out left")])
 def test_the_next_state_is_fetched_while_one_is_updated(ahead: int, order: str):
     copies = Watched()
-    home = OnHost(copies, ahead)
+    storage = OnHost(copies, ahead)
     for name in "abc":
-        home.put(name, {"moment1": paddle.zeros([1])})
+        storage.put(name, {"moment1": paddle.zeros([1])})
     copies.order.clear()
-    for _ in home.visit("abc"):
+    for _ in storage.iterate("abc"):
         pass
     assert " ".join(copies.order).startswith(order)
     assert copies.order.count("left") == copies.order.count("arrived") == 3  # all copies have ended
@@ -99,10 +99,10 @@ def test_a_checkpoint_resumes_bit_for_bit(moment_dtype: str):
 
 
 def test_the_place_follows_the_keys_and_the_device(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
-    assert isinstance(build_home(False, False), OnDevice)
-    assert isinstance(build_home(True, False), OnDevice)
+    assert isinstance(build_storage(False, False), OnDevice)
+    assert isinstance(build_storage(True, False), OnDevice)
     assert "offload_optim: no effect on a CPU" in capfd.readouterr().err
-    assert isinstance(build_home(True, True, emulate=True), OnHost)
+    assert isinstance(build_storage(True, True, emulate=True), OnHost)
     monkeypatch.setattr(paddle, "get_device", lambda: "gpu:0")
-    monkeypatch.setattr(state_home, "GpuCopies", CpuCopies)  # needs a GPU
-    assert isinstance(build_home(False, True), OnHost)
+    monkeypatch.setattr(state_storage, "GpuCopies", CpuCopies)  # needs a GPU
+    assert isinstance(build_storage(False, True), OnHost)
