@@ -174,8 +174,13 @@ def _size(source: Any) -> int:
 def _limits(part: dict[str, Any], default: PixelLimits) -> PixelLimits:
     limits = []
     for key, value in default._asdict().items():
-        own = part.get(key, value)
+        own = value if part.get(key) is None else part[key]
         if not isinstance(own, int) or isinstance(own, bool) or own < 1:
             raise BadRecord(f"{key} of a picture or video must be a positive integer, not {own!r}", "fix or remove it")
         limits.append(own)
+    if part.get("min_pixels") is not None and limits[0] > limits[1]:
+        raise BadRecord(
+            f"min_pixels of a picture or video is {limits[0]}, and max_pixels is {limits[1]}",
+            "give both so that the first is not larger",
+        )
     return PixelLimits(min(limits), limits[1])
