@@ -205,10 +205,17 @@ def _is_boxes(text: str) -> bool:
 
 
 def _in_json(text: str) -> list[tuple[list[float], str | None]] | None:
-    """The boxes, each with its label, of a text that is JSON; None for another text, or for JSON without any."""
-    try:
-        value = json.loads(_FENCE.sub("", text.strip()))  # NaN and numbers too large are no coordinates, see _is_four
-    except (ValueError, RecursionError):
+    """The boxes, each with its label, of a text that is JSON, or Python's text of a dict, which data sets have, too;
+    None for another text, or for one without boxes.
+    """
+    text = _FENCE.sub("", text.strip())
+    for candidate in (text, text.replace("'", '"')):
+        try:
+            value = json.loads(candidate)  # NaN and numbers too large are no coordinates, see _is_four
+            break
+        except (ValueError, RecursionError):
+            continue
+    else:
         return None
     items = value if isinstance(value, list) and not _is_four(value) else [value]
     found = [box for item in items for box in _of_item(item)]

@@ -26,7 +26,10 @@ class Notes:
     doubts: set[str] = field(default_factory=set)
 
 
-_MEDIA = "pictures are read with stage: VL-SFT and a vision-language model: set that stage, or remove it"
+_MEDIA = (
+    "pictures are read with stage: VL-SFT and a vision-language model, and not from text_dataset_path: set that stage, "
+    "use train_dataset_path, or remove it"
+)
 _SOUND = "sound is not known: remove it, or the record"
 _SAMPLE_WEIGHT = "weights of samples are not known: remove it, or set the shares of data sets (train_dataset_prob)"
 _PAIRS = "this looks like preference data (stage DPO): set stage: DPO, with pictures VL-DPO, or remove it"

@@ -271,6 +271,8 @@ class VisionEncoder:
         if not bound:
             shortest = length - tokens_of(media) + tokens_of([plan.at_most(SMALLEST_AREA, 2) for plan in media])
             return hint if shortest == length else f"{hint}, or to {shortest} with truncation: shrink"
+        if any(plan.at_most(bound).limits.max_pixels > bound for plan in media):  # one bound does not do for all
+            return f"{hint}, or truncation to shrink"
         pictures = f"max_pixels to {bound}"
         if self._spec.drawn_bounds is not None:
             pictures = f"adaptive_max_imgtoken_option to at most {bound // self._spec.settings.patching.factor**2}"

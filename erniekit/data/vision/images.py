@@ -151,17 +151,18 @@ def to_rgb(image: Image.Image, name: str) -> Image.Image:
 def _opened(source: Any, reader: MediaReader, options: ImageOptions) -> Iterator[Image.Image]:
     """A picture whose header was read and is allowed. Whatever decoding raises becomes a BadRecord."""
     name = describe(source)
-    if isinstance(source, Image.Image):
-        _check_header(source, options, name)
-        yield source.copy()
-        return
-    with reader.open(source) as file, warnings.catch_warnings():
+    with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Pillow's warning of large pictures: the bound below is ours
         try:
-            timed: Any = _Timed(file, options.max_seconds)  # it has all that Pillow calls of a file
-            with Image.open(timed, formats=FORMATS) as image:
-                _check_header(image, options, name)
-                yield image
+            if isinstance(source, Image.Image):
+                _check_header(source, options, name)
+                yield source.copy()
+                return
+            with reader.open(source) as file:
+                timed: Any = _Timed(file, options.max_seconds)  # it has all that Pillow calls of a file
+                with Image.open(timed, formats=FORMATS) as image:
+                    _check_header(image, options, name)
+                    yield image
         except UnidentifiedImageError:
             hint = f"the formats are {', '.join(FORMATS)}"
             if name.lower().endswith(_VIDEOS):

@@ -13,7 +13,7 @@ from erniekit.data.vision.frames import text_height
 from erniekit.data.vision.images import image_size, load_picture, patchify, resize
 from erniekit.data.vision.media import MediaReader, describe, unwrap
 from erniekit.data.vision.processor_files import ProcessorSettings
-from erniekit.data.vision.smart_resize import TOKEN_AREA, Geometry, Patching, PixelLimits, measure
+from erniekit.data.vision.smart_resize import TOKEN_AREA, Geometry, Patching, PixelLimits, measure, smart_resize
 from erniekit.data.vision.video import VideoOptions, open_video
 from erniekit.utils.errors import DataError
 
@@ -57,15 +57,17 @@ class MediaPlan:
         return 1000 + sum(_size(item) for item in (source if isinstance(source, list | tuple) else [source]))
 
     def at_most(self, max_pixels: int, frames: int | None = None) -> "MediaPlan":
-        """The same with a smaller bound of pixels, and for a video of fewer frames. A picture too long for so few
-        pixels stays as it is.
+        """The same with a smaller bound of pixels, and for a video of fewer frames. The bound of a picture whose shape
+        has no size so small is the next one, in whole tokens, at which it has one.
         """
-        limits = PixelLimits(min(self.limits.min_pixels, max_pixels), min(self.limits.max_pixels, max_pixels))
         count = self.frames if frames is None or self.frames is None else min(self.frames, frames)
-        try:
-            geometry = measure(self.width, self.height, count, limits, self.patching)
-        except DataError:
-            return self
+        limits = self.limits
+        for bound in range(max_pixels, self.limits.max_pixels, TOKEN_AREA):
+            smaller = PixelLimits(min(self.limits.min_pixels, bound), bound)
+            if _is_possible(self.width, self.height, smaller, self.patching):
+                limits = smaller
+                break
+        geometry = measure(self.width, self.height, count, limits, self.patching)
         thinned = self.thinned or count != self.frames
         return replace(self, limits=limits, geometry=geometry, frames=count, thinned=thinned)
 
@@ -149,6 +151,15 @@ def largest_bound(plans: Sequence[MediaPlan], budget: int, most_frames: int | No
     return best
 
 
+def _is_possible(width: int, height: int, limits: PixelLimits, patching: Patching) -> bool:
+    """Whether a picture has a size within the limits."""
+    try:
+        smart_resize(width, height, limits, patching.factor)
+    except DataError:
+        return False
+    return True
+
+
 def _size(source: Any) -> int:
     """The size of the bytes or the text that a source consists of."""
     try:
@@ -163,8 +174,13 @@ def _size(source: Any) -> int:
 def _limits(part: dict[str, Any], default: PixelLimits) -> PixelLimits:
     limits = []
     for key, value in default._asdict().items():
-        own = part.get(key, value)
+        own = value if part.get(key) is None else part[key]
         if not isinstance(own, int) or isinstance(own, bool) or own < 1:
             raise BadRecord(f"{key} of a picture or video must be a positive integer, not {own!r}", "fix or remove it")
         limits.append(own)
+    if part.get("min_pixels") is not None and limits[0] > limits[1]:
+        raise BadRecord(
+            f"min_pixels of a picture or video is {limits[0]}, and max_pixels is {limits[1]}",
+            "give both so that the first is not larger",
+        )
     return PixelLimits(min(limits), limits[1])

@@ -11,17 +11,18 @@ from erniekit.data.chat.tokenizer import load_tokenizer
 from erniekit.data.packed_batch import IGNORE, Modality
 from erniekit.data.records.errors import BadRecord
 from erniekit.data.records.fields import Notes
+from erniekit.data.records.values import kind_of
 from erniekit.data.vision.media import MediaReader
 from erniekit.data.vision.parts import content_parts, media_of
 from erniekit.data.vision.pixels import normalise
 from erniekit.data.vision.plan import MediaPlan, plan_media
-from erniekit.data.vision.positions import PositionRule
+from erniekit.data.vision.positions import POSITION_RULES, PositionRule
 from erniekit.data.vision.processor_files import ProcessorSettings, read_settings, write_settings
 from erniekit.data.vision.sequence import Expanded, MediaTokens, expand
 from erniekit.data.vision.template import VisionTemplate, load_vision_template
 from erniekit.data.vision.video import VideoOptions
 from erniekit.utils import log
-from erniekit.utils.errors import DataError
+from erniekit.utils.errors import ConfigError, DataError
 
 
 class Processor:
@@ -66,7 +67,10 @@ class Processor:
 
         Raises:
             DataError: a picture cannot be read, or the template refuses the conversation.
+            ConfigError: there is no such position_rule.
         """
+        if position_rule not in POSITION_RULES:
+            raise ConfigError(f"position_rule: expected one of {', '.join(POSITION_RULES)}; got {position_rule!r:.40}")
         messages, notes = _with_parts(messages), Notes()
         ids = self.template.prompt_ids(messages, tools, enable_thinking, add_generation_prompt)
         reader = MediaReader(Path(directory), self._allow_urls)
@@ -130,8 +134,13 @@ def load_processor(
     directory = Path(directory)
     template = load_vision_template(load_tokenizer(directory), chat_template)
     settings = read_settings(directory)
-    limits = settings.images
-    limits = limits._replace(min_pixels=min_pixels or limits.min_pixels, max_pixels=max_pixels or limits.max_pixels)
+    given = {"min_pixels": min_pixels, "max_pixels": max_pixels}
+    limits = settings.images._replace(**{key: value for key, value in given.items() if value is not None})
+    if not 0 < limits.min_pixels <= limits.max_pixels:
+        raise ConfigError(
+            f"min_pixels: {limits.min_pixels} and max_pixels: {limits.max_pixels}: must be more than 0, and the first "
+            "not larger than the second; what is not given is the model's own"
+        )
     return Processor(template, replace(settings, images=limits), allow_urls)
 
 
@@ -139,6 +148,11 @@ def _with_parts(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """Messages with their content lists in this package's form."""
     result = []
     for number, message in enumerate(messages):
+        if not isinstance(message, dict):
+            raise DataError(
+                f"messages[{number}] is {kind_of(message)}, not a message: give one conversation, a list of "
+                '{"role": ..., "content": ...}'
+            )
         content = message.get("content")
         if isinstance(content, list | tuple):
             try:

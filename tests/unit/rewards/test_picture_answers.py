@@ -22,6 +22,7 @@ CUP = '[{"bbox_2d": [100, 100, 300, 300], "label": "cup"}]'
     [
         (CUP, "boxes"),
         ('{"bbox_2d": [100, 100, 300, 300]}', "boxes"),
+        ("[{'bbox_2d': [100, 100, 300, 300], 'label': 'cup'}]", "boxes"),
         ("[100, 100.5, 300, 300]", "boxes"),
         ("[1, 2, 3, 4], [5, 6, 7, 8]", "boxes"),
         ("The cup is at [1, 2, 3, 4].", "text"),
@@ -53,6 +54,9 @@ class TestBoxes:
     )
     def test_forms(self, text: str):
         assert read_boxes(text).boxes == ((100, 250, 400, 900),)
+
+    def test_labels_in_single_quotes_are_read(self):
+        assert read_boxes("[{'bbox_2d': [1, 2, 3, 4], 'label': 'Cup'}]").labels == ("cup",)
 
     def test_beyond_the_picture_is_clamped_and_counted(self):
         found = read_boxes("[[-5, 10, 20, 30], [10, 20, 1200.5, 1000], [0, 0, 1000, 1000]]")

@@ -129,6 +129,19 @@ def test_a_picture_that_a_text_or_a_pair_has_no_room_for(encode):
         assert not encode(record, max_seq_len=length - 1, kind=kind).documents
 
 
+def test_a_long_picture_is_shrunk_as_far_as_its_shape_allows(encode, tmp_path):
+    """It has 32 tokens, and 28 at least, although the bound of pixels that others get is smaller."""
+    write_picture(tmp_path / "long.png", 900, 30)
+    alone = len(encode(rounds("long.png")).documents[0].ids)
+    [document] = encode(rounds("long.png"), max_seq_len=alone - 4, truncation="shrink").documents
+    assert len(document.ids) == alone - 4
+    both = rounds("long.png") | {"images": ["long.png", "big.png"]}
+    both["messages"][0]["content"] = "<image><image>What?"
+    dropped = encode(both, max_seq_len=alone + 20).dropped
+    assert "or truncation to shrink" in dropped and "max_pixels" not in dropped
+    assert encode(both, max_seq_len=alone + 20, truncation="shrink").documents
+
+
 def test_pictures_are_shrunk_to_fit(encode):
     length = len(encode(rounds("big.png", "small.png")).documents[0].ids)
     encoded = encode(rounds("big.png", "small.png"), max_seq_len=length - 20, truncation="shrink")

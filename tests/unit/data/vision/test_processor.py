@@ -112,6 +112,10 @@ def test_limits_of_one_picture_and_of_all(directory, processor):
         (image("https://localhost/a.png"), "downloading is off"),
         (image(None), "names no source"),
         (image(blocks(64, 48), max_pixels="big"), "max_pixels of a picture"),
+        (
+            image(blocks(64, 48), min_pixels=10**6),
+            "min_pixels of a picture or video is 1000000, and max_pixels is 7056",
+        ),
         (image(blocks(64, 48), zoom=2), "unknown field 'zoom'"),
         ({"type": "audio", "audio": "a.wav"}, "a part of type 'audio'"),
         ({"type": "video", "video": []}, "a video has no frames"),
@@ -120,6 +124,24 @@ def test_limits_of_one_picture_and_of_all(directory, processor):
 def test_what_cannot_be_prepared(processor, part, message):
     with pytest.raises(DataError, match=message):
         processor(user(part, "q"))
+
+
+def test_arguments_that_cannot_be(directory, processor):
+    for limits in ({"min_pixels": 0}, {"max_pixels": 0}, {"max_pixels": -5}, {"min_pixels": 10**9}):
+        with pytest.raises(ConfigError, match=r"min_pixels: .* and max_pixels: .* must be more than 0"):
+            load_processor(directory, **limits)
+    with pytest.raises(ConfigError, match="position_rule: expected one of training, transformers; got 'theirs'"):
+        processor(user("q"), position_rule="theirs")
+    for conversations, what in (([user("q"), user("r")], "a list"), ("hello", "a string"), (user("q")[0], "a string")):
+        with pytest.raises(DataError, match=rf"messages\[0\] is {what}, not a message: give one conversation"):
+            processor(conversations)
+
+
+def test_an_open_picture_whose_file_is_truncated(processor, tmp_path):
+    content = encoded(blocks(300, 200))
+    (tmp_path / "a.png").write_bytes(content[: len(content) // 2])
+    with Image.open(tmp_path / "a.png") as opened, pytest.raises(DataError, match="cannot be decoded"):
+        processor(user(image(opened), "q"))
 
 
 def test_settings_travel_through_files(tmp_path):
