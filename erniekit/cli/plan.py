@@ -76,11 +76,12 @@ def job_of(cfg: Config, wishes: Wishes, card: Hardware) -> Job:
     model = training_overrides(cfg).apply(_model(cfg))
     gpu = CPU if card.name.lower() == CPU else card.name
     gpus = wishes.gpus or ParallelDims.from_config(cfg).world
-    per_node = wishes.gpus_per_node or min(gpus, MOST_GPUS_PER_NODE)
+    most = gpus if gpu == CPU else MOST_GPUS_PER_NODE  # one host with CPUs starts all that the degrees ask for
+    per_node = wishes.gpus_per_node or min(gpus, most)
     if gpus > per_node and gpus % per_node:
         raise ConfigError(
             f"gpus: {gpus} do not make whole hosts of gpus_per_node: {per_node} ({gpus} / {per_node} = "
-            f"{gpus / per_node:.2f}). Give a multiple of {per_node}."
+            f"{gpus / per_node:.2f}). Give a multiple of {per_node}, or another gpus_per_node."
         )
     _check_precision(cfg, card)
     pictures = _picture_tokens(cfg, model, wishes)

@@ -61,6 +61,12 @@ def test_a_plan_for_a_cpu_says_where_its_numbers_come_from(tmp_path: Path, capsy
     assert "are placeholders" not in capsys.readouterr().out
 
 
+def test_a_cpu_runs_all_processes_of_the_degrees_on_one_host(capsys: pytest.CaptureFixture[str]):
+    """As `erniekit train` starts them; only GPUs are eight in a host."""
+    plan.run([str(CONFIGS / "tiny" / "sft" / "run_sft_dense.yaml"), "gpu=cpu", "data_parallel_degree=9"])
+    assert "9 x cpu: 1 pipeline stages x 9 data ranks" in capsys.readouterr().out
+
+
 def test_inputs_of_recomputed_layers_leave_the_device(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     stages = []
     for offloads in ("false", "true"):
