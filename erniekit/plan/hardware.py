@@ -236,7 +236,8 @@ def _merged(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
 def _positive(entry: dict[str, Any], key: str, name: str) -> float:
     number = entry.get(key)
     if not isinstance(number, _Number):
-        raise ConfigError(f"hardware: {name}: {key}: a number is missing.")
+        problem = "a number is missing" if number is None else f"expected a number, got {shown(number)}"
+        raise ConfigError(f"hardware: {name}: {key}: {problem}.")
     zero_is_allowed = key in ("bf16", "fp16", *PRECISIONS)  # the card has no such units
     if not math.isfinite(number.value) or number.value < 0 or (number.value == 0 and not zero_is_allowed):
         raise ConfigError(f"{number.place}: {name}: {key}: must be a positive number, got {number.value:g}.")
@@ -259,7 +260,8 @@ def _read(path: Path) -> dict[str, Any]:
 
 def _mapping(value: Any, where: str) -> dict[str, Any]:
     if not isinstance(value, dict):
-        raise ConfigError(f"{where}: expected `key: value` lines, got {shown(value)}.")
+        found = f"{value.value:g}" if isinstance(value, _Number) else shown(value)
+        raise ConfigError(f"{where}: expected `key: value` lines, got {found}.")
     return value
 
 
