@@ -110,8 +110,20 @@ def _check_precision(cfg: Config, card: Hardware) -> None:
     """Refuse what the card has no units for."""
     if cfg.compute_type == "bf16" and not card.bf16:
         raise ConfigError(f"compute_type: bf16: {card.name} has no bf16 units. Plan compute_type=fp16 or another card.")
-    if cfg.fp8 != "none" and card.name.lower() != CPU:
-        card.peak("fp8")  # refuses a card without it, by its name
+    if cfg.fp8 == "none" or card.name.lower() == CPU:
+        return
+    card.peak("fp8")  # refuses a card without it, by its name
+    if cfg.emulate_precision:
+        raise ConfigError(
+            f"emulate_precision: FP8 that is emulated on {card.name} multiplies in fp32, which is not planned. Remove "
+            "the key, or plan gpu=cpu"
+        )
+    from erniekit.precision import fp8, fp8_kernels
+
+    if card.capability and (reason := fp8_kernels.refused(fp8.recipe_of(cfg), card.capability, cfg.compute_type)):
+        raise ConfigError(
+            f"fp8: {cfg.fp8}: gpu={card.name}: {reason}. Training would be refused; fp8: none trains without"
+        )
 
 
 def _model(cfg: Config) -> ModelConfig:

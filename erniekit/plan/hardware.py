@@ -69,6 +69,7 @@ class Hardware:
     launch_us: float
     efficiency: Efficiency
     contested: str = ""
+    capability: tuple[int, int] | None = None
 
     @property
     def half_peak(self) -> float:
@@ -102,7 +103,8 @@ class Hardware:
         return rate * GIGA * table[collective], self.efficiency.latency_us[kind] * MICRO * max(hops, 1)
 
 
-_NUMBERS = tuple(field.name for field in fields(Hardware) if field.name not in ("name", "efficiency", "contested"))
+_NO_NUMBERS = ("name", "efficiency", "contested", "capability")
+_NUMBERS = tuple(field.name for field in fields(Hardware) if field.name not in _NO_NUMBERS)
 _TABLES = {
     "product": PRECISIONS,
     "grouped": PRECISIONS,
@@ -112,7 +114,7 @@ _TABLES = {
     "network": ("all_reduce", "all_gather", "all_to_all", "dispatch", "send"),
     "latency_us": ("fast", "network"),
 }
-_WORDS = ("names", "like", "contested", "efficiency")
+_WORDS = ("names", "like", "contested", "efficiency", "capability")
 
 
 def load_hardware(name: str, user_file: str | Path | None = None) -> Hardware:
@@ -196,7 +198,13 @@ class _Tables:
         if not max(numbers["bf16"], numbers["fp16"]):
             raise ConfigError(f"hardware: {name}: bf16 or fp16 must be above 0.")
         efficiency = self._efficiency(str(entry.get("efficiency", "unknown")))
-        return Hardware(name=name, efficiency=efficiency, contested=str(entry.get("contested", "")), **numbers)
+        capability = None
+        if "capability" in entry:
+            tenths = round(10 * _positive(entry, "capability", name))
+            capability = tenths // 10, tenths % 10
+        return Hardware(
+            name, **numbers, efficiency=efficiency, contested=str(entry.get("contested", "")), capability=capability
+        )
 
     def _efficiency(self, name: str) -> Efficiency:
         if name not in self.efficiencies:
