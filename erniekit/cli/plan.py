@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from erniekit import config, hub
-from erniekit.checkpoint.model_shape import given_shape, model_config
+from erniekit.checkpoint.model_shape import adds_vision, given_shape, model_config
+from erniekit.checkpoint.vision_start import config_directory, joined_config
 from erniekit.cli import launch, options
 from erniekit.config import Config
 from erniekit.config.paths import expand
 from erniekit.config.values import to_bool
-from erniekit.models.config import ModelConfig
+from erniekit.models.config import CONFIG_FILE, ModelConfig
 from erniekit.models.overrides import training_overrides
 from erniekit.parallel.mesh import ParallelDims
 from erniekit.plan.hardware import Hardware, load_hardware
@@ -76,11 +77,12 @@ def job_of(cfg: Config, plan_options: PlanOptions, card: Hardware) -> Job:
     model = training_overrides(cfg).apply(_model(cfg))
     gpu = CPU if card.name.lower() == CPU else card.name
     gpus = plan_options.gpus or ParallelDims.from_config(cfg).world
-    per_node = plan_options.gpus_per_node or min(gpus, MAX_GPUS_PER_NODE)
+    most = gpus if gpu == CPU else MAX_GPUS_PER_NODE  # one host with CPUs starts all that the degrees ask for
+    per_node = plan_options.gpus_per_node or min(gpus, most)
     if gpus > per_node and gpus % per_node:
         raise ConfigError(
             f"gpus: {gpus} do not make whole hosts of gpus_per_node: {per_node} ({gpus} / {per_node} = "
-            f"{gpus / per_node:.2f}). Give a multiple of {per_node}."
+            f"{gpus / per_node:.2f}). Give a multiple of {per_node}, or another gpus_per_node."
         )
     _check_precision(cfg, card)
     pictures = _picture_tokens(cfg, model, plan_options)
@@ -89,6 +91,11 @@ def job_of(cfg: Config, plan_options: PlanOptions, card: Hardware) -> Job:
 
 def _picture_tokens(cfg: Config, model: ModelConfig, plan_options: PlanOptions) -> int:
     """Tokens of a row that stand for pictures. ConfigError for pictures or documents that a row cannot hold."""
+    if cfg.method.vision and model.vision is None:
+        raise ConfigError(
+            f"stage: {cfg.stage}: {cfg.model_name_or_path} is a model of text alone ({model.model_type}). Name a "
+            "vision-language model, or choose a stage for text."
+        )
     if plan_options.picture_tokens and (model.vision is None or not cfg.method.vision):
         reason = "the model has no vision" if model.vision is None else "this stage reads text alone"
         raise ConfigError(f"picture_tokens: {plan_options.picture_tokens}: {reason}. Leave it out.")
@@ -109,8 +116,20 @@ def _check_precision(cfg: Config, card: Hardware) -> None:
     """Refuse what the card has no units for."""
     if cfg.compute_type == "bf16" and not card.bf16:
         raise ConfigError(f"compute_type: bf16: {card.name} has no bf16 units. Plan compute_type=fp16 or another card.")
-    if cfg.fp8 != "none" and card.name.lower() != CPU:
-        card.peak("fp8")  # refuses a card without it, by its name
+    if cfg.fp8 == "none" or card.name.lower() == CPU:
+        return
+    card.peak("fp8")  # refuses a card without it, by its name
+    if cfg.emulate_precision:
+        raise ConfigError(
+            f"emulate_precision: FP8 that is emulated on {card.name} multiplies in fp32, which is not planned. Remove "
+            "the key, or plan gpu=cpu"
+        )
+    from erniekit.precision import fp8, fp8_kernels
+
+    if card.capability and (reason := fp8_kernels.refused(fp8.recipe_of(cfg), card.capability, cfg.compute_type)):
+        raise ConfigError(
+            f"fp8: {cfg.fp8}: gpu={card.name}: {reason}. Training would be refused; fp8: none trains without"
+        )
 
 
 def _model(cfg: Config) -> ModelConfig:
@@ -125,6 +144,8 @@ def _model(cfg: Config) -> ModelConfig:
             raise ConfigError(f"tokenizer_name_or_path: {cfg.tokenizer_name_or_path}: give a directory on this machine")
         return model_config(cfg, tokenizer)
     shape = published_shape(name)
+    if shape is not None and adds_vision(cfg, shape):
+        return _with_vision(cfg, name, shape)
     if shape is not None:
         return dataclasses.replace(shape, **given_shape(cfg)) if not cfg.continue_training else shape
     known = [f"baidu/ERNIE-4.5-{each}-Paddle" for each in NAMES]
@@ -134,6 +155,17 @@ def _model(cfg: Config) -> ModelConfig:
         f"model_name_or_path: {name} is neither a directory here nor a published ERNIE 4.5 model, whose shapes are "
         f"known: {', '.join(NAMES)}.{hint} Download its config.json and give the directory."
     )
+
+
+def _with_vision(cfg: Config, name: str, text: ModelConfig) -> ModelConfig:
+    """A published text model with the vision part of vision_config_path: a config.json, or a published model's name."""
+    path = config_directory(cfg.vision_config_path or "")
+    other = published_shape(f"baidu/{path.name}")
+    if (path / CONFIG_FILE).is_file() or other is None or other.vision is None:
+        return joined_config(text, Path(name), path)
+    if (other.hidden_size, other.num_hidden_layers) != (text.hidden_size, text.num_hidden_layers):
+        raise ConfigError(f"vision_config_path: {path}: the text part has other sizes than {name}. Name its own model.")
+    return dataclasses.replace(text, model_type=other.model_type, vision=other.vision, num_nextn_predict_layers=0)
 
 
 def _beyond(report: Any, card: Hardware, plan_options: PlanOptions) -> dict[str, Any]:
@@ -175,8 +207,11 @@ def _report(job: Job, card: Hardware, plan_options: PlanOptions) -> Any:
     from erniekit.plan.report import Report
     from erniekit.plan.search import search
     from erniekit.plan.timing import plan_time
+    from erniekit.training.freezing import check_frozen
     from erniekit.training.outline import outline_layers, outline_stage
 
+    if not job.cfg.lora_path:  # else what is trained follows from the saved adapter
+        check_frozen(job.cfg, job.model)
     capacity = plan_options.memory or _capacity(job, card)
     memory = plan_memory(job, capacity, outline_stage)
     found = advice.changes(memory, capacity, outline_stage, card)

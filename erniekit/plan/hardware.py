@@ -69,6 +69,7 @@ class Hardware:
     launch_us: float
     efficiency: Efficiency
     contested: str = ""
+    capability: tuple[int, int] | None = None
 
     @property
     def half_peak(self) -> float:
@@ -102,7 +103,8 @@ class Hardware:
         return rate * GIGA * table[collective], self.efficiency.latency_us[kind] * MICRO * max(hops, 1)
 
 
-_NUMBERS = tuple(field.name for field in fields(Hardware) if field.name not in ("name", "efficiency", "contested"))
+_NO_NUMBERS = ("name", "efficiency", "contested", "capability")
+_NUMBERS = tuple(field.name for field in fields(Hardware) if field.name not in _NO_NUMBERS)
 _TABLES = {
     "product": PRECISIONS,
     "grouped": PRECISIONS,
@@ -112,7 +114,7 @@ _TABLES = {
     "network": ("all_reduce", "all_gather", "all_to_all", "dispatch", "send"),
     "latency_us": ("fast", "network"),
 }
-_WORDS = ("names", "like", "contested", "efficiency")
+_WORDS = ("names", "like", "contested", "efficiency", "capability")
 
 
 def load_hardware(name: str, user_file: str | Path | None = None) -> Hardware:
@@ -196,7 +198,13 @@ class _Tables:
         if not max(numbers["bf16"], numbers["fp16"]):
             raise ConfigError(f"hardware: {name}: bf16 or fp16 must be above 0.")
         efficiency = self._efficiency(str(entry.get("efficiency", "unknown")))
-        return Hardware(name=name, efficiency=efficiency, contested=str(entry.get("contested", "")), **numbers)
+        capability = None
+        if "capability" in entry:
+            tenths = round(10 * _positive(entry, "capability", name))
+            capability = tenths // 10, tenths % 10
+        return Hardware(
+            name, **numbers, efficiency=efficiency, contested=str(entry.get("contested", "")), capability=capability
+        )
 
     def _efficiency(self, name: str) -> Efficiency:
         if name not in self.efficiencies:
@@ -236,7 +244,8 @@ def _merged(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
 def _positive(entry: dict[str, Any], key: str, name: str) -> float:
     number = entry.get(key)
     if not isinstance(number, _Number):
-        raise ConfigError(f"hardware: {name}: {key}: a number is missing.")
+        problem = "a number is missing" if number is None else f"expected a number, got {shown(number)}"
+        raise ConfigError(f"hardware: {name}: {key}: {problem}.")
     zero_is_allowed = key in ("bf16", "fp16", *PRECISIONS)  # the card has no such units
     if not math.isfinite(number.value) or number.value < 0 or (number.value == 0 and not zero_is_allowed):
         raise ConfigError(f"{number.place}: {name}: {key}: must be a positive number, got {number.value:g}.")
@@ -259,7 +268,8 @@ def _read(path: Path) -> dict[str, Any]:
 
 def _mapping(value: Any, where: str) -> dict[str, Any]:
     if not isinstance(value, dict):
-        raise ConfigError(f"{where}: expected `key: value` lines, got {shown(value)}.")
+        found = f"{value.value:g}" if isinstance(value, _Number) else shown(value)
+        raise ConfigError(f"{where}: expected `key: value` lines, got {found}.")
     return value
 
 

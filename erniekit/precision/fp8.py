@@ -42,13 +42,18 @@ class Fp8Options:
         return f"{recipe.scaling}, E4M3, gradients {recipe.gradients.upper()}, {scales}, {self.backend.name}"
 
 
+def recipe_of(cfg: Config) -> Recipe:
+    """How a run in FP8 quantises."""
+    return Recipe(cast(Scaling, cfg.fp8), cfg.fp8_scale == "pow2", cast(Fp8Format, cfg.fp8_gradients))
+
+
 def choose_fp8(cfg: Config, device: str, is_assumed: bool = False) -> Fp8Options | None:
     """The options of a run on a device ("cpu", "gpu:0"); None without FP8. Raises ConfigError where the device cannot
     multiply in FP8 and the run does not ask for emulation; a device that is only assumed is not asked.
     """
     if cfg.fp8 == "none":
         return None
-    recipe = Recipe(cast(Scaling, cfg.fp8), cfg.fp8_scale == "pow2", cast(Fp8Format, cfg.fp8_gradients))
+    recipe = recipe_of(cfg)
     reason = "" if cfg.emulate_precision or is_assumed else fp8_kernels.missing(recipe, device, cfg.compute_type)
     if reason:
         raise ConfigError(

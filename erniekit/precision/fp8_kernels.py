@@ -25,13 +25,18 @@ def missing(recipe: Recipe, device: str, compute_type: str) -> str:
     """Why this device does not multiply by the recipe, between tensors of the compute_type; empty if it does."""
     if not device.startswith("gpu"):
         return f"{device} has no products in FP8: these need an NVIDIA GPU of compute capability 9.0"
-    capability = tuple(paddle.device.cuda.get_device_capability())
+    reason = refused(recipe, tuple(paddle.device.cuda.get_device_capability()), compute_type)
+    cuda = paddle.version.cuda()
+    if not reason and tuple(int(part) for part in cuda.split(".")[:2]) < _CUDA:
+        reason = f"Paddle was built with CUDA {cuda}, and its products in FP8 need 12.8"
+    return reason
+
+
+def refused(recipe: Recipe, capability: tuple[int, ...], compute_type: str) -> str:
+    """Why the kernels do not multiply by the recipe on a GPU of this compute capability; empty if they do."""
     if capability != _CAPABILITY:
         found = ".".join(map(str, capability))
         return f"this GPU has compute capability {found}, and Paddle's kernels for FP8 need 9.0 (H100, H800, H200, H20)"
-    cuda = paddle.version.cuda()
-    if tuple(int(part) for part in cuda.split(".")[:2]) < _CUDA:
-        return f"Paddle was built with CUDA {cuda}, and its products in FP8 need 12.8"
     if recipe.scaling != "blockwise":
         return "Paddle's kernels have blocks only (fp8: blockwise)"
     if recipe.gradients != "e4m3":

@@ -47,7 +47,8 @@ def outline_stage(job: Job, stage: int) -> tuple[CausalLM, Mesh]:
 
 def _names_layers(cfg: Config) -> bool:
     """Whether keys may treat layers of one kind differently, by their numbers."""
-    return bool(cfg.frozen_parameters or cfg.lora_target_modules or cfg.modules_to_save or cfg.lora_path)
+    of_fp8 = cfg.fp8 != "none" and cfg.fp8_recompute_up_gate_layers
+    return bool(cfg.frozen_parameters or cfg.lora_target_modules or cfg.modules_to_save or cfg.lora_path or of_fp8)
 
 
 def _kinds(job: Job, stage: int) -> tuple[object, ...]:

@@ -61,6 +61,23 @@ def test_a_plan_for_a_cpu_says_where_its_numbers_come_from(tmp_path: Path, capsy
     assert "are placeholders" not in capsys.readouterr().out
 
 
+def test_a_published_text_model_gets_the_vision_part_that_is_added_to_it():
+    """By the name of the published model that vision_config_path ends in: nothing has been downloaded."""
+    path = str(CONFIGS / "ERNIE-4.5-VL-28B-A3B" / "pretrain" / "stage2_vision.yaml")
+    card = load_hardware("H800", None)
+    model = plan.job_of(load(path, [], "train"), plan.Wishes(), card).model
+    assert model == plan.published_shape("baidu/ERNIE-4.5-VL-28B-A3B-Base-Paddle")
+    other = load(path, ["vision_config_path=./models/ERNIE-4.5-VL-424B-A47B-Base-Paddle"], "train")
+    with pytest.raises(ConfigError, match=r"vision_config_path: .*other sizes"):
+        plan.job_of(other, plan.Wishes(), card)
+
+
+def test_a_cpu_runs_all_processes_of_the_degrees_on_one_host(capsys: pytest.CaptureFixture[str]):
+    """As `erniekit train` starts them; only GPUs are eight in a host."""
+    plan.run([str(CONFIGS / "tiny" / "sft" / "run_sft_dense.yaml"), "gpu=cpu", "data_parallel_degree=9"])
+    assert "9 x cpu: 1 pipeline stages x 9 data ranks" in capsys.readouterr().out
+
+
 def test_inputs_of_recomputed_layers_leave_the_device(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     stages = []
     for offloads in ("false", "true"):
@@ -130,6 +147,14 @@ def test_a_search_lists_the_fastest_layouts_that_fit(capsys: pytest.CaptureFixtu
         (["document_tokens=100000"], "is more than a row"),
         (["gpu=V100", "compute_type=bf16"], "V100 has no bf16 units"),
         (["gpu=A100", "fp8=blockwise"], "A100 has no FP8 units"),
+        (["stage=VL-SFT"], "is a model of text alone"),
+        (["frozen_parameters=nothing"], "nothing means no parameter of this model"),
+        (["gpu=L40S", "fp8=blockwise"], "this GPU has compute capability 8.9"),
+        (["gpu=B200", "fp8=blockwise"], "this GPU has compute capability 10.0"),
+        (["fp8=rowwise"], "kernels have blocks only"),
+        (["fp8=blockwise", "fp8_gradients=e5m2"], "E4M3 only"),
+        (["fp8=blockwise", "compute_type=fp16"], "not fp16"),
+        (["fp8=blockwise", "emulate_precision=true"], "emulated on H800"),
         (["recompute=true", "recompute_granularity=selective", "recompute_modules=atention"], "did you mean attention"),
         (["json=/nowhere/at/all.json"], "a directory that exists"),
         (["model_name_or_path=baidu/ERNIE-4.5-0.4B"], "nearest name is baidu/ERNIE-4.5-0.3B"),

@@ -41,3 +41,15 @@ def test_whole_gradients_wait_in_stage_2_on_a_cpu():
 def test_the_part_that_waits(keys: tuple[str, ...], shape: dict, gpu: str, gpus: int, expected: tuple[float, float]):
     device = device_of(job("sharding=stage2", *keys, shape=shape, gpu=gpu, gpus=gpus))
     assert (device.waiting, device.waiting_of_experts) == expected
+
+
+def test_stages_of_the_same_kinds_differ_where_a_key_names_a_layer():
+    """Stages 1 and 2 have a sparse layer each; one of them computes gate and up again."""
+    keys = [*GIVEN[:3], "max_seq_len=8", "compute_type=bf16", "emulate_precision=true", "fp8=blockwise"]
+    keys += ["pipeline_parallel_degree=4", "gradient_accumulation_steps=4"]
+    model = ModelConfig.from_dict(MOE | {"num_hidden_layers": 4, "moe_layer_start_index": 0})
+    kept = []
+    for named in ([], ["fp8_recompute_up_gate_layers=2"]):
+        made = make_job(config.load(None, [*keys, *named], "train"), model, Cluster(4, "cpu", 4))
+        kept.append([stage_activations(made, outline_stage(made, stage)[0], stage).peak for stage in (1, 2)])
+    assert kept[0][0] == kept[1][0] and kept[0][1] > kept[1][1]
