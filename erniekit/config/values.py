@@ -61,7 +61,7 @@ def shortened(text: str) -> str:
 
 
 def parse_number(text: str) -> int | float:
-    """Parses a decimal number. The ValueError says what is wrong, in words to put after "a number", or nothing."""
+    """Parses a decimal number. The ValueError says what is wrong, as a text to put after "a number", or nothing."""
     text = text.strip()
     match = _NUMBER.fullmatch(text)
     whole, fraction = (match["whole"] or "", match["fraction"] or "") if match else ("", "")
