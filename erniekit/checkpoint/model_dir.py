@@ -10,8 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from erniekit.checkpoint.run_record import read_record
-from erniekit.checkpoint.safetensors_header import INDEX_FILE, SINGLE_FILE, WEIGHT_FILE
-from erniekit.checkpoint.safetensors_read import unread_weights
+from erniekit.checkpoint.safetensors_header import INDEX_FILE, SINGLE_FILE, WEIGHT_FILE, unusable_weights
 from erniekit.checkpoint.safetensors_write import replace_weights, write_error
 from erniekit.config.schema import Config
 from erniekit.models.config import CONFIG_FILE, Format, ModelConfig
@@ -137,15 +136,13 @@ def require_adapter(lora_path: str) -> Path:
     return Path(lora_path)
 
 
-def require_weights(directory: Path) -> None:
-    """Raises ConfigError if training is to start from weights and model_name_or_path has none."""
+def require_weights(directory: Path, cure: str = "Set continue_training: false for a random start.") -> None:
+    """Raises ConfigError if training is to start from weights and model_name_or_path has none; `cure`: what to do where
+    there are none at all.
+    """
     if not has_weights(directory):
-        others = unread_weights(directory)
-        cure = "Convert them to safetensors (docs/weights.md), or set" if others else "Set"
-        raise ConfigError(
-            f"model_name_or_path: {directory} holds no weights.{others} {cure} continue_training: false for a random "
-            "start."
-        )
+        reason = unusable_weights(directory) or f"{directory} holds no weights. {cure}"
+        raise ConfigError(f"model_name_or_path: {reason}")
 
 
 def find_checkpoint(output_dir: str | Path) -> Path:

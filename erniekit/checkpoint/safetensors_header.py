@@ -146,3 +146,20 @@ def _natural(text: str) -> int:
 
 def _naturals(values: Any) -> bool:
     return isinstance(values, list) and all(type(value) is int and 0 <= value < 1 << 63 for value in values)
+
+
+def unusable_weights(directory: Path) -> str | None:
+    """What to say of weight files that are not a whole model in a directory without one; None if there are none."""
+    shards = list(directory.glob("model-*-of-*.safetensors"))
+    if shards:
+        return (
+            f"{directory} holds {len(shards)} weight shards but no {INDEX_FILE}: a download or a save was interrupted. "
+            "Copy the model again, or use an earlier checkpoint."
+        )
+    other = sorted(file.name for file in directory.glob("*") if file.suffix in (".pdparams", ".bin", ".safetensors"))
+    if not other:
+        return None
+    return (
+        f"no weights in {directory}: expected {SINGLE_FILE} or {INDEX_FILE}. It has {', '.join(other[:3])}, which this "
+        "toolkit does not read as a model. Convert them to safetensors (docs/weights.md), or check the path."
+    )

@@ -21,6 +21,7 @@ from erniekit.checkpoint.safetensors_header import (
     bytes_of,
     read_header,
     read_index,
+    unusable_weights,
 )
 from erniekit.utils import log
 from erniekit.utils.errors import CheckpointError
@@ -52,15 +53,9 @@ class Reader:
             if single.is_file():
                 self._entries, self.metadata = read_header(single)
                 return
-            shards = sorted(file.name for file in self.path.glob("model-*-of-*.safetensors"))
-            if shards:
-                raise CheckpointError(
-                    f"{self.path} holds {len(shards)} weight shards but no {INDEX_FILE}: a download or a save was "
-                    "interrupted. Copy the model again, or use an earlier checkpoint."
-                )
-            others = unread_weights(self.path)
             raise CheckpointError(
-                f"no weights in {self.path}: expected {SINGLE_FILE} or {INDEX_FILE}.{others} Check the path."
+                unusable_weights(self.path)
+                or f"no weights in {self.path}: expected {SINGLE_FILE} or {INDEX_FILE}. Check the path."
             )
         weight_map = read_index(index)
         if single.is_file() and set(weight_map.values()) != {SINGLE_FILE}:
@@ -139,12 +134,6 @@ class Reader:
         if name not in self._entries:
             raise CheckpointError(f"{self.path} holds no tensor {name}.")
         return self._entries[name]
-
-
-def unread_weights(directory: Path) -> str:
-    """A sentence, with a space in front, about weights of a directory in files that are not read; empty without any."""
-    names = sorted(file.name for file in directory.glob("*") if file.suffix in (".pdparams", ".bin", ".safetensors"))
-    return f" It has {', '.join(names[:3])}, which this toolkit does not read as a model." if names else ""
 
 
 def _name_repeated(index: Path, weight_map: Mapping[str, str], headers: Iterable[Mapping[str, Entry]]) -> None:

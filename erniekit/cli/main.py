@@ -216,3 +216,7 @@ def _stdout_is_closed() -> bool:
     if is_closed:
         streams.silence(sys.stdout)
     return is_closed
+
+
+if __name__ == "__main__":  # python -m erniekit.cli.main
+    sys.exit(main())

@@ -185,7 +185,7 @@ class _State:
         self.unknown.append(entry.name)
         # Searching for a similar name takes a millisecond, and nobody reads the fiftieth hint.
         hint = synonyms.hint(entry.name, [*_FIELDS, *RULES]) if len(self.problems) < _MAX_PROBLEMS else ""
-        self.problems.append(f"{shortened(entry.name)}: unknown key{hint and f'; {hint}'} ({entry.place})")
+        self.problems.append(f"{_visible(entry.name)}: unknown key{hint and f'; {hint}'} ({entry.place})")
 
     def raise_problems(self, path: str | None) -> None:
         """Raise one ConfigError that lists every problem, if there are any."""
@@ -200,6 +200,11 @@ class _State:
                 lines += f"\n  and {len(self.problems) - _MAX_PROBLEMS} more"
             message = f"{path or 'the command line'}: {len(self.problems)} problems:{lines}"
             raise ConfigError(message, self.problems)
+
+
+def _visible(name: str) -> str:
+    """A name for a message, quoted if it has spaces around it or characters that cannot be seen."""
+    return shortened(name if name and name.isprintable() and name == name.strip() else repr(name))
 
 
 def _as_written(entry: read.Entry) -> str:

@@ -61,7 +61,7 @@ def shortened(text: str) -> str:
 
 
 def parse_number(text: str) -> int | float:
-    """Parses a decimal number. The ValueError names the other notation that the text looks like."""
+    """Parses a decimal number. The ValueError says what is wrong, as a text to put after "a number", or nothing."""
     text = text.strip()
     match = _NUMBER.fullmatch(text)
     whole, fraction = (match["whole"] or "", match["fraction"] or "") if match else ("", "")
@@ -70,7 +70,12 @@ def parse_number(text: str) -> int | float:
         raise ValueError(hint)
     if len(whole) > 1 and whole[0] == "0":
         raise ValueError(" without a leading 0, which means octal to some readers of YAML and decimal to others")
-    return float(text) if fraction or match["exponent"] else int(text)
+    if not (fraction or match["exponent"]):
+        return int(text)
+    number = float(text)
+    if not number and re.search("[1-9]", whole + fraction):
+        raise ValueError(" that is 0 or at least 5e-324 in size")
+    return number
 
 
 def to_bool(value: Any) -> bool:

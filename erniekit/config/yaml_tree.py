@@ -21,6 +21,18 @@ _TAG = "tag:yaml.org,2002:"
 _TEXT = ("!", f"{_TAG}str")
 # a key in front of a full-width colon, or of a colon and a full-width or non-breaking space
 _OTHER_COLON = re.compile(r"\s*[\w.-]+[ \t]*(?:\uff1a|:[\u3000\u00a0])")
+# parts of PyYAML's messages, and what to do
+_CURES = {
+    "could not find expected ':'": "Write `key: value`, with a space behind the colon",
+    "'\\t'": "Indent and separate with spaces, not with tabs",
+    "unexpected end of stream": "Close the quotes that begin there",
+    "mapping values are not allowed": "Keys of one mapping begin in the same column; a value that has ': ' in it needs "
+    "quotes",
+    "cannot start any token": "A value that begins with this character needs quotes",
+    "while scanning an alias": "A value that begins with * or & needs quotes",
+}
+# problems that PyYAML notices behind the key or the text that has them
+_AT_BEGINNING = ("could not find expected ':'", "found unexpected end of stream")
 _PLAIN = tuple(_TAG + name for name in ("int", "float", "bool"))
 
 
@@ -106,21 +118,25 @@ class _Reader:
         except yaml.reader.ReaderError as error:
             self._refuse_character(error)
         except yaml.MarkedYAMLError as error:
-            mark = error.problem_mark or error.context_mark
+            marks = (error.problem_mark, error.context_mark)
+            mark = next(filter(None, reversed(marks) if error.problem in _AT_BEGINNING else marks), None)
             line = self._line if mark is None else mark.line
-            self._refuse(f"not valid YAML: {error.problem or error.context}{self._other_colon(line)}", line)
+            self._refuse(f"not valid YAML: {error.problem or error.context}{self._cure(error, line)}", line)
         except (yaml.YAMLError, ValueError) as error:  # ValueError: \U00110000, or a version of 5000 digits
             self._refuse(f"not valid YAML: {str(error).splitlines()[0]}", self._loader.get_mark().line)
         self._line = event.start_mark.line
         return event
 
-    def _other_colon(self, last: int) -> str:
-        """What to do about a key up to line `last` (from 0) that ends in something that only looks like a colon and a
-        space; empty if there is none.
+    def _cure(self, error: yaml.MarkedYAMLError, last: int) -> str:
+        """What to do about the error; empty if that is not known. A key up to line `last` (from 0) may end in something
+        that only looks like a colon and a space.
         """
         lines = self._text.split("\n")[: last + 1]
         found = [number for number, line in enumerate(lines, 1) if _OTHER_COLON.match(line)]
-        return f". Line {found[-1]} has a full-width colon or space behind its key: write ': '" if found else ""
+        if found:
+            return f". Line {found[-1]} has a full-width colon or space behind its key: write ': '"
+        what = f"{error.context} {error.problem}"
+        return next((f". {cure}" for part, cure in _CURES.items() if part in what), "")
 
     def _refuse(self, what: str, line: int | None = None) -> NoReturn:
         number = (self._line if line is None else line) + 1

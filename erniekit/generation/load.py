@@ -12,6 +12,7 @@ from erniekit.checkpoint.model_dir import has_weights
 from erniekit.checkpoint.model_files import model_files
 from erniekit.checkpoint.model_shape import model_config, processor_directory
 from erniekit.checkpoint.processor import settings_of
+from erniekit.checkpoint.safetensors_header import unusable_weights
 from erniekit.config import Config
 from erniekit.data.chat.template import Template, load_template, say_if_trained_otherwise
 from erniekit.data.chat.tokenizer import Tokenizer, check_fits, load_tokenizer
@@ -122,7 +123,10 @@ def find_model(cfg: Config) -> PreparedChatModel:
     tokenizer = _tokenizer(cfg, base)
     if not files.random_start and not has_weights(base):
         start = " (or set continue_training: false for a random start)" if files.is_start else ""
-        raise CheckpointError(f"{base} holds a config.json but no weights: train first, or name another model{start}.")
+        raise CheckpointError(
+            unusable_weights(base)
+            or f"{base} holds a config.json but no weights: train first, or name another model{start}."
+        )
     shape = model_config(cfg, base) if files.random_start else None
     if base != path:
         say_if_base_differs(path, cfg)

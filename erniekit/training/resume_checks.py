@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from erniekit.checkpoint.fingerprint import fingerprint
+from erniekit.checkpoint.model_dir import list_checkpoints
 from erniekit.checkpoint.model_shape import model_config
 from erniekit.config.fields import from_saved
 from erniekit.config.methods import option_names
@@ -286,7 +287,8 @@ def _refuse(found: list[Difference], cfg: Config, where: Path) -> None:
         return
     lines = "\n".join(d.refusal() for d in refused)
     only_data = all(d.decision is Decision.DATA for d in refused)
-    anew = ", or set ignore_data_skip: true to continue its weights at the beginning of this data" * only_data
+    can_continue = only_data and (where.is_dir() or bool(list_checkpoints(where.parent)))
+    anew = ", or set ignore_data_skip: true to continue its weights at the beginning of this data" * can_continue
     asked = cfg.resume_from_checkpoint
     if asked not in ("auto", "none") and Path(asked).expanduser().resolve() == where.resolve():
         raise CheckpointError(

@@ -30,10 +30,11 @@ from functools import lru_cache
 from pathlib import Path
 
 from erniekit.utils import cgroups
+from erniekit.utils.errors import ConfigError
 
 # The user's setting is read before Paddle is imported, because the import writes OMP_NUM_THREADS=1 into the environment
 # if it is unset.
-_ASKED_THREADS = os.environ.get("ERNIEKIT_NUM_THREADS") or os.environ.get("OMP_NUM_THREADS") or ""
+_OMP_NUM_THREADS = os.environ.get("OMP_NUM_THREADS", "")
 
 _threads = 0  # that Paddle's math library was given; 0: not yet
 
@@ -240,8 +241,14 @@ def threads_in_use() -> int:
 
 
 def wanted_threads() -> int:
-    """The number of threads for computing: ERNIEKIT_NUM_THREADS, OMP_NUM_THREADS, else all cores of this process."""
-    return (int(_ASKED_THREADS) if _ASKED_THREADS.isdigit() else 0) or num_cores()
+    """The number of threads for computing: ERNIEKIT_NUM_THREADS, OMP_NUM_THREADS, else all cores of this process.
+    Raises ConfigError if the first is not a number.
+    """
+    asked = os.environ.get("ERNIEKIT_NUM_THREADS", "").strip()
+    if asked and not asked.isdecimal():
+        raise ConfigError(f"ERNIEKIT_NUM_THREADS={asked}: not a number. Give a whole number from 1, or unset it.")
+    outer = _OMP_NUM_THREADS.partition(",")[0].strip()  # OpenMP takes a list: the threads of each level of nesting
+    return int(asked or 0) or (int(outer) if outer.isdecimal() else 0) or num_cores()
 
 
 def device_name() -> str:

@@ -51,28 +51,32 @@ class _Forgiving(io.FileIO):
 
 def read_line() -> str | None:
     """The next line of standard input without its line break, also that of Windows; None at the end. Raises UserError
-    for undecodable bytes in an encoding that has no surrogate escapes (UTF-16).
+    for bytes that are text neither in the stream's encoding nor in UTF-8.
     """
     try:
         line = sys.stdin.readline()
     except UnicodeError as error:
-        raise UserError(
-            f"standard input is not text in {sys.stdin.encoding} ({error}). Set PYTHONIOENCODING to the encoding that "
-            "it is in, such as utf-8."
-        ) from None
+        raise _not_text(error) from None
     return decode(line.removesuffix("\n").removesuffix("\r")) if line else None
 
 
 def decode(line: str) -> str:
     """A line of standard input as text. A line that the stream's encoding could not decode (Chinese in an ASCII locale)
-    is decoded as UTF-8 if possible.
+    is decoded as UTF-8. Raises UserError if that is not possible.
     """
     if line.isascii() or not any("\udc80" <= character <= "\udcff" for character in line):
         return line
     try:
         return line.encode(sys.stdin.encoding or "utf-8", "surrogateescape").decode("utf-8")
-    except UnicodeError:
-        return line
+    except UnicodeError as error:
+        raise _not_text(error) from None
+
+
+def _not_text(error: UnicodeError) -> UserError:
+    return UserError(
+        f"standard input is not text in {sys.stdin.encoding} ({error}). Set PYTHONIOENCODING to the encoding that it "
+        "is in, such as utf-8 or gbk."
+    )
 
 
 def require_text(line: str) -> None:

@@ -107,7 +107,8 @@ def parse_json(
         # A text that ends too early is wrong behind its last character, not behind the line break that follows.
         at = min(problem.pos, len(text.rstrip()))
         line = f"line {text.count(chr(10), 0, at) + 1}, " if "\n" in text.strip() else ""
-        raise error(f"{where}: not JSON: {problem.msg} at {line}column {at - text.rfind(chr(10), 0, at)}.") from None
+        what = problem.msg.removesuffix(" at")  # "Invalid control character at"
+        raise error(f"{where}: not JSON: {what} at {line}column {at - text.rfind(chr(10), 0, at)}.") from None
     except RecursionError:
         raise error(f"{where}: JSON nested more than {MAX_DEPTH} levels deep.") from None
     except ValueError as problem:  # _Refused, or Python's limit on the digits of an integer

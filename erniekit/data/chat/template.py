@@ -244,7 +244,8 @@ class Template:
             if not self.shows(feature):
                 raise DataError(
                     f"chat template {self.name} does not show {feature}: they would be lost. Choose one that does "
-                    "(`template: text` has the same turns, `template: thinking` has thoughts too), or remove them."
+                    "(`chat_template: text` has the same turns, `chat_template: thinking` has thoughts too), or remove "
+                    "them."
                 )
 
     def shows(self, part: str) -> bool:
@@ -280,7 +281,7 @@ class Template:
                 raise DataError(
                     f"chat template {self.name}: answer {number + 1} does not continue the prompt that generation "
                     "would get, or has no end token, so it cannot be trained. If the prompt opens a thought, give "
-                    "one as <think>...</think> in the answer; or choose another template (`template: text`)."
+                    "one as <think>...</think> in the answer; or choose another template (`chat_template: text`)."
                 )
             position, end = min(ends)
             if not past or not prompt.startswith(past):

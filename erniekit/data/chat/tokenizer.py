@@ -32,6 +32,7 @@ from erniekit.data.chat.tokenizer_files import (
     declared_tokens,
     read_chat_template,
     read_optional,
+    special_tokens,
 )
 from erniekit.utils import log
 from erniekit.utils.errors import CheckpointError, DataError
@@ -374,6 +375,13 @@ def load_tokenizer(directory: str | Path) -> Tokenizer:
             f"{directory}: neither tokenizer.json nor tokenizer.model is here. "
             "Copy the tokenizer files from the model's source."
         )
+    for file in (older, config):
+        missing = sorted({text for text in special_tokens(file) if engine.find(text) is None})
+        if missing:
+            log.once(
+                f"{file.where}: {len(missing)} of its special tokens are not in the vocabulary, and are split like "
+                f"other text: {', '.join(missing[:5])}{', ...' if missing[5:] else ''}"
+            )
     settings = {**older.values, **config.values}
     return Tokenizer(directory, engine, settings, read_chat_template(directory))
 

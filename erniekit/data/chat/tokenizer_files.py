@@ -93,6 +93,17 @@ def check_roles(file: JsonObject) -> None:
             )
 
 
+def special_tokens(file: JsonObject) -> list[str]:
+    """The tokens that a file lists as special besides those of roles. Entries that are not texts are left out."""
+    listed: list[str] = []
+    for name in ("additional_special_tokens", "extra_special_tokens"):
+        named = file.values.get(name)
+        items = list(named.values()) if isinstance(named, dict) else named if isinstance(named, list) else []
+        texts = [item.get("content") if isinstance(item, dict) else item for item in items]
+        listed += [text for text in texts if isinstance(text, str)]
+    return listed
+
+
 def read_chat_template(directory: Path) -> ChatTemplate | None:
     """The chat template of a model or adapter directory: chat_template.jinja, else the key chat_template in
     tokenizer_config.json, else in chat_template.json (a processor's). Raises CheckpointError if it is not text.
@@ -131,7 +142,7 @@ def _default_template(templates: list[Any], where: str) -> str | None:
         named[name] = source
     others = ", ".join(sorted(set(named) - {"default"}))
     if "default" not in named:
-        log.warning(f"{where}: none of the templates ({others}) is called default; not used")
+        log.once(f"{where}: none of the templates ({others}) is called default; not used")
     elif others:
         log.info(f"{where}: the template called default is used for all conversations; not used: {others}")
     return named.get("default")

@@ -48,7 +48,7 @@ def load_record(raw: Raw, where: str) -> Any:
         text = raw.decode("utf-8")
     except UnicodeDecodeError as error:
         raise BadLine(
-            f"{where}: not UTF-8 text (byte {error.start} of the line). Hint: save the file as UTF-8."
+            f"{where}: not UTF-8 text (byte {error.start + 1} of the line). Hint: save the file as UTF-8."
         ) from None
     try:
         return parse_json(text, where, BadLine)

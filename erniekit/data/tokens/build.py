@@ -121,7 +121,7 @@ def _chunks(files: Sequence[Path], begin: Progress) -> Iterator[_Chunk]:
                 if start == 0:
                     data = path.read_bytes()
                     read += len(data)
-                    yield _Chunk([(_whole(path, data), str(path))], Progress(number, len(data), 1, read))
+                    yield _Chunk([_whole(path, data)], Progress(number, len(data), 1, read))
                 continue
             yield from _line_chunks(path, number, start, line, read)
             if path.stat().st_size != size:
@@ -160,13 +160,15 @@ def _check_lines(path: Path, first: bytes) -> None:
         raise DataError(f"{path}: a JSON list. Hint: write one object per line (.jsonl).")
 
 
-def _whole(path: Path, data: bytes) -> dict[str, Any]:
-    """A whole file as a record. Content that is not text stays bytes, which makes the record a bad one."""
+def _whole(path: Path, data: bytes) -> tuple[Raw, str]:
+    """A whole file as a record with its place; if it is not text, the line that is not, which is a bad record."""
     check_form(path, data)
     try:
-        return {"text": data.removeprefix(_BOM).decode("utf-8")}
-    except UnicodeDecodeError:
-        return {"text": data[:100]}
+        return {"text": data.removeprefix(_BOM).decode("utf-8")}, str(path)
+    except UnicodeDecodeError as error:
+        position = len(data) - len(error.object) + error.start
+        begin = data.rfind(b"\n", 0, position) + 1
+        return data[begin : position + 1], f"{path}:{data[:begin].count(10) + 1}"
 
 
 def _encoded(

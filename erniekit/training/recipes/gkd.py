@@ -44,7 +44,7 @@ def require_teacher(cfg: Config, prepared: PreparedModel, tokenizer: Tokenizer, 
     try:
         path = resolve_model(_name(cfg), cfg.download_hub)
         require_model(path)
-        require_weights(path)
+        require_weights(path, "A teacher cannot start at random: train it first, or name another model.")
     except UserError as error:  # these speak of the key of the trained model
         raise type(error)(str(error).replace("model_name_or_path", "teacher_model_name_or_path", 1)) from None
     theirs = load_tokenizer(path)

@@ -11,7 +11,7 @@ from erniekit.checkpoint import model_dir
 from erniekit.checkpoint.model_dir import copy_companions, find_checkpoint, has_weights, not_copied, say_links, staged
 from erniekit.checkpoint.run_record import FinalModel, RunRecord
 from erniekit.config.schema import Config
-from erniekit.utils.errors import CheckpointError
+from erniekit.utils.errors import CheckpointError, ConfigError
 
 
 def make_model(directory, single=True):
@@ -19,6 +19,24 @@ def make_model(directory, single=True):
     (directory / "config.json").write_text("{}")
     (directory / ("model.safetensors" if single else "model.safetensors.index.json")).write_text("x")
     return directory
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("model-00001-of-00002.safetensors", "1 weight shards but no model.safetensors.index.json"),
+        ("pytorch_model.bin", "It has pytorch_model.bin, which this toolkit does not read"),
+        ("notes.txt", "holds no weights. Set continue_training: false"),
+    ],
+)
+def test_a_random_start_is_proposed_only_where_no_weights_are(tmp_path, name, expected):
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / name).write_text("x")
+    with pytest.raises(ConfigError, match=f"model_name_or_path: .*{expected}"):
+        model_dir.require_weights(tmp_path)
+    if name == "notes.txt":
+        with pytest.raises(ConfigError, match=r"holds no weights\. Train it first"):
+            model_dir.require_weights(tmp_path, "Train it first.")
 
 
 def contents(directory):

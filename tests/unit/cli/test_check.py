@@ -164,6 +164,10 @@ def test_defaults_that_are_not_erniekits_are_named_for_a_file_of_its(given):
     ("keys", "expected"),
     [
         ({"continue_training": True}, "holds no weights. Set continue_training: false"),
+        (
+            {"stage": "GKD", "teacher_model_name_or_path": DENSE},
+            "teacher_model_name_or_path: .* holds no weights. A teacher cannot start at random",
+        ),
         ({"model_name_or_path": "no/such/model"}, "model_name_or_path: there is no file or directory"),
         ({"tensor_parallel_degree": 3}, "tensor_parallel_degree: 3 does not divide the model's 4 attention heads"),
         ({"pipeline_parallel_degree": 9}, "pipeline_parallel_degree: 9 stages need a layer each"),

@@ -228,6 +228,12 @@ def test_ctrl_c_during_an_import_gives_the_exit_code(name: str, tmp_path):
     assert (done.returncode, done.stderr) == (130, "interrupted\n")
 
 
+def test_the_module_of_the_command_runs_it():
+    command = [sys.executable, "-m", "erniekit.cli.main", "no-such-command"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=REPOSITORY, check=False)
+    assert done.returncode == cli.EXIT_USAGE, "to do nothing would look like success"
+
+
 @pytest.mark.parametrize("unbuffered", [[], ["-u"]], ids=["buffered", "unbuffered"])
 def test_a_reader_that_goes_away_is_no_error(unbuffered: list[str]):
     command = [sys.executable, *unbuffered, "-m", "erniekit", "help"]

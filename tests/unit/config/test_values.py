@@ -102,13 +102,15 @@ def test_what_is_no_whole_number(tmp_path: Path, text: str, expected: str):
     assert expected in str(caught.value) and len(str(caught.value)) < 300
 
 
-@pytest.mark.parametrize("text", ["01.5", "1:30.5", "0x1p3", ".nan", "-.inf", "1e999", "9" * 400, "infinity"])
+@pytest.mark.parametrize("text", ["01.5", "1:30.5", "0x1p3", ".nan", "-.inf", "1e999", "1e-400", "9" * 400, "infinity"])
 def test_what_is_no_number(tmp_path: Path, text: str):
     with pytest.raises(ConfigError, match="learning_rate: expected a number"):
         by_yaml(tmp_path, "learning_rate", text)
 
 
-@pytest.mark.parametrize(("text", "number"), [(".5", 0.5), ("5e-5", 5e-5), ("1E-3", 1e-3), ("0.1", 0.1), ("0", 0.0)])
+@pytest.mark.parametrize(
+    ("text", "number"), [(".5", 0.5), ("5e-5", 5e-5), ("1E-3", 1e-3), ("0.1", 0.1), ("0", 0.0), ("0e-400", 0.0)]
+)
 def test_a_number(tmp_path: Path, text: str, number: float):
     assert by_yaml(tmp_path, "learning_rate", text).learning_rate == number
     assert load(None, [f"learning_rate={text}"], "version").learning_rate == number

@@ -169,6 +169,13 @@ def test_a_run_that_is_not_to_resume_does_not_replace_its_own_model(cfg_of):
     assert "overwrite_output_dir" in refused(cfg_of(resume_from_checkpoint="none"), CheckpointError)
 
 
+@pytest.mark.parametrize("steps", [(), (2,)])
+def test_other_data_continue_a_run_only_where_it_has_a_checkpoint(cfg_of, steps):
+    put_run(cfg_of(), steps)
+    message = refused(cfg_of(seed=7), CheckpointError)
+    assert "seed: 42 there, 7 here" in message and ("ignore_data_skip" in message) == bool(steps)
+
+
 def test_the_other_kind(cfg_of):
     put_run(cfg_of())
     assert "holds another run" in refused(cfg_of(fine_tuning="LoRA"), CheckpointError)

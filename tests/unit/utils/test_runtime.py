@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from erniekit.utils import runtime
+from erniekit.utils.errors import ConfigError
 from erniekit.utils.runtime import mkl_cpu_type
 
 ZEN2 = "flags\t\t: fpu sse4_2 fma avx2"
@@ -63,6 +64,26 @@ def test_variables_of_other_launchers_are_named(monkeypatch: pytest.MonkeyPatch)
     assert "RANK=1" in runtime.ignored_variables()
     monkeypatch.setenv("NNODES", "2")
     assert "RANK=1" not in runtime.ignored_variables()  # it is the host's number
+
+
+@pytest.mark.parametrize(
+    ("variables", "expected"),
+    [({"ERNIEKIT_NUM_THREADS": "3", "OMP_NUM_THREADS": "2"}, "3"), ({"OMP_NUM_THREADS": "1,4"}, "1")],
+)
+def test_the_number_of_threads_is_that_of_the_environment(variables: dict[str, str], expected: str):
+    code = "from erniekit.utils import runtime; print(runtime.wanted_threads())"
+    environment = {name: value for name, value in os.environ.items() if not name.endswith("_NUM_THREADS")}
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment | variables
+    )
+    assert done.stdout.strip() == expected
+
+
+@pytest.mark.parametrize("text", ["two", "1.5", "-1", "\u00b2"])
+def test_a_number_of_threads_that_is_none_is_refused(monkeypatch: pytest.MonkeyPatch, text: str):
+    monkeypatch.setenv("ERNIEKIT_NUM_THREADS", text)
+    with pytest.raises(ConfigError, match=f"ERNIEKIT_NUM_THREADS={re.escape(text)}: not a number"):
+        runtime.wanted_threads()
 
 
 def test_the_device_has_a_name():

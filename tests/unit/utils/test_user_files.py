@@ -25,6 +25,7 @@ from erniekit.utils.user_files import JsonObject, parse_json, read_json, read_js
         ('{"\\uD800": 1}', "half of a pair"),
         ("{'a': 1}", "quotes at column 2"),
         ("", "not JSON"),
+        ('"\t"', "Invalid control character at column 2."),
         ('{"a": 1\n', "delimiter at column 8."),
         ('{"a": 1 2}\r\n', "delimiter at column 9."),
         ('{"a": 1,\n"b": 2\n\n', "delimiter at line 2, column 7."),

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from erniekit.data.chat.tokenizer import StreamDecoder, check_fits, load_tokenizer
+from erniekit.utils import log
 from erniekit.utils.errors import CheckpointError, DataError, UserError
 
 ROOT = Path(__file__).parents[4]
@@ -288,6 +289,23 @@ def test_templates_that_are_not_used_are_named(tmp_path, monkeypatch):
     assert load_tokenizer(tmp_path).chat_template.source == "a" and "tool_use" in said[-1]
     config.write_text(json.dumps({"chat_template": named[1:]}))
     assert load_tokenizer(tmp_path).chat_template is None and "called default" in said[-1]
+
+
+def test_special_tokens_that_the_vocabulary_lacks_are_named(tmp_path):
+    shutil.copy(TINY / "tokenizer.json", tmp_path)
+    listed = ["<s>", {"content": "<call>"}, "<answer>"]
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"additional_special_tokens": listed}))
+    (tmp_path / "special_tokens_map.json").write_text(
+        json.dumps({"extra_special_tokens": {"image_token": "<picture>"}})
+    )
+    with log.captured() as lines:
+        tokenizer = load_tokenizer(tmp_path)
+    assert [text.split(": ")[-1] for _, text in lines] == ["<picture>", "<answer>, <call>"]
+    assert "<call>" not in tokenizer.special_tokens
+    for model in (TINY, TINY.with_name("tiny-vl")):
+        with log.captured() as lines:
+            load_tokenizer(model)
+        assert not lines
 
 
 @pytest.mark.parametrize("name", ["tiny-dense", "tiny-moe"])

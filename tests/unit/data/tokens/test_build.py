@@ -239,6 +239,7 @@ def test_a_bad_line_stops_with_its_place_or_is_counted(tokenizer, tmp_path, work
     [
         ("a.json", b'[{"text": "x"}]', "a.json: a JSON list. Hint: write one object per line"),
         ("a.txt", b"\xff\xfe", "a.txt: UTF-16 text"),
+        ("a.txt", b"\xef\xbb\xbfone\n\xca\xfd\xbe\xdd\n", r"a.txt:2: not UTF-8 text \(byte 1 of the line\)"),
         ("a.jsonl", b"\n\n", "no document in 1 files"),
         ("a.csv", b"text\nx", "a.csv: a data file ends in .jsonl"),
     ],
