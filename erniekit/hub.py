@@ -78,10 +78,10 @@ def _find(name: str, key: str, kind: str, patterns: list[str], error_type: type[
     if not _NAME.fullmatch(name) or (
         kind == "dataset" and Path(name).suffix.lower() in {pattern[1:] for pattern in patterns}
     ):
-        raise error_type(
-            f"{key}: there is no file or directory {name!r} (looked in {Path.cwd()}). "
-            "Hint: check the path; a Hub name has the form owner/name."
-        )
+        hint = "check the path; a Hub name has the form owner/name"
+        if kind == "dataset" and set("*?[") & set(name):
+            hint = "patterns are not expanded: name the files, separated by commas, or their directory"
+        raise error_type(f"{key}: there is no file or directory {name!r} (looked in {Path.cwd()}). Hint: {hint}.")
     return None
 
 

@@ -35,7 +35,14 @@ _INSTEAD: dict[str, dict[str, str]] = {
         "qlora": "it is LoRA with a quantised base (compute_type, docs/low-bit.md)",
         "dora": "it is LoRA with use_dora: true",
     },
-    "optim": dict.fromkeys(("adamw_torch", "adamw_torch_fused", "adamw_hf"), "it is adamw"),
+    "optim": {
+        **dict.fromkeys(("adamw_torch", "adamw_torch_fused", "adamw_hf"), "it is adamw"),
+        **dict.fromkeys(("adamw_8bit", "adamw_bnb_8bit"), "it is adamw with moment_dtype: 8bit"),
+    },
+    "lr_scheduler_type": {
+        "cosine_with_min_lr": "it is cosine, which ends at min_lr",
+        "warmup_stable_decay": "it is wsd:N, which decays from step N on",
+    },
     "train_dataset_type": {"openai": "it is messages"},
     "eval_dataset_type": {"openai": "it is messages"},
 }

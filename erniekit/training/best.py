@@ -29,20 +29,6 @@ _OF_TRAINING = {"seed", "random_shuffle", "mix_strategy", "train_dataset_prob"}
 _NOT_OF_SCORES = {"max_prompt_len", "ref_logps_cache", "ref_model_update_steps"}
 
 
-def warn_if_nothing_compares(cfg: Config, max_steps: int) -> None:
-    """Log a warning if keys need evaluations that a run of `max_steps` steps is too short for."""
-    given = {
-        "load_best_model_at_end": cfg.load_best_model_at_end,
-        "early_stopping_patience": cfg.early_stopping_patience is not None,
-    }
-    keys = [key for key, is_given in given.items() if is_given]
-    if keys and cfg.evaluation_strategy == "steps" and (cfg.eval_steps or 0) > max_steps:
-        log.warning(
-            f"{', '.join(keys)}: no effect: the run has {max_steps} steps and eval_steps is {cfg.eval_steps}: the one "
-            "evaluation comes after the last step. Lower eval_steps"
-        )
-
-
 @dataclass(frozen=True)
 class BestModel:
     """Compares evaluations by metric_for_best_model. `data`: the identity of the evaluation data."""

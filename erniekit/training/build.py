@@ -54,16 +54,17 @@ from erniekit.parallel.zero import ShardedParameters
 from erniekit.training import muon
 from erniekit.training.adamw import AdamW, parameter_rules
 from erniekit.training.batch_warmup import last_step, warmup_steps
-from erniekit.training.best import BestModel, warn_if_nothing_compares
+from erniekit.training.best import BestModel
 from erniekit.training.data import DataContext
 from erniekit.training.ema import WeightAverage
 from erniekit.training.evaluators import EvaluationData
 from erniekit.training.fit_check import warn_if_too_large
 from erniekit.training.freezing import check_frozen, freeze, freeze_untrained_mtp
-from erniekit.training.lr_scheduler import Schedule, build_schedule, warn_of_long_warmup
+from erniekit.training.lr_scheduler import Schedule, build_schedule
 from erniekit.training.methods import Method, method_of
 from erniekit.training.moments import MomentDtype
 from erniekit.training.recipes.base import Recipe, RecipeContext
+from erniekit.training.short_runs import warn_if_too_short
 from erniekit.training.state_storage import build_storage
 from erniekit.training.trainable import describe_lora
 from erniekit.utils import log
@@ -102,7 +103,7 @@ class Run:
         cfg = self.cfg
         self.max_steps = last_step(cfg, self.loader, self.mesh.degrees.batch, done)
         self.schedule = build_schedule(cfg, self.max_steps)
-        warn_of_long_warmup(cfg, self.max_steps)
+        warn_if_too_short(cfg, self.max_steps)
         if cfg.max_steps > 0:
             return
         if self.loader.steps_left() is not None:
@@ -173,10 +174,9 @@ def build_run(cfg: Config, mesh: Mesh, method: Method | None = None) -> Run:
     require_pictures(cfg, prepared.config, model_dir)
     template, loader, eval_loader = _open_data(cfg, method, model_dir, tokenizer, mesh, prepared.config.vision)
     max_steps = last_step(cfg, loader, mesh.degrees.batch)
-    warn_if_nothing_compares(cfg, max_steps)
     loader.announce()
     schedule = build_schedule(cfg, max_steps)
-    warn_of_long_warmup(cfg, max_steps)
+    warn_if_too_short(cfg, max_steps)
     for line in layout_lines(cfg, prepared.config, mesh.degrees):
         log.info(line)
     check_frozen(cfg, prepared.config, prepared.adapter)

@@ -4,7 +4,6 @@ import math
 from collections.abc import Callable
 
 from erniekit.config.schema import Config
-from erniekit.utils import log
 
 Schedule = Callable[[int], float]
 
@@ -57,22 +56,10 @@ def warmup_steps(cfg: Config, max_steps: int) -> int:
     return cfg.warmup_steps or math.ceil(cfg.warmup_ratio * max_steps)
 
 
-def warn_of_long_warmup(cfg: Config, max_steps: int) -> None:
-    """Log a warning if the schedule of a run of `max_steps` steps ends within its warm-up, or should decay within it;
-    once, however often it is planned.
-    """
-    warmup, end = warmup_steps(cfg, max_steps), cfg.decay_steps or max_steps
-    name, _, steady = cfg.lr_scheduler_type.partition(":")
-    if warmup > end and cfg.lr_scheduler_type != "constant":
-        log.once(
-            f"warmup_steps: {warmup} steps of warm-up, but the schedule ends at step {end}: the learning rate does not "
-            f"reach {cfg.learning_rate:g}"
-        )
-    elif name == "wsd" and warmup > int(steady or end):
-        log.once(
-            f"lr_scheduler_type: {cfg.lr_scheduler_type}: the decay counts from step {int(steady or end)}, as in "
-            f"ERNIEKit, so the learning rate drops when the {warmup} steps of warm-up end. Give a larger number"
-        )
+def decay_start(cfg: Config, max_steps: int) -> float:
+    """The step from which `wsd` decays: N of `wsd:N`, else 0.9 of all steps."""
+    _, _, steady = cfg.lr_scheduler_type.partition(":")
+    return int(steady) if steady else _STEADY_SHARE * (cfg.decay_steps or max_steps)
 
 
 def build_schedule(cfg: Config, max_steps: int) -> Schedule:
@@ -84,11 +71,9 @@ def build_schedule(cfg: Config, max_steps: int) -> Schedule:
     """
     warmup = warmup_steps(cfg, max_steps)
     end = cfg.decay_steps or max_steps
-    name, _, steady = cfg.lr_scheduler_type.partition(":")
+    name, _, _ = cfg.lr_scheduler_type.partition(":")
     shape = _SHAPES.get(name, _wsd)
-    start: float = warmup
-    if name == "wsd":
-        start = int(steady) if steady else _STEADY_SHARE * end
+    start = decay_start(cfg, max_steps) if name == "wsd" else float(warmup)
     if name == "constant":
         warmup = 0
 

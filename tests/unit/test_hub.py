@@ -50,6 +50,11 @@ def test_what_looks_like_a_path_is_never_looked_up_on_the_hub(path, monkeypatch)
         resolve_dataset(path)
 
 
+def test_a_pattern_of_file_names_is_named_as_that():
+    with pytest.raises(DataError, match=r"'data/\*\.jsonl' .*Hint: patterns are not expanded: name the files"):
+        resolve_dataset("data/*.jsonl")
+
+
 @pytest.fixture
 def other_hubs(tmp_path, monkeypatch):
     """Stand-ins for the packages of ModelScope and AI Studio, which note what they are asked for. The signatures are

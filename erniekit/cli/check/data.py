@@ -28,6 +28,7 @@ from erniekit.data.records.find_files import find_files
 from erniekit.data.records.readers import load_record
 from erniekit.data.vision.options import unsized_spec
 from erniekit.training.batch_warmup import last_step, repeats_line
+from erniekit.training.short_runs import warn_if_too_short
 from erniekit.utils import atomic
 from erniekit.utils.errors import UserError
 
@@ -91,6 +92,7 @@ def inspect(
         else:
             feed = _rows(report, section, cfg, split, facts, options, steps, opened)
             tiles += _show(report, section, feed, split, tokenizer, options, written)
+        _warn_if_too_short(section, cfg, split, steps)
     _draw(report, tiles, options)
     if options.records is not None:
         atomic.write_json(options.records, written)
@@ -294,6 +296,12 @@ def _steps(section: Section, cfg: Config, loader: Loader, data_ranks: int, steps
         section.add("warning", repeats_line(rows))
     if epochs > _MANY_EPOCHS:
         section.add("warning", f"max_steps: {cfg.max_steps} reads the data {epochs:.0f} times")
+
+
+def _warn_if_too_short(section: Section, cfg: Config, split: str, steps: Steps) -> None:
+    if split == "train" and steps.total is not None:
+        with section.collecting():
+            warn_if_too_short(cfg, steps.total)
 
 
 def _counted(cfg: Config) -> Config:

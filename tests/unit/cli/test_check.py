@@ -299,6 +299,20 @@ def test_a_step_that_reads_the_data_several_times(given, keys, epochs, warns):
     assert (line in findings(given(**keys), "warning")) == warns
 
 
+@pytest.mark.parametrize(
+    ("keys", "expected"),
+    [
+        ({"warmup_steps": 30}, "warmup_steps: 30 steps of warm-up, but the schedule ends at step 20"),
+        (
+            {"evaluation_strategy": "steps", "eval_steps": 30, "load_best_model_at_end": True},
+            "load_best_model_at_end: no effect: the run has 20 steps and eval_steps is 30",
+        ),
+    ],
+)
+def test_what_a_run_is_too_short_for(given, keys, expected):
+    assert expected in findings(given(**keys), "warning")
+
+
 def test_answers_that_are_all_good_or_all_bad(given, tmp_path):
     def said(*labels: bool) -> str:
         lines = (json.dumps({"src": f"q {i}", "tgt": f"a {i}", "label": label}) for i, label in enumerate(labels))

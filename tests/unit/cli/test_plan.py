@@ -65,11 +65,11 @@ def test_a_published_text_model_gets_the_vision_part_that_is_added_to_it():
     """By the name of the published model that vision_config_path ends in: nothing has been downloaded."""
     path = str(CONFIGS / "ERNIE-4.5-VL-28B-A3B" / "pretrain" / "stage2_vision.yaml")
     card = load_hardware("H800", None)
-    model = plan.job_of(load(path, [], "train"), plan.Wishes(), card).model
+    model = plan.job_of(load(path, [], "train"), plan.PlanOptions(), card).model
     assert model == plan.published_shape("baidu/ERNIE-4.5-VL-28B-A3B-Base-Paddle")
     other = load(path, ["vision_config_path=./models/ERNIE-4.5-VL-424B-A47B-Base-Paddle"], "train")
     with pytest.raises(ConfigError, match=r"vision_config_path: .*other sizes"):
-        plan.job_of(other, plan.Wishes(), card)
+        plan.job_of(other, plan.PlanOptions(), card)
 
 
 def test_a_cpu_runs_all_processes_of_the_degrees_on_one_host(capsys: pytest.CaptureFixture[str]):

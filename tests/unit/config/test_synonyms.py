@@ -2,7 +2,7 @@
 
 import pytest
 
-from erniekit.config import dialects, load, schema, synonyms, value_synonyms
+from erniekit.config import checks, dialects, load, schema, synonyms, value_synonyms
 from erniekit.config.compat_keys import RULES
 from erniekit.utils.errors import ConfigError
 
@@ -82,6 +82,8 @@ def test_a_bare_no_is_not_another_word_for_no():
         ("kto_loss_type=apo_zero", "judged answers have apo_zero_unpaired"),
         ("scale_rewards=true", "got 'true'; TRL's true is group"),
         ("optim=adamw_torch", "got 'adamw_torch'; it is adamw"),
+        ("optim=adamw_8bit", "it is adamw with moment_dtype: 8bit"),
+        ("lr_scheduler_type=cosine_with_min_lr", "got 'cosine_with_min_lr'; it is cosine, which ends at min_lr"),
         ("loss_type=sigmoyd", "did you mean sigmoid?"),
     ],
 )
@@ -101,7 +103,7 @@ def test_another_method_is_no_typo(given: str):
 def test_each_value_of_other_toolkits_belongs_to_a_key_and_is_none_here():
     fields = schema.fields()
     for key, values in value_synonyms.table().items():
-        choices = {choice.lower() for choice in fields[key].metadata["choices"]}
+        choices = {choice.lower() for choice in fields[key].metadata["choices"] or checks.SCHEDULES}
         assert choices and not choices & set(values), key
 
 

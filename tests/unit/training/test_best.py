@@ -1,32 +1,10 @@
-"""The best evaluation: keys that need evaluations to compare."""
-
-import logging
+"""The best evaluation: which one it is, and when a run stops early."""
 
 import pytest
 
 from erniekit.config import Config
-from erniekit.training.best import BestModel, warn_if_nothing_compares
+from erniekit.training.best import BestModel
 from erniekit.training.state import TrainState
-
-BEST, PATIENCE = {"load_best_model_at_end": True}, {"early_stopping_patience": 2}
-
-
-@pytest.mark.parametrize(
-    ("keys", "eval_steps", "named"),
-    [
-        (BEST | PATIENCE, 11, "load_best_model_at_end, early_stopping_patience: no effect: the run has 10 steps"),
-        (PATIENCE, 11, "early_stopping_patience: no effect"),
-        (BEST | PATIENCE, 10, ""),
-        ({}, 11, ""),
-        (BEST | {"evaluation_strategy": "epoch"}, None, ""),
-    ],
-)
-def test_a_run_that_ends_before_its_first_evaluation_says_what_has_no_effect(
-    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, keys, eval_steps, named
-):
-    monkeypatch.setattr(logging.getLogger("erniekit"), "propagate", True)
-    warn_if_nothing_compares(Config(**{"evaluation_strategy": "steps", "eval_steps": eval_steps} | keys), 10)
-    assert named in caplog.text and bool(named) == bool(caplog.text)
 
 
 @pytest.mark.parametrize(

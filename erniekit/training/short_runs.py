@@ -1,0 +1,44 @@
+"""Warnings about keys for which a run has too few steps."""
+
+from erniekit.config.schema import Config
+from erniekit.training.lr_scheduler import decay_start, warmup_steps
+from erniekit.utils import log
+
+
+def warn_if_too_short(cfg: Config, max_steps: int) -> None:
+    """Log each warning about a run of `max_steps` steps; once, however often the steps are planned."""
+    warn_of_long_warmup(cfg, max_steps)
+    warn_if_nothing_compares(cfg, max_steps)
+
+
+def warn_of_long_warmup(cfg: Config, max_steps: int) -> None:
+    """Log a warning if the schedule of a run of `max_steps` steps ends within its warm-up, or should decay within it;
+    once, however often it is planned.
+    """
+    warmup, end = warmup_steps(cfg, max_steps), cfg.decay_steps or max_steps
+    if cfg.lr_scheduler_type == "constant":
+        return
+    if warmup > end:
+        log.once(
+            f"warmup_steps: {warmup} steps of warm-up, but the schedule ends at step {end}: the learning rate does not "
+            f"reach {cfg.learning_rate:g}"
+        )
+    elif cfg.lr_scheduler_type.startswith("wsd") and warmup > (start := decay_start(cfg, max_steps)):
+        log.once(
+            f"lr_scheduler_type: {cfg.lr_scheduler_type}: the decay counts from step {start:g}, so the "
+            f"learning rate drops when the {warmup} steps of warm-up end. Give a larger number, as in wsd:{warmup}"
+        )
+
+
+def warn_if_nothing_compares(cfg: Config, max_steps: int) -> None:
+    """Log a warning if keys need evaluations that a run of `max_steps` steps is too short for."""
+    given = {
+        "load_best_model_at_end": cfg.load_best_model_at_end,
+        "early_stopping_patience": cfg.early_stopping_patience is not None,
+    }
+    keys = [key for key, is_given in given.items() if is_given]
+    if keys and cfg.evaluation_strategy == "steps" and (cfg.eval_steps or 0) > max_steps:
+        log.once(
+            f"{', '.join(keys)}: no effect: the run has {max_steps} steps and eval_steps is {cfg.eval_steps}: the one "
+            "evaluation comes after the last step. Lower eval_steps"
+        )

@@ -1,0 +1,51 @@
+"""Warnings about keys for which a run has too few steps."""
+
+import logging
+
+import pytest
+
+from erniekit.config import Config
+from erniekit.training.short_runs import warn_if_nothing_compares, warn_if_too_short
+from erniekit.utils import log
+
+BEST, PATIENCE = {"load_best_model_at_end": True}, {"early_stopping_patience": 2}
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "steps", "warmup", "named"),
+    [
+        ("cosine", 10, 20, "warmup_steps: 20 steps of warm-up, but the schedule ends at step 10"),
+        ("cosine", 10, 10, ""),
+        ("constant", 10, 20, ""),
+        ("wsd:5", 100, 10, "lr_scheduler_type: wsd:5: the decay counts from step 5, so the learning rate drops"),
+        ("wsd:10", 100, 10, ""),
+        ("wsd", 100, 95, "lr_scheduler_type: wsd: the decay counts from step 90, so the learning rate drops"),
+        ("wsd", 100, 90, ""),
+        ("wsd", 10, 20, "but the schedule ends at step 10"),
+    ],
+)
+def test_a_warm_up_that_outlasts_the_schedule_is_warned_about_once(capsys, scheduler, steps, warmup, named):
+    log.once.cache_clear()
+    for _ in range(2):  # a run that resumes plans its steps twice
+        warn_if_too_short(Config(lr_scheduler_type=scheduler, warmup_steps=warmup), steps)
+    said = capsys.readouterr().err
+    assert named in said and said.count("warning") == bool(named)
+
+
+@pytest.mark.parametrize(
+    ("keys", "eval_steps", "named"),
+    [
+        (BEST | PATIENCE, 11, "load_best_model_at_end, early_stopping_patience: no effect: the run has 10 steps"),
+        (PATIENCE, 11, "early_stopping_patience: no effect"),
+        (BEST | PATIENCE, 10, ""),
+        ({}, 11, ""),
+        (BEST | {"evaluation_strategy": "epoch"}, None, ""),
+    ],
+)
+def test_a_run_that_ends_before_its_first_evaluation_says_what_has_no_effect(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, keys, eval_steps, named
+):
+    log.once.cache_clear()
+    monkeypatch.setattr(logging.getLogger("erniekit"), "propagate", True)
+    warn_if_nothing_compares(Config(**{"evaluation_strategy": "steps", "eval_steps": eval_steps} | keys), 10)
+    assert named in caplog.text and bool(named) == bool(caplog.text)
