@@ -367,7 +367,7 @@ def test_weights_in_files_that_are_not_read_are_named(given, tmp_path):
     shutil.copytree(DENSE, tmp_path / "model")
     (tmp_path / "model" / "pytorch_model.bin").write_bytes(b"x")
     args = given(model_name_or_path=str(tmp_path / "model"), continue_training=True)
-    assert "holds no weights. It has pytorch_model.bin, which" in findings(args, "error")
+    assert "It has pytorch_model.bin, which this toolkit does not read" in findings(args, "error")
 
 
 def test_parameters_to_freeze_are_those_of_the_model(given):
