@@ -88,6 +88,13 @@ def test_loss_perplexity_and_accuracy_are_those_of_the_samples_alone(model_dir: 
     assert written == results
 
 
+def test_samples_that_are_cut_are_counted(model_dir: Path, tmp_path: Path, heard: pytest.LogCaptureFixture):
+    two_turns = {"src": ["what is this?" * 3, "b"], "tgt": ["one", "two"]}
+    results = evaluate(settings(model_dir, tmp_path, [two_turns, {"src": ["a"], "tgt": ["x"]}], max_seq_len=24))
+    assert (results["num_samples"], results["num_dropped"], results["num_cut"]) == (2, 0, 1)
+    assert "eval data: 1 of the samples do not fit into max_seq_len: 24 and were cut" in heard.text
+
+
 def test_answers_are_scored_and_kept(model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     first = settings(model_dir, tmp_path, samples(["?"] * 5), predict_with_generate=True)
     evaluate(first)
