@@ -177,7 +177,7 @@ def test_what_is_not_built_yet_is_refused_before_anything_starts(fail, workspace
     ("override", "words"),
     [
         ("fine_tuning=LoRA", ["continue_training", "fine_tuning: Full"]),  # of a random start
-        ("stage=DPO", ["train.jsonl:1", "stage: DPO trains on pairs", "set stage: SFT"]),
+        ("stage=DPO", ["train.jsonl:1", "DPO and RM train on pairs", "set stage: SFT"]),
         ("tensor_parallel_degree=3", ["tensor_parallel_degree: 3", "2 attention heads"]),
     ],
 )

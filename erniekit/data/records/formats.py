@@ -96,13 +96,13 @@ def _how_to_write(name: str, type_name: str, likely_type: str) -> str:
 
 
 def _check_stage(record: dict[str, Any], type_name: str, likely: str) -> None:
-    """Raise BadRecord for a single answer at stage DPO, and for a pair of answers at another stage."""
+    """Raise BadRecord for a single answer where pairs are trained on, and for a pair of answers at another stage."""
     is_pair = any(name in record for name in _PAIR_FIELDS if name != "response" or not _is_one_answer(record))
     wants_pair = type_name in PREFERENCE_FORMATS
     if wants_pair and not is_pair and likely:
         stage = "PT to train on plain text" if likely == "text" else "SFT to train on single answers"
         raise BadRecord(
-            "one answer, but stage: DPO trains on pairs of answers, a chosen and a rejected one "
+            "one answer, but stages DPO and RM train on pairs of answers, a chosen and a rejected one "
             "(fields response, or chosen and rejected)",
             f"set stage: {stage}, or give preference data",
         )

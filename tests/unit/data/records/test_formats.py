@@ -218,7 +218,7 @@ SINGLE_ANSWERS = {
 @pytest.mark.parametrize("type_name", SINGLE_ANSWERS)
 @pytest.mark.parametrize("record", SINGLE_ANSWERS.values(), ids=list(SINGLE_ANSWERS))
 def test_single_answers_at_stage_dpo_are_sent_to_stage_sft(type_name: str, record: dict[str, object]):
-    with pytest.raises(DataError, match=r"stage: DPO trains on pairs.*Hint: set stage: SFT"):
+    with pytest.raises(DataError, match=r"DPO and RM train on pairs.*Hint: set stage: SFT"):
         parse_record(record, type_name)
 
 
