@@ -93,8 +93,8 @@ def _picture_tokens(cfg: Config, model: ModelConfig, plan_options: PlanOptions) 
     """Tokens of a row that stand for pictures. ConfigError for pictures or documents that a row cannot hold."""
     if cfg.method.vision and model.vision is None:
         raise ConfigError(
-            f"stage: {cfg.stage}: {cfg.model_name_or_path} is a model of text alone ({model.model_type}). Name a "
-            "vision-language model, or choose a stage for text."
+            f"stage: this one trains on pictures, and {cfg.model_name_or_path} is a model of text alone "
+            f"({model.model_type}). Name a vision-language model, or choose a stage for text."
         )
     if plan_options.picture_tokens and (model.vision is None or not cfg.method.vision):
         reason = "the model has no vision" if model.vision is None else "this stage reads text alone"

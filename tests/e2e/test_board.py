@@ -129,6 +129,7 @@ def test_a_run_of_reinforcement_learning(page: Page, board: BoardProcess, root: 
     page.wait(lambda: page.text("#toasts"), "a message")
     time.sleep(3)  # another poll
     assert page.text("#toasts") == "there is no run 'by-hand'", "it is said once"
+    page.open(board.address)  # the page of a run that is gone goes on asking for it
     page.problems()
 
 

@@ -181,6 +181,7 @@ def test_the_plot_is_a_png_of_the_whole_record_drawn_at_saves_and_at_the_end(
     first = (tmp_path / "loss.png").read_bytes()
     assert first.startswith(b"\x89PNG")
     file.on_evaluate(100, {"eval_loss": 0.5})
+    file.on_end({})
     picture.on_end({})
     assert (tmp_path / "loss.png").read_bytes() != first
 

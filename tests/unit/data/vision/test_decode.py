@@ -18,7 +18,7 @@ from erniekit.utils.errors import DataError
 @pytest.mark.parametrize("workers", [1, 2])
 def test_stopping_ends_the_threads_although_pictures_wait(tmp_path, workers):
     """A thread that waits for a worker forever would keep the process from ending."""
-    parts = [{"type": "image", "image": np.zeros((1500, 1500, 3), np.uint8)}] * 12
+    parts = [{"type": "image", "image": np.zeros((1500, 1500, 3), np.uint8)}] * 200
     plans = plan_media(parts, MediaReader(tmp_path), ProcessorSettings(), DEFAULT_OPTIONS)
     decoder = MediaDecoder(workers)
     results = iter(decoder.results(plans))
