@@ -378,7 +378,7 @@ def test_the_plot_names_its_loss_and_shows_rewards(tmp_path: Path, monkeypatch: 
         assert labels == ["loss (nats per token)", "learning rate"]
 
 
-@pytest.mark.filterwarnings("error")
+@pytest.mark.filterwarnings("error::UserWarning")
 @pytest.mark.parametrize("name", ["输出", "a $\\frac$ b"])
 def test_the_name_of_a_run_may_have_any_characters(tmp_path: Path, name: str):
     plot.draw([{"step": 1, "loss": 1.0, "learning_rate": 0.1}], tmp_path / "x.png", name)
