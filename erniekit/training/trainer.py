@@ -402,6 +402,7 @@ class Trainer:
             self._save()  # saved first, since an evaluation may fail
         if self.run.eval_loader is not None and (self.cfg.evaluation_strategy == "no" or self.state.best_step is None):
             metrics = evaluate(self.run, done)
+            self._evaluated_step = done
             for callback in self.callbacks:
                 callback.on_evaluate(done, metrics)
             if self._must_stop():
@@ -413,6 +414,9 @@ class Trainer:
         if self.state.best_step is not None:
             summary |= {"best_metric": self.state.best_metric, "best_step": self.state.best_step}
         summary["data"] = self.run.loader.report()
+        if self._evaluated_step is not None:
+            assert self.run.eval_loader is not None
+            summary["eval_data"] = self.run.eval_loader.report()
         return summary
 
 
