@@ -326,10 +326,15 @@ class Trainer:
         everywhere = comm.gather_objects(found, self.run.mesh.world_group)
         newest = self.saver.manager.newest()
         kept = f"{newest} is unharmed" if newest else "no checkpoint had been saved yet"
+        cure = (
+            f"Lower learning_rate (now {self.run.schedule(step - 1):.3g}), add warmup_steps, or look at these samples."
+        )
+        if step == 1 and self.cfg.continue_training and any(rank["weights"] for rank in everywhere):
+            files = " or ".join(filter(None, (self.cfg.model_name_or_path, self.cfg.lora_path)))
+            cure = f"No step came before, so the weight was read like this: copy the files of {files} again."
         raise TrainError(
             f"step {step}: loss {loss}, gradient norm {norm}: {_what_is_not_finite(everywhere)}. "
-            f"Nothing was updated; {kept}. "
-            f"Lower learning_rate (now {self.run.schedule(step - 1):.3g}), add warmup_steps, or look at these samples."
+            f"Nothing was updated; {kept}. {cure}"
         )
 
     def _is_due(self, strategy: str, every: int, epoch_ended: bool) -> bool:
