@@ -215,7 +215,7 @@ class _CsvFile(_TextFile):
 
             records = lines()
             reader, start, line = csv.reader(records, strict=True), 0, 1
-            self._header = []
+            self._header, self._is_spaced = [], False
             while True:
                 try:
                     row = next(reader)
