@@ -74,6 +74,8 @@ def _find(name: str, key: str, kind: str, patterns: list[str], error_type: type[
                 f"{key}: {path} is the Hugging Face Hub's cache of all versions. Hint: name one of them: "
                 f"{', '.join(map(str, snapshots))}"
             )
+        if kind == "model" and path.is_file():
+            raise error_type(f"{key}: {path} is a file. Hint: name the directory that holds the model's files.")
         return path
     if not _NAME.fullmatch(name) or (
         kind == "dataset" and Path(name).suffix.lower() in {pattern[1:] for pattern in patterns}

@@ -45,6 +45,8 @@ def read_with_paths(command: str, args: list[str], readers: Readers) -> tuple[di
     """
     values, paths = read(command, args, readers)
     for word in paths:
+        if not word.strip():
+            raise _wrong(command, "a path is empty; perhaps a variable in it is not set")
         if word.startswith("--") or ("=" in word and not Path(word).exists()):
             raise _wrong(command, f"{word}: the options of `erniekit {command}` are {', '.join(readers)}")
     try:

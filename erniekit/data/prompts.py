@@ -14,7 +14,7 @@ import numpy as np
 
 from erniekit.data.chat.template import Template
 from erniekit.data.records.dataset import Dataset, Source, SourceSpec, with_pictures
-from erniekit.data.records.errors import BadLine, BadRecord, reading
+from erniekit.data.records.errors import SKIPPABLE, BadLine, BadRecord, reading
 from erniekit.data.records.fields import has_content
 from erniekit.data.records.formats import parse_record
 from erniekit.data.records.prompt_formats import ANSWER
@@ -160,7 +160,7 @@ class PromptSet:
             prompt = self._render(number)
         except BadLine as error:
             if self._options.on_bad_line != "skip":
-                raise
+                raise BadLine(f"{error} {SKIPPABLE}") from error
             self.num_bad += 1
             if self.num_bad <= _SHOWN:
                 log.warning(f"skipped: {error}")

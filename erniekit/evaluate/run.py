@@ -168,11 +168,6 @@ def _scores(cfg: Config, opened: ChatModel, data: EvaluationData, reference: Pre
     scores = score_data(method_of(cfg).evaluator, evaluated, data, cure)
     read = data.report()
     counts = {f"num_{name}": read[name] for name in ("dropped", "cut") if name in read}
-    if counts.get("num_cut"):
-        log.warning(
-            f"eval data: {counts['num_cut']} of the samples do not fit into max_seq_len: {cfg.max_seq_len} and were "
-            "cut: a part of them was not read (see truncation). Raise max_seq_len"
-        )
     return scores.counts | counts | scores.metrics
 
 

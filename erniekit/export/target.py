@@ -78,7 +78,11 @@ def _is_replaced(target: Path, mark: dict[str, str], overwrite: bool, source: st
         raise CheckpointError(
             f"{target} is the output_dir of a run: its own final model belongs there. Choose another directory."
         )
-    if not model_files(target) or _read_mark(target) == mark:
+    files = model_files(target)
+    for path in files:
+        if path.is_dir():
+            raise CheckpointError(f"{path} is a directory where a file is to be written: move it elsewhere.")
+    if not files or _read_mark(target) == mark:
         return False
     if not overwrite:
         raise CheckpointError(

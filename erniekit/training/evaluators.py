@@ -71,7 +71,8 @@ Evaluator = Callable[[EvaluatedModel, Any], Scores]  # the second argument is th
 
 
 def score(evaluator: Evaluator, evaluated: EvaluatedModel, data: EvaluationData, cure: str) -> Scores:
-    """Run an evaluator over the evaluation data: all of them, or the first max_evaluate_steps batches.
+    """Run an evaluator over the evaluation data: all of them, or the first max_evaluate_steps batches. Samples that are
+    cut are counted in a warning, the first time.
 
     Raises:
         DataError: the data hold nothing to evaluate on.
@@ -84,6 +85,11 @@ def score(evaluator: Evaluator, evaluated: EvaluatedModel, data: EvaluationData,
                 f"{evaluated.name}: the {name} on the evaluation data is {value}: the weights are not finite, or too "
                 f"large. {cure}"
             )
+    if num_cut := data.report().get("cut"):
+        log.once(
+            f"eval data: {num_cut} of the samples do not fit into max_seq_len: {evaluated.cfg.max_seq_len} and were "
+            "cut: a part of them was not read (see truncation). Raise max_seq_len"
+        )
     return scores
 
 

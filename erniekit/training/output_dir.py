@@ -33,7 +33,16 @@ from erniekit.utils.directory_lock import DirectoryLock
 from erniekit.utils.errors import CheckpointError, ConfigError
 
 # The files of reports, in addition to the record, the checkpoints and the final model.
-_REPORTS = ("summary.json", "loss.png", "routers.jsonl", "expert_load.png", METRICS_FILE)
+_REPORTS = (
+    "summary.json",
+    "loss.png",
+    "reward.png",
+    "rollout.png",
+    "samples.jsonl",
+    "routers.jsonl",
+    "expert_load.png",
+    METRICS_FILE,
+)
 
 
 @dataclass(frozen=True)
@@ -166,9 +175,16 @@ class OutputDir:
     # Checks of the directory's content, under the lock.
 
     def _check_names(self) -> None:
-        """Check that every file that the run writes is a regular file, or absent."""
-        for name in (RUN_FILE, CONFIG_FILE, *_REPORTS):
-            path = self.path / name
+        """Check that every file that the run writes is a regular file, or absent, and every checkpoint a directory."""
+        entries = list(self.path.iterdir()) if self.path.is_dir() else []
+        for path in entries:
+            if checkpoint_step(path) is not None and not path.is_dir():
+                raise ConfigError(
+                    f"output_dir: {path} is not a directory, and a checkpoint of the run would replace it. Move it "
+                    "elsewhere, or choose another output_dir."
+                )
+        of_model = model_files(self.path) if entries else []
+        for path in (*(self.path / name for name in (RUN_FILE, CONFIG_FILE, *_REPORTS)), *of_model):
             if path.exists() and (path.is_dir() or path.is_fifo()):
                 raise ConfigError(
                     f"output_dir: {path} is not a file, and the run writes one there. Remove or rename it, or choose "

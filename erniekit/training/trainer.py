@@ -326,10 +326,15 @@ class Trainer:
         everywhere = comm.gather_objects(found, self.run.mesh.world_group)
         newest = self.saver.manager.newest()
         kept = f"{newest} is unharmed" if newest else "no checkpoint had been saved yet"
+        cure = (
+            f"Lower learning_rate (now {self.run.schedule(step - 1):.3g}), add warmup_steps, or look at these samples."
+        )
+        if step == 1 and self.cfg.continue_training and any(rank["weights"] for rank in everywhere):
+            files = " or ".join(filter(None, (self.cfg.model_name_or_path, self.cfg.lora_path)))
+            cure = f"No step came before, so the weight was read like this: copy the files of {files} again."
         raise TrainError(
             f"step {step}: loss {loss}, gradient norm {norm}: {_what_is_not_finite(everywhere)}. "
-            f"Nothing was updated; {kept}. "
-            f"Lower learning_rate (now {self.run.schedule(step - 1):.3g}), add warmup_steps, or look at these samples."
+            f"Nothing was updated; {kept}. {cure}"
         )
 
     def _is_due(self, strategy: str, every: int, epoch_ended: bool) -> bool:
@@ -402,6 +407,7 @@ class Trainer:
             self._save()  # saved first, since an evaluation may fail
         if self.run.eval_loader is not None and (self.cfg.evaluation_strategy == "no" or self.state.best_step is None):
             metrics = evaluate(self.run, done)
+            self._evaluated_step = done
             for callback in self.callbacks:
                 callback.on_evaluate(done, metrics)
             if self._must_stop():
@@ -413,6 +419,9 @@ class Trainer:
         if self.state.best_step is not None:
             summary |= {"best_metric": self.state.best_metric, "best_step": self.state.best_step}
         summary["data"] = self.run.loader.report()
+        if self._evaluated_step is not None:
+            assert self.run.eval_loader is not None
+            summary["eval_data"] = self.run.eval_loader.report()
         return summary
 
 

@@ -121,3 +121,9 @@ def test_the_cache_of_the_hub_is_not_taken_for_a_model(tmp_path):
         resolve_model(str(tmp_path / "models--owner--name"))
     snapshot = tmp_path / "models--owner--name" / "snapshots" / "cd34"
     assert resolve_model(str(snapshot)) == snapshot
+
+
+def test_a_file_is_not_a_model(tmp_path):
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    with pytest.raises(CheckpointError, match=r"model_name_or_path: .*model.safetensors is a file. Hint: name the dir"):
+        resolve_model(str(tmp_path / "model.safetensors"))

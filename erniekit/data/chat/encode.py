@@ -8,7 +8,7 @@ import numpy as np
 from erniekit.data.chat.pairs import answers_are_equal, join_pair, one_answer, truncate_document
 from erniekit.data.packed_batch import IGNORE, Document
 from erniekit.data.records.data_file import Raw
-from erniekit.data.records.errors import BadLine, reading
+from erniekit.data.records.errors import SKIPPABLE, BadLine, reading
 from erniekit.data.records.formats import parse_record
 from erniekit.data.records.readers import load_record
 from erniekit.data.records.sample import Sample
@@ -99,7 +99,7 @@ class Encoder:
                 return self._text(sample.text, where) if sample.kind == "text" else self._chat(sample, where)
         except _Refused as error:
             if not self._skip_bad:
-                raise DataError(f"{where}: {error}") from error
+                raise DataError(f"{where}: {error} {SKIPPABLE}") from error
             return Encoded(where, dropped=str(error))
         except BadLine as error:
             if not self._skip_bad:

@@ -16,7 +16,7 @@ import numpy as np
 from erniekit import hub
 from erniekit.config.methods import DEFAULT, METHODS, MethodFacts, Records
 from erniekit.data.records.data_file import DataFile, Raw
-from erniekit.data.records.errors import BadLine
+from erniekit.data.records.errors import SKIPPABLE, BadLine
 from erniekit.data.records.fields import Notes
 from erniekit.data.records.find_files import find_files
 from erniekit.data.records.formats import ALIASES, VISION_TYPE, parse_record
@@ -213,7 +213,7 @@ class Source:
     def _on_bad(self, error: DataError) -> None:
         self._notes = Notes()  # discard the notes of a skipped record
         if self._on_bad_line == "error":
-            raise DataError(f"{error} (on_bad_line: skip ignores such lines)")
+            raise DataError(f"{error} {SKIPPABLE}")
         self.bad_lines += 1
         if self.bad_lines <= _SHOWN_BAD_LINES:
             self.faults.append(str(error))

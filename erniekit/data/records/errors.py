@@ -24,6 +24,9 @@ class BadRecord(Exception):
         return f"{self.reason}. Hint: {self.hint}{'' if self.hint.endswith(('?', '.')) else '.'}"
 
 
+SKIPPABLE = "(on_bad_line: skip ignores such lines)"  # ends the message of a wrong record that stops a run
+
+
 class BadLine(DataError):
     """A wrong record with its place; `on_bad_line: skip` skips it."""
 

@@ -127,7 +127,8 @@ def _of_turns(record: dict[str, Any], name: str, turns: Sequence[Any], keys: tup
         if "user" not in roles:
             raise BadRecord(f"{name!r} has no turn of the user", "a prompt needs a question")
         last = len(roles) - roles[::-1].index("user")
-        answer, turns, roles = turns[-1].get(keys[1]), turns[:last], roles[:last]
+        # a call of tools may have no text; "" says that there was an answer, and is none for the rewards
+        answer, turns, roles = turns[-1].get(keys[1]) or "", turns[:last], roles[:last]
     if roles[-1] == "system":
         raise BadRecord(f"{name!r} ends with the role 'system'", "a prompt ends with the user's turn: add it")
     return Closed(record | {name: [*turns, {keys[0]: "assistant", keys[1]: _STAND_IN}]}, answer)

@@ -197,10 +197,11 @@ def _skip_space(text: str, at: int) -> int:
 
 class _CsvFile(_TextFile):
     """A header row and records, which may span several lines inside quotes. An empty cell is an absent field; the
-    columns of _JSON_CELLS contain JSON.
+    columns of _JSON_CELLS contain JSON. If names in the header follow a space, no cell begins with spaces.
     """
 
     _header: list[str]
+    _is_spaced: bool  # a space follows the commas
 
     def _spans(self) -> Iterator[tuple[int, int, bytes]]:
         csv.field_size_limit(2**31 - 1)
@@ -212,8 +213,9 @@ class _CsvFile(_TextFile):
                     taken.append(line)
                     yield line.decode("utf-8", "surrogateescape")
 
-            reader, start, line = csv.reader(lines(), strict=True), 0, 1
-            self._header = []
+            records = lines()
+            reader, start, line = csv.reader(records, strict=True), 0, 1
+            self._header, self._is_spaced = [], False
             while True:
                 try:
                     row = next(reader)
@@ -226,13 +228,15 @@ class _CsvFile(_TextFile):
                 raw = b"".join(taken)
                 if not self._header:
                     self._header = self._check_header(row)
+                    self._is_spaced = any(name[:1] == " " for name in row)
+                    reader = csv.reader(records, strict=True, skipinitialspace=self._is_spaced)
                 elif row:
                     yield start, line, raw
                 start, line = start + len(raw), line + len(taken)
                 taken.clear()
 
     def _meaning(self) -> bytes:
-        return json.dumps(self._header).encode()
+        return json.dumps([*self._header, " "] if self._is_spaced else self._header).encode()
 
     def _check_header(self, row: list[str]) -> list[str]:
         header = [name.strip().lstrip("\ufeff") for name in row]
@@ -246,7 +250,8 @@ class _CsvFile(_TextFile):
     def _decode(self, raw: bytes, line: int) -> Raw:
         where = f"{self.path}:{line}"
         try:
-            row = next(csv.reader(io.StringIO(raw.decode("utf-8"), newline="\n"), strict=True))
+            lines = io.StringIO(raw.decode("utf-8"), newline="\n")
+            row = next(csv.reader(lines, strict=True, skipinitialspace=self._is_spaced))
         except UnicodeDecodeError:
             raise BadLine(f"{where}: not UTF-8 text. Hint: save the file as UTF-8.") from None
         except (csv.Error, StopIteration) as error:

@@ -11,7 +11,7 @@ from erniekit.data.chat.encode import Encoded
 from erniekit.data.chat.pairs import one_answer
 from erniekit.data.packed_batch import IGNORE, Document, DocumentPictures
 from erniekit.data.records.data_file import Raw
-from erniekit.data.records.errors import BadLine, BadRecord, reading
+from erniekit.data.records.errors import SKIPPABLE, BadLine, BadRecord, reading
 from erniekit.data.records.readers import load_record
 from erniekit.data.records.sample import Sample
 from erniekit.data.vision.documents import pair_document, text_sequences
@@ -114,7 +114,7 @@ class VisionEncoder:
                 )
         except BadLine as error:
             if not self._skip_bad:
-                raise
+                raise BadLine(f"{error} {SKIPPABLE}") from error
             return Encoded(where, dropped=str(error).removeprefix(f"{where}: "), bad=True)
 
     def _text(self, sample: Sample, plans: list[MediaPlan], where: str) -> Encoded:

@@ -23,6 +23,7 @@ def test_arguments(args: list[str], expected: tuple[str, str, str, float]):
     [
         ([], "expected a source and a target directory, got 0"),
         (["a", "format=pt"], "expected a source and a target directory, got 1"),
+        (["a", "", "format=pt"], "a path is empty; perhaps a variable in it is not set"),
         (["a", "b"], "format: needed; pt or paddle"),
         (["a", "b", "format=gguf"], "format=gguf: expected one of pt, paddle"),
         (["a", "b", "fromat=pt"], "fromat=pt: the options of `erniekit convert` are format, max_shard_size, overwrite"),

@@ -78,7 +78,7 @@ def test_what_the_template_refuses_is_placed_or_skipped(tmp_path):
     refusing = tmp_path / "refusing.jinja"
     refusing.write_text("{% if messages[0].content == 'bad' %}{{ raise_exception('no') }}{% endif %}q", "utf-8")
     records = [{"src": ["bad"]}, {"src": ["good"]}]
-    with pytest.raises(DataError, match=r"rl\.jsonl:1: .*refuses the conversation"):
+    with pytest.raises(DataError, match=r"rl\.jsonl:1: .*refuses the conversation.*on_bad_line: skip"):
         open_set(tmp_path, records, chat_template=str(refusing))
     skipped = open_set(tmp_path, records, chat_template=str(refusing), on_bad_line="skip")
     assert len(skipped) == 1 and skipped.report()["bad_lines"] == 1

@@ -62,6 +62,12 @@ def test_a_file_in_place_of_the_directory_is_an_error_before_anything_is_written
         raise AssertionError("the model is written before")
 
 
+def test_a_directory_in_place_of_a_file_stays_as_it_is(tmp_path):
+    (tmp_path / "target" / "model.safetensors").mkdir(parents=True)
+    with pytest.raises(CheckpointError, match=r"model\.safetensors is a directory where a file is to be written"):
+        write(tmp_path / "target", make(tmp_path / "a"), overwrite=True)
+
+
 def test_a_model_that_nobody_marked(tmp_path):
     with pytest.raises(CheckpointError, match="another model"):
         write(make(tmp_path / "downloaded"), make(tmp_path / "a"))

@@ -20,6 +20,7 @@ from erniekit.parallel.mesh import Mesh
 from erniekit.training.build import build_run
 from erniekit.training.evaluation import evaluate as evaluate_in_training
 from erniekit.training.evaluators import EvaluatedModel, Evaluator, label_scores, pair_scores
+from erniekit.utils import log
 from erniekit.utils.errors import DataError, EvaluationError
 
 
@@ -123,6 +124,19 @@ def test_pictures_have_losses_by_modality_which_are_those_of_the_records_alone(t
     again = by_command("all", output_dir=str(tmp_path / "out"))
     for name in ("loss", *(f"loss_{kind}" for kind in kinds)):
         assert in_training[f"eval_{name}"] == pytest.approx(again[name], rel=1e-6), name
+
+
+def test_training_counts_what_its_evaluations_leave_out(workspace: Path, tmp_path: Path):
+    two_turns = {"src": ["第一" * 20, "二"], "tgt": ["一", "二"]}
+    long = {"src": ["长" * 99], "tgt": ["一"]}
+    path = write_lines(tmp_path / "eval.jsonl", [two_turns, long, {"src": ["一"], "tgt": ["一"]}])
+    keys = keys_of(workspace, tmp_path, "questions", eval_dataset_path=path, max_seq_len=41, max_steps=2)
+    with log.captured() as lines:
+        erniekit.train(None, **keys, do_eval=True, evaluation_strategy="steps", eval_steps=1)
+    told = "eval data: 1 of the samples do not fit into max_seq_len: 41 and were cut"
+    assert [text.startswith(told) for _, text in lines].count(True) == 1, "not at every evaluation"
+    counts = json.loads((tmp_path / "out" / "summary.json").read_text())["eval_data"]
+    assert (counts["samples"], counts["cut"], counts["dropped"]) == (2, 1, 1)
 
 
 def read_metrics(output_dir: Path) -> list[tuple[str, float]]:

@@ -182,10 +182,18 @@ def test_the_other_kind(cfg_of):
     start(cfg_of(fine_tuning="LoRA", overwrite_output_dir=True))  # what was there is removed
 
 
-@pytest.mark.parametrize("name", ["config.yaml", "metrics.jsonl", "summary.json", "run.json"])
+@pytest.mark.parametrize(
+    "name", ["config.yaml", "metrics.jsonl", "summary.json", "run.json", "model.safetensors", "config.json"]
+)
 def test_a_directory_in_the_place_of_a_file(cfg_of, tmp_path, name):
     (tmp_path / "out" / name).mkdir(parents=True)
-    assert f"{name} is" in refused(cfg_of())
+    assert f"{name} is not a file" in refused(cfg_of())
+
+
+def test_a_file_in_the_place_of_a_checkpoint(cfg_of, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "checkpoint-2").write_text("the user's")
+    assert "checkpoint-2 is not a directory" in refused(cfg_of())
 
 
 def test_a_broken_record(cfg_of):
@@ -344,6 +352,8 @@ def test_overwriting_removes_the_run_and_nothing_else(cfg_of, monkeypatch):
     for name in ("notes.txt", "README.md", "checkpoint-best"):
         (out / name).write_text("mine")
     old = read_record(out).id
+    for name in ("samples.jsonl", "reward.png"):
+        (out / name).write_text("of the old run")
     start(cfg_of(seed=7, overwrite_output_dir=True))
     left = sorted(path.name for path in out.iterdir())
     assert left == ["README.md", "checkpoint-best", "config.yaml", "notes.txt", "run.json"]

@@ -331,7 +331,7 @@ class Stripping(FakeTemplate):
 
 def test_answers_that_the_template_makes_equal_are_a_bad_record():
     record = json.dumps(erniekit(response=[["good"], ["good\n"]])).encode()
-    with pytest.raises(DataError, match="a:1: the chat template shows both answers alike"):
+    with pytest.raises(DataError, match=r"a:1: the chat template shows both answers alike.*on_bad_line: skip"):
         Encoder(FakeTokenizer(), Stripping(), 64)("erniekit (DPO)", record, "a:1")
     encoded = Encoder(FakeTokenizer(), Stripping(), 64, on_bad_line="skip")("erniekit (DPO)", record, "a:1")
     assert not encoded.documents and "both answers alike" in encoded.dropped

@@ -47,6 +47,15 @@ def test_a_line_for_sft_is_a_prompt_and_says_so():
     assert any("left out of the prompt" in doubt for doubt in notes.doubts)
 
 
+def test_a_call_of_tools_that_is_left_out_is_said():
+    call = {"id": "c", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+    notes = Notes()
+    record = {"messages": [Q, {"role": "assistant", "content": None, "tool_calls": [call]}], "answer": "5"}
+    sample = parse_record(record, "messages (RL)", notes=notes)
+    assert sample.messages == [Q] and sample.fields["answer"] == "5"
+    assert any("left out of the prompt" in doubt for doubt in notes.doubts)
+
+
 def test_all_other_fields_are_kept_for_the_rewards():
     extra = {"index": 7, "split": "train"}
     record = {

@@ -39,3 +39,19 @@ def test_csv_cells_with_a_judgement(tmp_path, column):
     path = tmp_path / "a.csv"
     path.write_text(f"prompt,completion,{column}\nq,a,True\nq,a,False\nq,a,true\nq,a,0\n")
     assert [record[column] for record in records_of(path)] == [True, False, True, 0]
+
+
+def test_csv_with_spaces_behind_its_commas(tmp_path):
+    path = tmp_path / "a.csv"
+    path.write_text('src, tgt, system\n1+1?, 2, "Add, please."\n" q ",a ,\n"x", "a\nb", s\n')
+    assert records_of(path) == [
+        {"src": "1+1?", "tgt": "2", "system": "Add, please."},
+        {"src": " q ", "tgt": "a "},
+        {"src": "x", "tgt": "a\nb", "system": "s"},
+    ]
+
+
+def test_csv_cells_keep_their_spaces_where_the_header_has_none(tmp_path):
+    path = tmp_path / "a.csv"
+    path.write_text("src,tgt\nq, a\n")
+    assert records_of(path) == [{"src": "q", "tgt": " a"}]

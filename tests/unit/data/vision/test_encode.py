@@ -194,7 +194,7 @@ def test_text_records_have_no_media(encode):
     ],
 )
 def test_bad_records(encode, record, message):
-    with pytest.raises(DataError, match=rf"train.jsonl:3: .*{message}"):
+    with pytest.raises(DataError, match=rf"train.jsonl:3: .*{message}.*on_bad_line: skip"):
         encode(record)
     skipped = encode(record, on_bad_line="skip")
     assert not skipped.documents and message in skipped.dropped
