@@ -99,7 +99,7 @@ class GkdRecipe(Recipe):
 
     A step is on-policy with the probability lmbda, decided by the seed and the step: then the prompts of its documents
     (what stands before their last answer) are answered by the model, with the run's sampling keys, and these
-    answers take the place of those of the data. As in TRL, `temperature` is that of the samples and of the divergence.
+    answers take the place of those of the data. `temperature` is that of the samples and of the divergence.
     """
 
     def __init__(self, cfg: Config, policy: CausalLM, teacher: Teacher, stop_ids: Sequence[int]):
