@@ -6,10 +6,11 @@ import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from erniekit.config.fields import coerce
 from erniekit.config.methods import METHODS, Records
 from erniekit.config.pointless_rl import has_reference
 from erniekit.config.read import Entry
-from erniekit.config.schema import Config
+from erniekit.config.schema import Config, fields
 from erniekit.config.schema_curriculum import CurriculumArgs, curriculum_problems
 from erniekit.config.schema_rewards import reward_names
 from erniekit.config.schema_rl import PRESETS
@@ -41,7 +42,8 @@ def optimises_rewards(values: Mapping[str, Any]) -> bool:
 def translate(layers: Sequence[Sequence[Entry]]) -> tuple[list[list[Entry]], list[str]]:
     """(the entries with TRL's names replaced where the method has some, a note for each).
 
-    A name is left alone in a layer that also has the key that it would stand for, such as a saved config.yaml.
+    A name is left alone in a layer that also has the key that it would stand for, such as a saved config.yaml, unless
+    it can only be TRL's there: no key here has this name, or not this value.
     """
     names = {entry.name: plain(entry.value) for entries in layers for entry in entries}
     stage = next((name for name in METHODS if name.lower() == str(names.get("stage", "")).lower()), "")
@@ -55,13 +57,25 @@ def translate(layers: Sequence[Sequence[Entry]]) -> tuple[list[list[Entry]], lis
         result = []
         for entry in entries:
             to = renamed.get(entry.name)
-            if to is None or to in given or entry.value is None:
+            if to is None or entry.value is None or (to in given and _is_own(entry)):
                 result.append(entry)
                 continue
-            result.append(dataclasses.replace(entry, name=to))
+            result.append(dataclasses.replace(entry, name=to, place=f"{entry.place}, written {entry.name}"))
             notes.append(f"{entry.name}: read as {to}, as stage: {stage} means TRL's name ({entry.place})")
         translated.append(result)
     return translated, notes
+
+
+def _is_own(entry: Entry) -> bool:
+    """Whether an entry under one of TRL's names is also a possible value of the key that has this name here."""
+    own = fields().get(entry.name)
+    if own is None:
+        return False
+    try:
+        coerce(own, entry.value)
+    except ValueError:
+        return False
+    return True
 
 
 def generates(cfg: Config) -> bool:

@@ -31,6 +31,7 @@ from erniekit.utils.errors import DataError, UserError
 from erniekit.utils.progress import track
 
 _SHOWN = 3  # places that a message names; the others are only counted
+_LIMIT = "the smaller of max_prompt_len and max_seq_len - max_completion_length"
 _KEPT_TOKENS = 32 << 20  # rendered prompts that are kept in memory, in tokens
 
 
@@ -208,14 +209,14 @@ class PromptSet:
         if self.num_too_long:
             more = ", ..." if self.num_too_long > len(self._places_of_long) else ""
             log.warning(
-                f"{self.num_too_long} of {len(self.dataset)} prompts have more than max_prompt_len {limit} tokens and "
-                f"are left out ({', '.join(self._places_of_long)}{more})"
+                f"{self.num_too_long} of {len(self.dataset)} prompts have more than {limit} tokens ({_LIMIT}) "
+                f"and are left out ({', '.join(self._places_of_long)}{more})"
             )
         if not len(self):
             raise DataError(
                 f"{', '.join(source.spec.path for source in self.dataset.sources)}: no prompt can be used: "
-                f"{self.num_too_long} have more than max_prompt_len {limit} tokens, {self.num_bad} were skipped. Hint: "
-                "raise max_prompt_len, or check the data."
+                f"{self.num_too_long} have more than {limit} tokens ({_LIMIT}), {self.num_bad} were skipped. Hint: "
+                "raise max_prompt_len or max_seq_len, or check the data."
             )
         if self._without_answer:
             first = self[self._without_answer[0]].place

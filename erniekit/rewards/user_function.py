@@ -62,7 +62,7 @@ class UserFunction:
             "completions": [sample.messages for sample in samples],
             "completion_ids": [list(sample.completion_ids) for sample in samples],
             "trainer_state": SimpleNamespace(global_step=step),
-            "log_extra": lambda name, values: logged.extras.update({str(name): [_plain(value) for value in values]}),
+            "log_extra": lambda name, values: logged.extras.update({str(name): _column(name, values, len(samples))}),
             "log_metric": lambda name, value: logged.metrics.setdefault(str(name), []).append(float(value)),
         }
         return {name: value for name, value in arguments.items() if self._takes_all or name in self._takes}
@@ -77,8 +77,23 @@ def _as_list(result: Any, count: int) -> list[Any]:
     return list(result)
 
 
+def _column(name: Any, values: Any, count: int) -> list[Any]:
+    column = [_plain(value) for value in values]
+    if len(column) != count:
+        raise ValueError(f"log_extra({str(name)!r}) got {len(column)} values for {count} completions")
+    return column
+
+
 def _plain(value: Any) -> Any:
-    return value if value is None or isinstance(value, str | int | float) else str(value)
+    """The value in one of Python's own types, since the trainer's process does not know the classes of the user's file:
+    an enumeration's content, a number of any library, otherwise a text.
+    """
+    if getattr(value, "ndim", None) == 0:
+        value = value.item()
+    if value is None or isinstance(value, bool):
+        return value
+    kind = next((kind for kind in (int, float) if isinstance(value, kind)), None)
+    return kind(value) if kind else str.__str__(value) if isinstance(value, str) else str(value)
 
 
 async def _awaited(result: Any) -> Any:

@@ -315,5 +315,8 @@ def _failure(error: BaseException) -> str:
     """What was raised, and where in the user's file."""
     frames = [frame for frame in traceback.extract_tb(error.__traceback__) if "erniekit/rewards" not in frame.filename]
     place = f" ({Path(frames[-1].filename).name}:{frames[-1].lineno})" if frames else ""
-    text = " ".join(str(error).split())[:300]
+    try:
+        text = " ".join(str(error).split())[:300]
+    except Exception:  # a __str__ of the user's own exception
+        text = "its text cannot be shown, since its __str__ raises, too"
     return f"{type(error).__name__}: {text}{place}" if not isinstance(error, ValueError) or place else text

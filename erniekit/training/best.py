@@ -4,6 +4,7 @@ The numbers are fields of TrainState, so that a checkpoint stores them together 
 measurement.
 """
 
+import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -48,7 +49,9 @@ class BestModel:
         return not (self.metric.startswith("eval_loss") or self.metric in _SMALLER) if given is None else given
 
     def measured_under(self) -> dict[str, Any]:
-        """The conditions that must be equal for two evaluations to be comparable."""
+        """The conditions that must be equal for two evaluations to be comparable, in the form in which the JSON of a
+        checkpoint gives them back: a list for a tuple.
+        """
         cfg = self.cfg
         basis: dict[str, Any] = {"metric_for_best_model": self.metric, "greater_is_better": self.greater_is_better}
         basis["max_evaluate_steps"] = cfg.max_evaluate_steps
@@ -57,7 +60,9 @@ class BestModel:
         values = asdict(cfg)
         for options in cfg.method.options:
             basis |= {name: values[name] for name in option_names(options) if name not in _NOT_OF_SCORES}
-        return basis | {key: value for key, value in self.data.items() if key not in _OF_TRAINING}
+        basis |= {key: value for key, value in self.data.items() if key not in _OF_TRAINING}
+        read_again: dict[str, Any] = json.loads(json.dumps(basis))
+        return read_again
 
     def note(self, state: TrainState, metrics: Mapping[str, float]) -> bool:
         """Record the metrics of an evaluation after `state.step`. Returns whether they are the best so far."""

@@ -37,6 +37,14 @@ from erniekit.utils.errors import ConfigError, UserError
 _KEY = 71  # tells this draw from others of the same seed
 
 
+def _has_same_tokens(one: Tokenizer, other: Tokenizer) -> bool:
+    """Whether every id stands for the same text; files may differ, since toolkits write further ones beside them."""
+    if one.fingerprint == other.fingerprint:
+        return True
+    ids = range(one.vocab_size)
+    return one.vocab_size == other.vocab_size and all(one.decode([i]) == other.decode([i]) for i in ids)
+
+
 def require_teacher(cfg: Config, prepared: PreparedModel, tokenizer: Tokenizer, degrees: ParallelDims) -> None:
     """Raise ConfigError if the teacher is not a model with weights and with the vocabulary of the trained one, or if
     the degrees do not divide it.
@@ -49,7 +57,7 @@ def require_teacher(cfg: Config, prepared: PreparedModel, tokenizer: Tokenizer, 
         raise type(error)(str(error).replace("model_name_or_path", "teacher_model_name_or_path", 1)) from None
     theirs = load_tokenizer(path)
     teacher = _prepared_teacher(cfg, prepared)
-    if theirs.fingerprint != tokenizer.fingerprint or teacher.config.vocab_size != prepared.config.vocab_size:
+    if not _has_same_tokens(theirs, tokenizer) or teacher.config.vocab_size != prepared.config.vocab_size:
         raise ConfigError(
             f"teacher_model_name_or_path: {path} has another vocabulary ({teacher.config.vocab_size} rows, "
             f"{theirs.vocab_size} tokens) than the model ({prepared.config.vocab_size} rows, {tokenizer.vocab_size} "
@@ -99,7 +107,7 @@ class GkdRecipe(Recipe):
 
     A step is on-policy with the probability lmbda, decided by the seed and the step: then the prompts of its documents
     (what stands before their last answer) are answered by the model, with the run's sampling keys, and these
-    answers take the place of those of the data. As in TRL, `temperature` is that of the samples and of the divergence.
+    answers take the place of those of the data. `temperature` is that of the samples and of the divergence.
     """
 
     def __init__(self, cfg: Config, policy: CausalLM, teacher: Teacher, stop_ids: Sequence[int]):

@@ -187,9 +187,13 @@ def _draw(records: list[dict[str, Any]], path: Path, title: str, panels: Sequenc
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
+    # Rewards that do not say what is right leave accuracies without a curve.
+    panels = [panel for panel in panels if any(len(column(records, name)[0]) for name, *_ in panel[1])] or panels
     figure = Figure(figsize=(9, 2.4 * len(panels)), dpi=120, layout="constrained")
     FigureCanvasAgg(figure)
-    for axes, (label, curves) in zip(figure.subplots(len(panels), 1, sharex=True), panels, strict=True):
+    for axes, (label, curves) in zip(
+        figure.subplots(len(panels), 1, sharex=True, squeeze=False)[:, 0], panels, strict=True
+    ):
         for name, what, color in curves:
             _curve(axes, *column(records, name), what, color)
         axes.set_ylabel(label)

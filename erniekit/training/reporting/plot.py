@@ -85,6 +85,8 @@ def draw(records: list[dict[str, Any]], path: Path, title: str) -> None:
 def _meaning_of_loss(records: list[dict[str, Any]], is_preference: bool) -> str:
     if is_preference:
         return "preference loss (mean over pairs)"
+    if any("reward_good" in record or "reward_bad" in record for record in records):
+        return "KTO loss (mean over answers)"
     return "policy loss" if any("frac_reward_zero_std" in record for record in records) else "loss (nats per token)"
 
 

@@ -397,6 +397,7 @@ LORA = {"fine_tuning": "LoRA", "continue_training": True}
         ("dense", {"qat": "wint4", "quantization_group_size": 64}, "qat: wint4: projections with 32, 64 inputs"),
         ("dense", {"stage": "GKD", "teacher_model_name_or_path": "nowhere"}, "teacher_model_name_or_path: .*nowhere"),
         ("dense", {"stage": "GKD", "teacher_model_name_or_path": "moe"}, ""),
+        ("dense", {"stage": "GKD", "teacher_model_name_or_path": "renamed"}, "renamed has another vocabulary"),
         (
             "dense",
             {"stage": "GKD", "teacher_model_name_or_path": "moe", "pipeline_parallel_degree": 3},
@@ -434,11 +435,16 @@ def test_what_the_model_or_an_adapter_does_not_allow_is_found_before_the_start(t
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
-    """Models dense (6 layers), moe (2 layers, 5 experts) and scaled (of 128 positions), and an adapter with DoRA."""
+    """Models dense (6 layers), moe (2 layers, 5 experts; a tokenizer with one file more), scaled (of 128 positions) and
+    renamed (one token stands for another text), and an adapter with DoRA.
+    """
     path = tmp_path_factory.mktemp("models")
     sparse = {name: value for name, value in tiny_sizes.MOE.items() if name != "vocab_size"}
     model_directory(path / "dense", num_hidden_layers=6, max_position_embeddings=64, intermediate_size=64)
     model_directory(path / "moe", **sparse | {"moe_num_experts": 5})
+    (path / "moe" / "special_tokens_map.json").write_text('{"eos_token": "</s>"}')
+    tokens = model_directory(path / "renamed") / "tokenizer.json"
+    tokens.write_text(tokens.read_text(encoding="utf-8").replace("日", "曰"), encoding="utf-8")
     scaling = {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 64}
     model_directory(path / "scaled", max_position_embeddings=128, rope_scaling=scaling)
     model = load_model(path / "dense")

@@ -56,7 +56,9 @@ def test_names_of_trl_are_read_where_they_are_typed():
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"loss_type": "sigmoid"}, "rl_loss_type: expected one of grpo, bnpo"),
+        ({"loss_type": "sigmoid"}, r"rl_loss_type: expected one of grpo, bnpo.*\(.*, written loss_type\)"),
+        ({"loss_type": "grpo", "rl_loss_type": "dapo"}, r"given twice: .*: grpo \(.*, written loss_type\)"),
+        ({"max_prompt_length": 8, "max_prompt_len": 20}, "max_prompt_len: given twice: "),
         (
             {"emulate_precision": True},
             "a CPU cannot generate with bf16 .* rollout_dtype: bf16",

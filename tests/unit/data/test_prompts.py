@@ -46,7 +46,7 @@ def test_long_and_unanswered_prompts_are_counted_and_named(tmp_path, capsys):
     prompts = open_set(tmp_path)
     assert prompts.report() == {"prompts": 3, "too_long": 1, "bad_lines": 0, "without_answer": 1}
     printed = capsys.readouterr().err
-    assert "1 of 4 prompts have more than max_prompt_len 60 tokens and are left out" in printed
+    assert "1 of 4 prompts have more than 60 tokens (the smaller of max_prompt_len and" in printed
     assert "rl.jsonl:3 with" in printed and "1 of 3 prompts have no answer" in printed
 
 
@@ -70,7 +70,7 @@ def test_tools_of_the_run_are_shown_where_a_record_has_none(tmp_path):
 
 
 def test_nothing_left_is_an_error(tmp_path):
-    with pytest.raises(DataError, match="no prompt can be used: 4 have more than max_prompt_len 3"):
+    with pytest.raises(DataError, match=r"no prompt can be used: 4 have more than 3 tokens.* raise max_prompt_len or "):
         open_set(tmp_path, max_prompt_len=3)
 
 

@@ -13,8 +13,18 @@ from erniekit.utils import log
 from erniekit.utils.errors import ConfigError, DataError, TrainError
 
 FUNCTIONS = """
-import asyncio, os, sys
+import asyncio, enum, os, sys
 import numpy as np
+
+class Verdict(enum.IntEnum):
+    GOOD = 1
+
+class Word(str):
+    pass
+
+class Unprintable(Exception):
+    def __str__(self):
+        raise RuntimeError
 
 def text(completion):
     return completion[0]["content"]
@@ -47,6 +57,13 @@ def odd(completions, **kwargs):
         odd = {"nan": float("nan"), "inf": float("inf"), "huge": 1e300, "text": "1", "none": None}
         values.append(odd.get(text(c), 1))
     return values
+
+def unprintable(completions, **kwargs):
+    raise Unprintable
+
+def logs(completions, log_extra, **kwargs):
+    log_extra("seen", [Verdict.GOOD, Word("w"), np.float32(0.5), np.bool_(True), None, [1]])
+    return [1.0] * len(completions)
 
 def short(completions, **kwargs):
     return [1.0]
@@ -109,6 +126,14 @@ def test_functions_of_trl_are_called_as_there(scorer):
     assert table.extras == {"seen": ["=5", "=6", "5"]}
 
 
+def test_values_that_a_function_logs_need_none_of_its_classes(scorer):
+    """The trainer's process, which reads them, has not imported the user's file."""
+    table = scorer("my.py:logs").score([sample(text) for text in "abcdef"])
+    (seen,) = table.extras.values()
+    assert seen == [1, "w", 0.5, True, None, "[1]"]
+    assert [type(value) for value in seen] == [int, str, float, bool, type(None), str]
+
+
 def test_every_failure_is_named_and_only_its_completion_suffers(scorer):
     texts = ["fine", "hang", "die", "exit", "raise", "nan", "inf", "huge", "text", "none"]
     one = scorer("my.py:odd", reward_timeout=0.7, reward_max_failures=1.0)
@@ -149,12 +174,15 @@ STOPS = [
     ("odd", "text", "it gave '1' of the type str"),
     ("odd", "huge", "it gave 1e.300, which is beyond"),
     ("scalar", "", "it returned float, not a list"),
+    ("unprintable", "", r"Unprintable: its text cannot be shown, since its __str__ raises, too \(my.py:\d+\)"),
+    ("logs", "", r"log_extra\('seen'\) got 6 values for 1 completions \(my.py:\d+\)"),
     ("needs", "", "solution"),
 ]
 
 
 def test_stop_ends_the_run(scorer):
-    one = scorer("my.py:odd", "my.py:scalar", "my.py:needs", reward_on_failure="stop", reward_workers=1)
+    names = [f"my.py:{name}" for name in dict.fromkeys(function for function, _, _ in STOPS)]
+    one = scorer(*names, reward_on_failure="stop", reward_workers=1)
     for function, text, expected in STOPS:
         with pytest.raises(TrainError, match=expected):
             one.score([sample(text, reward_funcs=[function])])

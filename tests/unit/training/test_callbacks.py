@@ -15,7 +15,7 @@ from rich.console import Console
 from erniekit.config.schema import Config
 from erniekit.models.picture_balance import PatchLoad
 from erniekit.training.callbacks import Callback, RunInfo, StepMetrics, build_callbacks
-from erniekit.training.reporting import metrics_file, plot
+from erniekit.training.reporting import completions, metrics_file, plot
 from erniekit.training.reporting import picture as picture_module
 from erniekit.training.reporting.metrics_file import MetricsFile, read_metrics
 from erniekit.training.reporting.plot import LossPlot, smooth
@@ -360,22 +360,37 @@ def test_rewards_of_preference_training_are_shown(tmp_path: Path, messages: list
     assert "reward" not in messages[2]
 
 
-@pytest.mark.parametrize("has_rewards", [True, False])
-def test_the_plot_names_its_loss_and_shows_rewards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, has_rewards: bool):
+@pytest.fixture
+def labels(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The labels of the panels that a test draws."""
     from matplotlib.figure import Figure
 
-    labels: list[str] = []
+    found: list[str] = []
 
     def look(figure: Figure, path: Path, **options: Any) -> None:
-        labels.extend(axes.get_ylabel() for axes in figure.axes)
+        found.extend(axes.get_ylabel() for axes in figure.axes)
 
     monkeypatch.setattr(Figure, "savefig", look)
-    records = [{"step": step, "loss": 1.0, "learning_rate": 0.1} | (REWARDS if has_rewards else {}) for step in (1, 2)]
+    return found
+
+
+@pytest.mark.parametrize(
+    ("parts", "expected"),
+    [
+        (REWARDS, ["preference loss (mean over pairs)", "reward margin", "learning rate", "reward accuracy"]),
+        ({"reward_bad": 0.1}, ["KTO loss (mean over answers)", "learning rate"]),  # a step without a good answer
+        ({}, ["loss (nats per token)", "learning rate"]),
+    ],
+)
+def test_the_plot_names_its_loss_and_shows_rewards(tmp_path: Path, labels: list[str], parts: dict, expected: list):
+    records = [{"step": step, "loss": 1.0, "learning_rate": 0.1} | parts for step in (1, 2)]
     plot.draw([*records, {"step": 2, "eval_loss": 0.5, "eval_reward_margin": 0.2}], tmp_path / "x.png", "run")
-    if has_rewards:
-        assert labels == ["preference loss (mean over pairs)", "reward margin", "learning rate", "reward accuracy"]
-    else:
-        assert labels == ["loss (nats per token)", "learning rate"]
+    assert labels == expected
+
+
+def test_the_plot_of_rewards_has_no_empty_panel(tmp_path: Path, labels: list[str]):
+    completions.draw_rewards([{"step": 1, "reward": 0.5, "frac_reward_zero_std": 0.0}], tmp_path / "x.png", "run")
+    assert labels == ["reward", "share"]
 
 
 @pytest.mark.filterwarnings("error::UserWarning")
