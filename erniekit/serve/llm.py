@@ -74,7 +74,7 @@ class LLM:
         for note in cfg.notes:
             log.info(note)
         chat_model = open_with_adapters(cfg)
-        name = name_of(cfg, chat_model)
+        name = name_of(cfg, chat_model.path)
         self._served = ServedModel(
             cfg, chat_model, context_of(cfg, chat_model.model.config), chat_model.limits(cfg), name
         )
