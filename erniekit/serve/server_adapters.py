@@ -46,10 +46,10 @@ async def unload_adapter(request: HttpRequest, served: Served) -> Response:
     values = fields.read_fields(await read_body(request, served.max_body_bytes), fields.UNLOAD_ADAPTER)
     _require_key(served)
     name = values["lora_name"]
-    if name not in served.adapters:
-        raise ApiError(404, f"lora_name: there is no adapter {name[:80]!r}.", "lora_name", "model_not_found")
 
     def detach() -> None:
+        if name not in served.adapters:  # another request may have unloaded it while this one waited for the step
+            raise ApiError(404, f"lora_name: there is no adapter {name[:80]!r}.", "lora_name", "model_not_found")
         served.thread.engine.forget_adapter(name)
         remove_adapter(served.chat_model.model, name)
 

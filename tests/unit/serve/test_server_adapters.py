@@ -1,5 +1,8 @@
 """A server with several adapters: each request gets the answers of the adapter that it names as its model."""
 
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -197,6 +200,19 @@ def test_what_may_not_be_loaded_is_refused(root: Path, tmp_path: Path):
         assert "a model of this name" in refused(asking, LOAD, 400, lora_name="tiny", lora_path=str(root / "sql"))
         changed(asking, LOAD, lora_name="sql", lora_path=str(root / "sql"))
         assert "Unload it first" in refused(asking, LOAD, 400, lora_name="sql", lora_path=str(root / "sql"))
+
+
+def test_an_adapter_that_two_requests_unload_is_unloaded_once(root: Path):
+    """Both come while the engine is busy."""
+    with client(root / "m", lora_modules=[f"sql={root / 'sql'}"], lora_directory=str(root)) as asking:
+        busy, thread = threading.Event(), asking.served.thread
+        thread._call(lambda: busy.wait(30))
+        with ThreadPoolExecutor(2) as pool:
+            answers = [pool.submit(asking.http.post, UNLOAD, json={"lora_name": "sql"}) for _ in range(2)]
+            while len(thread._calls) < 2:
+                time.sleep(0.01)
+            busy.set()
+            assert sorted(answer.result().status_code for answer in answers) == [200, 404]
 
 
 def test_an_adapter_in_use_stays(root: Path):
