@@ -86,7 +86,7 @@ def _schedule(cfg: Config) -> Iterator[str]:
             f"{cfg.lr_scheduler_type!r}"
         )
     if cfg.profile_step_end < cfg.profile_step_start:
-        yield f"profile_step_end: {cfg.profile_step_end} is before profile_step_start: {cfg.profile_step_start}"
+        yield f"profile_step_start: {cfg.profile_step_start} is after profile_step_end: {cfg.profile_step_end}"
     if cfg.min_lr > cfg.learning_rate:
         yield f"min_lr: {cfg.min_lr:g} is more than learning_rate: {cfg.learning_rate:g}"
     if name == "polynomial" and cfg.lr_end > cfg.learning_rate:

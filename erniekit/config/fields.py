@@ -199,8 +199,13 @@ _BOUNDS: dict[str, tuple[Callable[[Any, Any], bool], str]] = {
 def limits(field: "dataclasses.Field[Any]") -> str:
     """The limits of a number as text, such as "at least 1 (or -1)"; empty if there are none."""
     off = field.metadata["off"]
-    bounds = " and ".join(f"{_BOUNDS[name][1]} {bound:g}" for name, bound in field.metadata["bounds"].items())
+    bounds = " and ".join(f"{_BOUNDS[name][1]} {_shown(bound)}" for name, bound in field.metadata["bounds"].items())
     return bounds + (f" (or {off:g})" if bounds and off is not None else "")
+
+
+def _shown(bound: float) -> str:
+    """A bound; a whole number with all of its digits, of which "g" keeps six."""
+    return str(bound) if isinstance(bound, int) else f"{bound:g}"
 
 
 def type_name(field: "dataclasses.Field[Any]") -> str:

@@ -99,7 +99,7 @@ _SAME: dict[str, str] = {
     "max_shard_size": "export_size shard_size",
     "predict_with_generate": "generation_eval",
     "moe_aux_loss_lambda": "moe_aux_loss_coeff moe_aux_loss_coef aux_loss_coef",
-    "moe_z_loss_lambda": "moe_z_loss_coeff",
+    "moe_z_loss_lambda": "moe_z_loss_coeff router_z_loss_coef",
     "num_generations": "rollout_n n_samples_per_prompt num_return_sequences",
     "max_completion_length": "max_response_length response_length max_completion_tokens",
     "num_iterations": "ppo_epochs",

@@ -1,7 +1,7 @@
 """`model.generate`: the public way to continue prompts."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any
 
 import numpy as np
@@ -26,6 +26,7 @@ def generate(
     temperature: float | None = None,
     top_p: float | None = None,
     top_k: int | None = None,
+    min_p: float | None = None,
     repetition_penalty: float = 1.0,
     frequency_penalty: float = 0.0,
     presence_penalty: float = 0.0,
@@ -44,10 +45,10 @@ def generate(
             lengths, which are padded on the left.
         attention_mask: [B, S], 0 marks padding, on either side; default: nothing is padding.
         max_new_tokens, min_new_tokens: bounds on the number of new tokens; an end token is banned before the lower one.
-        do_sample: True draws tokens, False takes the likeliest. Not given: drawn if temperature (other than 0), top_p
-            or top_k is given.
-        temperature, top_p, top_k, repetition_penalty, frequency_penalty, presence_penalty: see sampling.Sampling;
-            temperature is 1 when drawing without it.
+        do_sample: True draws tokens, False takes the likeliest. Not given: drawn if temperature (other than 0), top_p,
+            top_k or min_p is given.
+        temperature, top_p, top_k, min_p, repetition_penalty, frequency_penalty, presence_penalty: see
+            sampling.Sampling; temperature is 1 when drawing without it.
         seed: equal seeds give equal tokens, whatever else is in the batch.
         eos_token_id: token or tokens that end a row (default: the model's, from its generation_config.json or, if that
             does not say, its config.json).
@@ -62,6 +63,7 @@ def generate(
         token included, padded on the right to the longest answer. So `result[:, S:]` holds the answers.
 
     Raises:
+        TypeError: an argument is unknown.
         UserError: an argument is out of its range, a prompt is empty, longer than the model's context, or outside its
             vocabulary.
     """
@@ -69,17 +71,18 @@ def generate(
     ids, mask = _prompts(input_ids, attention_mask, padding)
     limits = Limits(max_new_tokens, min_new_tokens, model.end_ids if eos_token_id is None else _as_ids(eos_token_id))
     sampling = Sampling(
-        _temperature(do_sample, temperature, draws=top_p is not None or top_k is not None),
+        _temperature(do_sample, temperature, draws={top_p, top_k, min_p} != {None}),
         top_k or 0,
         1.0 if top_p is None else top_p,
         repetition_penalty,
         frequency_penalty,
         presence_penalty,
         seed,
+        min_p or 0.0,
     )
     prompts = [row[keep].tolist() for row, keep in zip(ids, mask, strict=True)]
     on_token = (lambda row, token: None) if stream is None else stream
-    rows = _picture_rows(model, ids, mask, PictureArguments(**pictures), position_ids)
+    rows = _picture_rows(model, ids, mask, _picture_arguments(pictures), position_ids)
     answers = decode(model, prompts, limits, sampling, use_cache=use_cache, on_token=on_token, pictures=rows)
     new = np.full((len(ids), max(len(answer.all_ids) for answer in answers)), padding, dtype=np.int64)
     for row, answer in zip(new, answers, strict=True):
@@ -98,6 +101,14 @@ def _temperature(do_sample: bool | None, temperature: float | None, draws: bool)
             "temperature: 0 always takes the likeliest token, which do_sample=True excludes. Give one of them."
         )
     return 1.0 if temperature is None else temperature
+
+
+def _picture_arguments(given: dict[str, Any]) -> PictureArguments:
+    known = [field.name for field in fields(PictureArguments)]
+    for name in given:
+        if name not in known:
+            raise TypeError(f"generate() has no argument {name!r}; of pictures it has {', '.join(known)}")
+    return PictureArguments(**given)
 
 
 def _picture_rows(

@@ -69,6 +69,8 @@ def written_rope(theta: float, scaling: RopeScaling | None, with_parameters: boo
     """
     given = {} if scaling is None else dict(scaling.given)
     out: dict[str, Any] = {"rope_theta": theta}
+    if scaling is not None and scaling.kind == "dynamic":
+        out["max_position_embeddings"] = scaling.length  # readers scale the positions beyond it
     if with_parameters:
         out["rope_parameters"] = {"rope_type": "default", "rope_theta": theta} | given
     return out | ({"rope_scaling": given | {"rope_theta": theta}} if given else {})
@@ -96,6 +98,8 @@ def _rope_scaling(inner: JsonObject, kind: str, length: int) -> RopeScaling:
     beta_fast, beta_slow = (inner.get_number(name, 0, 0, 1e6) or usual for name, usual in _BETAS)
     given: dict[str, Any] = {"rope_type": kind, "factor": factor}
     given |= {name: inner.values[name] for name in _KEYS[kind] if inner.values.get(name) is not None}
+    if kind == "yarn":  # by default max_position_embeddings, which a key may raise before the file is written
+        given["original_max_position_embeddings"] = original
     return RopeScaling(
         kind=kind,  # type: ignore[arg-type]
         factor=float(factor),

@@ -7,6 +7,7 @@ from typing import Any
 from erniekit.config.schema import Config
 from erniekit.models.config import ModelConfig
 from erniekit.models.config_rope import scaled_positions
+from erniekit.nn.frequencies import RopeScaling
 from erniekit.utils import log
 from erniekit.utils.errors import CheckpointError, ConfigError
 
@@ -39,12 +40,7 @@ class Overrides:
             log.info(f"rope_theta: {before} in the model's config.json, {self.rope_theta:g} from here on")
             changes["rope_theta"] = self.rope_theta
         changes |= self._scaling(model_config)
-        # Dynamic positions are scaled beyond max_position_embeddings, which therefore stays.
-        is_dynamic = self.rope_scaling == "dynamic"
-        if self.min_positions > model_config.max_position_embeddings and not is_dynamic:
-            before = f"{model_config.max_position_embeddings}"
-            log.info(f"max_position_embeddings: {before} before, {self.min_positions} from here on")
-            changes["max_position_embeddings"] = self.min_positions
+        changes |= self._more_positions(model_config, changes.get("rope_scaling", model_config.rope_scaling))
         if self.mtp_depths > model_config.num_nextn_predict_layers:
             changes["num_nextn_predict_layers"] = self.mtp_depths
         if model_config.moe_num_experts:
@@ -62,6 +58,17 @@ class Overrides:
         except CheckpointError as error:
             raise ConfigError(str(error)) from None
         return changed
+
+    def _more_positions(self, model_config: ModelConfig, scaling: RopeScaling | None) -> dict[str, Any]:
+        """The change that `min_positions` makes."""
+        before = model_config.max_position_embeddings
+        if self.min_positions <= before:
+            return {}
+        in_file = ""
+        if scaling is not None and scaling.kind == "dynamic":
+            in_file = f" ({scaling.length} in config.json, beyond which dynamic positions are scaled)"
+        log.info(f"max_position_embeddings: {before} before, {self.min_positions} from here on{in_file}")
+        return {"max_position_embeddings": self.min_positions}
 
     def _scaling(self, model_config: ModelConfig) -> dict[str, Any]:
         """The change that `rope_scaling` makes; none where the model's positions are scaled so already."""

@@ -146,7 +146,8 @@ def _headline(job: Job) -> list[str]:
     name = cfg.model_name_or_path or "a model of the YAML's shape"
     experts = f", experts over {degrees.expert}" if degrees.expert > 1 else ""
     experts += f", rows shared by {degrees.context} data ranks" if degrees.context > 1 else ""
-    size = f"{num_parameters(job.model) / 1e9:.2f} B parameters"
+    count = num_parameters(job.model)
+    size = f"{count / 1e9:.2f} B parameters" if count >= 1e8 else f"{count / 1e6:.2f} M parameters"
     return [
         f"{name}: {size}, {cfg.fine_tuning} {cfg.stage}, {cfg.compute_type}",
         f"{devices}{hosts}: {degrees.pipeline} pipeline stages x {degrees.data} data ranks x {degrees.tensor} tensor "

@@ -74,7 +74,7 @@ class LLM:
         for note in cfg.notes:
             log.info(note)
         chat_model = open_with_adapters(cfg)
-        name = name_of(cfg, chat_model)
+        name = name_of(cfg, chat_model.path)
         self._served = ServedModel(
             cfg, chat_model, context_of(cfg, chat_model.model.config), chat_model.limits(cfg), name
         )
@@ -190,7 +190,7 @@ class LLM:
         if isinstance(item, str):
             return item, model.tokenizer.encode(item)
         with _as_user_errors():
-            if not isinstance(item, Sequence):
+            if not isinstance(item, Sequence) or isinstance(item, bytes):  # whose items would be token ids
                 raise UserError(f"prompts: expected a text or token ids, got {type(item).__name__}.")
             return None, fields.id_list(list(item), "prompts", model.model.config.vocab_size)
 

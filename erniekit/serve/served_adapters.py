@@ -10,7 +10,7 @@ from erniekit.data.chat.template import Template, say_if_trained_otherwise
 from erniekit.generation.load import ChatModel, PreparedChatModel, find_model
 from erniekit.generation.speculative import require_drafts
 from erniekit.models.config import ModelConfig
-from erniekit.serve.served_model import context_of
+from erniekit.serve.served_model import context_of, name_of
 from erniekit.utils import log
 from erniekit.utils.errors import CheckpointError, ConfigError, UserError
 
@@ -39,8 +39,8 @@ def adapter_directories(cfg: Config) -> dict[str, Path]:
         name, path = name.strip(), path.strip()
         if not (equals and name and path):
             raise ConfigError(f"lora_modules: expected name=directory, got {entry!r}.")
-        if name in directories or name == cfg.served_model_name:
-            raise ConfigError(f"lora_modules: {name}: there is another model of this name. Choose another.")
+        if name in directories:
+            raise ConfigError(f"lora_modules: {name}: there is another adapter of this name. Choose another.")
         directories[name] = Path(path).expanduser()
     return directories
 
@@ -55,7 +55,12 @@ def _read(cfg: Config, found: PreparedChatModel) -> dict[str, StoredAdapter]:
         )
     if (directories or cfg.lora_directory) and prepared.options.precision.qat is not None:
         raise ConfigError(f"{key}: a model with fake quantisation has one adapter at most. Leave one of them out.")
+    own_name = name_of(cfg, found.path)
     for name, given in directories.items():
+        if name == own_name:
+            raise ConfigError(
+                f"lora_modules: {name} is the name of the model itself (served_model_name). Choose another."
+            )
         base = None if prepared.options.random_start else prepared.path
         try:
             adapters[name] = read_named(name, given, prepared.config, base, found.template)

@@ -1,6 +1,7 @@
 """A model that answers: its limits, and what turns its tokens into text. Shared by the server and `erniekit.LLM`."""
 
 from dataclasses import dataclass
+from pathlib import Path
 
 from erniekit.config import Config
 from erniekit.generation.engine import Engine
@@ -73,13 +74,9 @@ class ServedModel:
         return text, None if "\ufffd" in text else list(text.encode())
 
 
-def name_of(cfg: Config, chat_model: ChatModel) -> str:
-    """The name of the model in requests. Raises ConfigError where it is an adapter's."""
-    name = cfg.served_model_name or chat_model.path.resolve().name
-    adapters = adapter_set_of(chat_model.model)
-    if adapters is not None and name in adapters.names:
-        raise ConfigError(f"lora_modules: {name} is the name of the model itself (served_model_name). Choose another.")
-    return name
+def name_of(cfg: Config, path: Path) -> str:
+    """The name of the model in requests; `path`: its directory."""
+    return cfg.served_model_name or path.resolve().name
 
 
 def context_of(cfg: Config, model: ModelConfig) -> int:

@@ -60,7 +60,7 @@ def prepare(cfg: Config, chat_model: ChatModel, keys: tuple[bytes, ...] = ()) ->
     except CheckpointError as error:
         raise CheckpointError(f"{chat_model.path}: {error}") from None
     thread = EngineThread(engine_of(cfg, chat_model), cfg.max_waiting_requests)
-    name = name_of(cfg, chat_model)
+    name = name_of(cfg, chat_model.path)
     return Served(cfg, chat_model, context, chat_model.limits(cfg), name, thread, Metrics(thread, name), keys)
 
 

@@ -24,13 +24,15 @@ async def load_adapter(request: HttpRequest, served: Served) -> Response:
     """Attach an adapter of a directory below lora_directory between two steps of the engine."""
     values = fields.read_fields(await read_body(request, served.max_body_bytes), fields.LOAD_ADAPTER)
     name, chat_model = values["lora_name"], served.chat_model
+    if not name:
+        raise ApiError(400, "lora_name: expected a name, got an empty text.", "lora_name", "invalid_value")
     directory = _allowed(served, values["lora_path"])
     stored = await served.in_pool(
         lambda: read_named(name, directory, chat_model.model.config, chat_model.path, chat_model.template)
     )
 
     def attach() -> None:
-        if not name or name in (served.name, *served.adapters):
+        if name in (served.name, *served.adapters):
             raise UserError(f"{name!r}: there is a model of this name. Unload it first, or choose another name.")
         attach_another(chat_model.model, name, stored)
 
@@ -44,10 +46,10 @@ async def unload_adapter(request: HttpRequest, served: Served) -> Response:
     values = fields.read_fields(await read_body(request, served.max_body_bytes), fields.UNLOAD_ADAPTER)
     _require_key(served)
     name = values["lora_name"]
-    if name not in served.adapters:
-        raise ApiError(404, f"lora_name: there is no adapter {name[:80]!r}.", "lora_name", "model_not_found")
 
     def detach() -> None:
+        if name not in served.adapters:  # another request may have unloaded it while this one waited for the step
+            raise ApiError(404, f"lora_name: there is no adapter {name[:80]!r}.", "lora_name", "model_not_found")
         served.thread.engine.forget_adapter(name)
         remove_adapter(served.chat_model.model, name)
 

@@ -23,6 +23,7 @@ from erniekit.generation.load import find_model, open_model
 from erniekit.models.config import ModelConfig
 from erniekit.models.decoder import CausalLM
 from erniekit.models.overrides import Overrides
+from erniekit.nn.frequencies import scaled_frequencies
 from erniekit.parallel.mesh import Mesh, ParallelDims
 from erniekit.precision.policy import Policy
 from erniekit.training.build import build_run
@@ -307,18 +308,36 @@ def test_positions_are_scaled_as_by_the_key_of_the_same_name_in_config_json(work
     rope = {"rope_type": kind, "factor": 4.0}
     if kind == "yarn":
         rope["original_max_position_embeddings"] = length
-    if kind != "dynamic":  # whose positions are scaled beyond max_position_embeddings
-        values["max_position_embeddings"] = 4 * length
+    in_file = length if kind == "dynamic" else 4 * length  # dynamic positions are scaled beyond it
+    values["max_position_embeddings"] = in_file
     expected = ModelConfig.from_dict(values | {"rope_scaling": rope})
     assert scaled.rope_scaling == expected.rope_scaling and scaled.rope_scaling is not None
-    assert scaled.max_position_embeddings == expected.max_position_embeddings
+    assert scaled.max_position_embeddings == 4 * length
+    assert scaled.to_dict()["max_position_embeddings"] == in_file
     # What a run saves has it in its config.json, and the same YAML changes nothing.
     again = ModelConfig.from_dict(scaled.to_dict())
     assert again.rope_scaling == scaled.rope_scaling
-    assert Overrides(rope_scaling=kind, min_positions=4 * length).apply(again) == again
+    assert Overrides(rope_scaling=kind, min_positions=4 * length).apply(again).to_dict() == again.to_dict()
     assert Overrides(rope_scaling=kind, min_positions=length).apply(stored) == stored
     with pytest.raises(ConfigError, match=f"rope_type {kind} in its config.json"):
         Overrides(rope_scaling="yarn" if kind == "linear" else "linear", min_positions=8 * length).apply(again)
+
+
+@pytest.mark.parametrize("kind", ["linear", "dynamic", "yarn"])
+def test_a_longer_row_leaves_the_scaling_of_positions_that_config_json_asks_for(workspace: Path, kind: str):
+    """Also in the file that is written, where dynamic and yarn start from max_position_embeddings."""
+    values = json.loads((workspace / "dense" / "config.json").read_text())
+    rope = {"rope_type": kind, "factor": 4.0}
+    stored = ModelConfig.from_dict(values | {"rope_scaling": rope, "max_position_embeddings": 4096, "head_dim": 64})
+    longer = Overrides(min_positions=2 * stored.max_position_embeddings).apply(stored)
+    assert longer.max_position_embeddings == 2 * stored.max_position_embeddings
+    again = ModelConfig.from_dict(longer.to_dict()).rope_scaling
+    positions = np.arange(3 * stored.max_position_embeddings)
+    expected, found = (
+        scaled_frequencies(stored.head_dim, stored.rope_theta, scaling, positions)
+        for scaling in (stored.rope_scaling, again)
+    )
+    assert np.array_equal(expected, found)
 
 
 def test_a_model_is_built_in_the_mode_that_is_asked(workspace: Path):

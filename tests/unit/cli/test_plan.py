@@ -56,7 +56,8 @@ def test_a_plan_for_a_cpu_says_where_its_numbers_come_from(tmp_path: Path, capsy
     calibrate(tmp_path / "mine.yaml", "CPU", Measured({64: 1e10, 256: 6e10, 1024: 8e10}, 12e9, 5e-6, 9e9))
     tiny = [str(CONFIGS / "tiny" / "sft" / "run_sft_dense.yaml"), "gpu=cpu", "gpus=1"]
     plan.run(tiny)
-    assert "are placeholders" in capsys.readouterr().out
+    text = capsys.readouterr().out
+    assert "are placeholders" in text and "0.86 M parameters" in text
     plan.run([*tiny, f"hardware={tmp_path / 'mine.yaml'}"])
     assert "are placeholders" not in capsys.readouterr().out
 

@@ -105,6 +105,8 @@ def test_sources_and_shares_are_lists(write):
         ("learning_rate: [1]", "learning_rate: expected a number, got [1] (x.yaml:4)"),
         ("adam_beta2: 1", "adam_beta2: must be at least 0 and less than 1, got 1.0 (x.yaml:4)"),
         ("packing: 2", "packing: expected True or False, got 2 (x.yaml:4)"),
+        ("seed: 4294967296", "seed: must be at least 0 and less than 4294967296, got 4294967296 (x.yaml:4)"),
+        ("profile_step_start: 9", "profile_step_start: 9 is after profile_step_end: 5 (x.yaml:4)"),
         ("save_steps: -5", "save_steps: must be at least 1, got -5 (x.yaml:4)"),
         ("compute_type: bf17", "compute_type: expected one of bf16, fp16, fp32, wint8"),
         ("logging_dir: {a: 1}", "logging_dir: expected text, got {'a': 1} (x.yaml:4)"),

@@ -14,6 +14,7 @@ KNOWN = [*schema.fields(), *RULES]
     [
         ("pref_beta", "did you mean beta?"),
         ("deepspeed", "sharding: stage1, stage2 or stage3"),
+        ("router_z_loss_coef", "did you mean moe_z_loss_lambda?"),
         ("lr", "did you mean learning_rate?"),
         ("val_size", "eval_dataset_path"),
         ("dataset", "did you mean train_dataset_path?"),

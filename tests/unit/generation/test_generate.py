@@ -133,7 +133,8 @@ def test_greedy_unless_asked_otherwise(dense: CausalLM):
 
     greedy = run()
     assert run(temperature=0) == run(do_sample=False, temperature=0.9) == run(temperature=0, top_p=0.9) == greedy
-    assert run(top_k=1) == greedy
+    assert run(top_k=1) == run(min_p=1.0) == greedy
+    assert run(min_p=0.01) == run(min_p=0.01, do_sample=True) != greedy
     assert run(do_sample=True) == run(temperature=1.0) != greedy
     with pytest.raises(UserError, match="temperature"):
         run(do_sample=True, temperature=0)
@@ -188,3 +189,8 @@ def test_scores_that_are_not_finite_are_an_error_not_an_answer():
 def test_what_cannot_be_is_said(dense: CausalLM, ids: object, options: dict[str, object], message: str):
     with pytest.raises(UserError, match=message):
         generate(dense, ids, **options)
+
+
+def test_an_unknown_argument_is_named(dense: CausalLM):
+    with pytest.raises(TypeError, match=r"generate\(\) has no argument 'num_beams'"):
+        generate(dense, [[5]], num_beams=2)

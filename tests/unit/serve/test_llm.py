@@ -225,6 +225,11 @@ def test_an_interrupted_call_leaves_the_engine_free(llm: LLM, monkeypatch: pytes
     )
 
 
+def test_bytes_are_no_token_ids(llm: LLM):
+    with pytest.raises(UserError, match="prompts: expected a text or token ids, got bytes"):
+        llm.generate(b"hi", GREEDY)
+
+
 @pytest.mark.parametrize(
     ("values", "said"),
     [

@@ -1,5 +1,8 @@
 """A server with several adapters: each request gets the answers of the adapter that it names as its model."""
 
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -92,8 +95,8 @@ def test_adapters_by_name_from_python(root: Path):
     [
         (["sql"], "expected name=directory, got 'sql'"),
         (["=x"], "expected name=directory"),
-        (["a={root}/sql", "a={root}/code"], "another model of this name"),
-        (["tiny={root}/sql"], "another model of this name"),
+        (["a={root}/sql", "a={root}/code"], "another adapter of this name"),
+        (["tiny={root}/sql"], "the name of the model itself"),
         (["a={root}/nowhere"], "lora_modules: a: .*nowhere"),
         (["a={root}/m"], "lora_modules: a: .*holds no adapter"),
         (["a={root}/other"], "lora_modules: a: .*another base"),
@@ -112,6 +115,14 @@ def test_wrong_adapters_are_refused_before_weights_are_read(
     monkeypatch.setattr("erniekit.generation.load.PreparedChatModel.load", lambda self: pytest.fail("weights are read"))
     with pytest.raises((CheckpointError, ConfigError), match=said):
         opened(root / "m", lora_modules=[entry.format(root=root) for entry in modules])
+
+
+def test_an_adapter_with_the_name_of_the_models_directory_is_refused_before_weights_are_read(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("erniekit.generation.load.PreparedChatModel.load", lambda self: pytest.fail("weights are read"))
+    with pytest.raises(ConfigError, match="m is the name of the model itself"):
+        LLM(root / "m", lora_modules={"m": root / "sql"})
 
 
 def test_an_adapter_as_the_model_has_no_others_beside_it(root: Path):
@@ -184,10 +195,24 @@ def test_what_may_not_be_loaded_is_refused(root: Path, tmp_path: Path):
             assert "no such directory" in refused(asking, LOAD, 404, lora_name="a", lora_path=nowhere)
         assert "there is no adapter" in refused(asking, UNLOAD, 404, lora_name="a")
     with client(root / "m", model, lora_directory=str(root)) as asking:
+        assert "expected a name" in refused(asking, LOAD, 400, lora_name="", lora_path=str(root / "sql"))
         assert "holds no adapter" in refused(asking, LOAD, 400, lora_name="a", lora_path=str(root / "m"))
         assert "a model of this name" in refused(asking, LOAD, 400, lora_name="tiny", lora_path=str(root / "sql"))
         changed(asking, LOAD, lora_name="sql", lora_path=str(root / "sql"))
         assert "Unload it first" in refused(asking, LOAD, 400, lora_name="sql", lora_path=str(root / "sql"))
+
+
+def test_an_adapter_that_two_requests_unload_is_unloaded_once(root: Path):
+    """Both come while the engine is busy."""
+    with client(root / "m", lora_modules=[f"sql={root / 'sql'}"], lora_directory=str(root)) as asking:
+        busy, thread = threading.Event(), asking.served.thread
+        thread._call(lambda: busy.wait(30))
+        with ThreadPoolExecutor(2) as pool:
+            answers = [pool.submit(asking.http.post, UNLOAD, json={"lora_name": "sql"}) for _ in range(2)]
+            while len(thread._calls) < 2:
+                time.sleep(0.01)
+            busy.set()
+            assert sorted(answer.result().status_code for answer in answers) == [200, 404]
 
 
 def test_an_adapter_in_use_stays(root: Path):
