@@ -245,7 +245,12 @@ class MoELayer(nn.Layer):
         # The text router always runs: a rank without tokens has the graph of the others, and gradients of zero. The
         # vision router has no gradient without tokens, as in a process that skips it.
         runs = modality == TEXT or x_TD.shape[0] > 0
-        logits = self.gate(x_TD, modality) if runs else paddle.zeros([0, num_experts])
+        if runs:
+            logits = self.gate(x_TD, modality)
+        else:
+            # Ranks that exchange routing weights must all exchange the gradients of these, or none of them.
+            logits = paddle.zeros([0, num_experts])
+            logits.stop_gradient = x_TD.stop_gradient and self.router_of(modality).stop_gradient
         recorded = choosing.recorded(where)
         replayed = recorded if choosing.replays else None
         given = None if replayed is None else paddle.to_tensor(replayed)
