@@ -4,6 +4,8 @@ The input is quantised once, for the first product and for what is kept. Of the 
 computed again in the backward pass from the first, and the first, where asked, from the input in FP8.
 """
 
+from typing import Any
+
 import paddle
 from paddle.autograd import PyLayer
 
@@ -61,9 +63,7 @@ class _Experts(PyLayer):
         block, counts, dtype = ctx.block, ctx.counts, dy.dtype
         backend = block.backend
         if dy.shape[0] == 0:
-            drows = paddle.zeros([0, up_gate.shape[1]], dtype=dtype) if ctx.needs_rows else None
-            zeros = [None if w.stop_gradient else paddle.zeros(w.shape, dtype=w.dtype) for w in (up_gate, down)]
-            return drows, *zeros, *[paddle.zeros([0, 1]) if needed else None for needed in ctx.weights_need_gradient]
+            return _zeros(ctx, up_gate, down, dtype)
         num_weights = len(ctx.weights_need_gradient)
         weights, kept = saved[:num_weights], saved[num_weights:]
         x = None
@@ -81,3 +81,12 @@ class _Experts(PyLayer):
         if ctx.needs_rows:
             drows = backend.times_transposed(backend.rows(dgate_up, counts, "gradients"), up_gate, counts, dtype)
         return drows, dup_gate, ddown, *[dweights if needed else None for needed in ctx.weights_need_gradient]
+
+
+def _zeros(
+    ctx: Any, up_gate: paddle.Tensor, down: paddle.Tensor, dtype: paddle.dtype
+) -> tuple[paddle.Tensor | None, ...]:
+    """The gradients where there are no rows."""
+    drows = paddle.zeros([0, up_gate.shape[1]], dtype=dtype) if ctx.needs_rows else None
+    zeros = [None if w.stop_gradient else paddle.zeros(w.shape, dtype=w.dtype) for w in (up_gate, down)]
+    return drows, *zeros, *[paddle.zeros([0, 1]) if needed else None for needed in ctx.weights_need_gradient]
