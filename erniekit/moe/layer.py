@@ -229,6 +229,17 @@ class MoELayer(nn.Layer):
                     decisions[modality] = _with_share(routed, tokens, modality)
         return lambda: gather(concat([finish() for finish in finishes]), back), decisions
 
+    def _logits(self, x_TD: paddle.Tensor, modality: int) -> paddle.Tensor:
+        """The router's scores [T, E] before softmax or sigmoid."""
+        # The text router always runs: a rank without tokens has the graph of the others, and gradients of zero. The
+        # vision router has no gradient without tokens, as in a process that skips it.
+        if modality == TEXT or x_TD.shape[0] > 0:
+            return self.gate(x_TD, modality)
+        logits = paddle.zeros([0, self.sizes.num_experts])
+        # Ranks that exchange routing weights must all exchange the gradients of these, or none of them.
+        logits.stop_gradient = x_TD.stop_gradient and self.router_of(modality).stop_gradient
+        return logits
+
     def _start(
         self,
         x_TD: paddle.Tensor,
@@ -242,10 +253,7 @@ class MoELayer(nn.Layer):
         """
         num_experts = self.sizes.num_experts
         agree = None if self.ranks is None else self.ranks.agree
-        # The text router always runs: a rank without tokens has the graph of the others, and gradients of zero. The
-        # vision router has no gradient without tokens, as in a process that skips it.
-        runs = modality == TEXT or x_TD.shape[0] > 0
-        logits = self.gate(x_TD, modality) if runs else paddle.zeros([0, num_experts])
+        logits = self._logits(x_TD, modality)
         recorded = choosing.recorded(where)
         replayed = recorded if choosing.replays else None
         given = None if replayed is None else paddle.to_tensor(replayed)

@@ -4,6 +4,8 @@ The input is quantised once, for the first product and for what is kept. Of the 
 computed again in the backward pass from the first, and the first, where asked, from the input in FP8.
 """
 
+from typing import Any
+
 import paddle
 from paddle.autograd import PyLayer
 
@@ -35,8 +37,10 @@ class Fp8Experts:
 class _Experts(PyLayer):
     @staticmethod
     def forward(ctx, rows, up_gate, down, block: Fp8Experts, counts: list[int], *weights):
-        ctx.block, ctx.counts, ctx.tile, ctx.num_weights = block, counts, None, len(weights)
+        ctx.block, ctx.counts, ctx.tile = block, counts, None
         ctx.needs_rows, backend = not rows.stop_gradient, block.backend
+        # Weights are constants where the router is frozen, or did not run because its modality has no tokens here.
+        ctx.weights_need_gradient = [not each.stop_gradient for each in weights]
         if rows.shape[0] == 0:
             ctx.save_for_backward(up_gate, down)
             return paddle.zeros([0, down.shape[-1]], dtype=rows.dtype)
@@ -59,10 +63,9 @@ class _Experts(PyLayer):
         block, counts, dtype = ctx.block, ctx.counts, dy.dtype
         backend = block.backend
         if dy.shape[0] == 0:
-            zeros = [None if w.stop_gradient else paddle.zeros(w.shape, dtype=w.dtype) for w in (up_gate, down)]
-            no_weights = [paddle.zeros([0, 1])] * ctx.num_weights
-            return paddle.zeros([0, up_gate.shape[1]], dtype=dtype), *zeros, *no_weights
-        weights, kept = saved[: ctx.num_weights], saved[ctx.num_weights :]
+            return _zeros(ctx, up_gate, down, dtype)
+        num_weights = len(ctx.weights_need_gradient)
+        weights, kept = saved[:num_weights], saved[num_weights:]
         x = None
         if ctx.keeps_rows:
             x = kept[0] if ctx.tile is None else Quantised(kept[0], kept[1], ctx.tile)
@@ -77,4 +80,13 @@ class _Experts(PyLayer):
         drows = None
         if ctx.needs_rows:
             drows = backend.times_transposed(backend.rows(dgate_up, counts, "gradients"), up_gate, counts, dtype)
-        return drows, dup_gate, ddown, *([dweights] if weights else [])
+        return drows, dup_gate, ddown, *[dweights if needed else None for needed in ctx.weights_need_gradient]
+
+
+def _zeros(
+    ctx: Any, up_gate: paddle.Tensor, down: paddle.Tensor, dtype: paddle.dtype
+) -> tuple[paddle.Tensor | None, ...]:
+    """The gradients where there are no rows."""
+    drows = paddle.zeros([0, up_gate.shape[1]], dtype=dtype) if ctx.needs_rows else None
+    zeros = [None if w.stop_gradient else paddle.zeros(w.shape, dtype=w.dtype) for w in (up_gate, down)]
+    return drows, *zeros, *[paddle.zeros([0, 1]) if needed else None for needed in ctx.weights_need_gradient]

@@ -92,6 +92,16 @@ def test_no_rows_and_frozen_weights():
     assert rows.grad is not None and all(parameter.grad is None for parameter in model.parameters())
 
 
+@pytest.mark.parametrize("num_rows", [0, 3])
+def test_constant_routing_weights_have_no_gradient(num_rows: int):
+    """As those of a frozen router in front of which nothing is trained."""
+    model = experts(Fp8Experts(BACKEND))
+    y = model(paddle.ones([num_rows, 8]), [num_rows, 0, 0], paddle.ones([num_rows, 1]))
+    (y.sum() + 0.0).backward()
+    gradient = model.up_gate_proj.weight.grad
+    assert gradient is not None and bool(gradient.abs().sum() > 0) == (num_rows > 0)
+
+
 def test_nothing_is_kept_of_the_input_of_frozen_experts():
     model, given = experts(Fp8Experts(BACKEND)), paddle.ones([64, 8])
     for parameter in model.parameters():
