@@ -72,6 +72,11 @@ def _talk(conversation: Conversation, screen: "Screen") -> None:
                 interrupted = True
                 screen.note(f"Ctrl-C again or {EXIT} leaves")
                 continue
+            except UserError as error:  # a question in another encoding
+                if not screen.interactive:
+                    raise
+                screen.note(str(error))
+                continue
         if question is None or question.strip() == EXIT:
             return
         interrupted = False
@@ -102,7 +107,6 @@ def _answer(conversation: Conversation, screen: "Screen", question: str) -> bool
     if has_media(question) and not conversation.sees_pictures:
         screen.note("this is a model of text alone: <image> and <video> are read as text")
     try:
-        streams.require_text(question)
         with closing(conversation.ask(question)) as pieces:
             screen.show(pieces)
     except KeyboardInterrupt:

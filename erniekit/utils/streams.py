@@ -79,17 +79,6 @@ def _not_text(error: UnicodeError) -> UserError:
     )
 
 
-def require_text(line: str) -> None:
-    """Raises UserError for a line of standard input with bytes that could not be decoded."""
-    try:
-        line.encode()
-    except UnicodeError:
-        raise UserError(
-            f"{line[:40]!a} in standard input is not text in {sys.stdin.encoding}. Set PYTHONIOENCODING to the "
-            "encoding that it is in, such as gbk."
-        ) from None
-
-
 def _open_closed(number: int) -> None:
     try:
         os.fstat(number)
