@@ -223,21 +223,24 @@ def clip(rng: random.Random, held_out: bool) -> Row:
     )
 
 
-MORE = {"digit": 4}  # times as many rows to train on, each with its scan in another size, place and angle
+MORE = {"digit": 5, "word": 2, "box": 2, "clip": 2}  # times as many rows to train on: the tasks that need most of them
 TASKS: dict[str, Draw] = {draw.__name__: draw for draw in (digit, count, colour, chart, word, box, clip)}
 
 
-def rows(task: str, number: int, seed: int, held_out: bool, used: set[tuple[Any, ...]]) -> Iterator[Row]:
-    """Yield `number` rows of a task whose facts are not in `used`, and add their facts to it."""
+def rows(task: str, number: int, seed: int, held_out: bool, shown: set[tuple[Any, ...]]) -> Iterator[Row]:
+    """Yield `number` rows of a task whose facts are not in `shown`, to which facts that are held out are added. Rows to
+    train on may repeat one another.
+    """
     rng = random.Random(f"{seed} {task} {held_out}")
     for _ in range(number):
         for _ in range(MAX_TRIES):
             row = TASKS[task](rng, held_out)
-            if row.fact not in used:
+            if row.fact not in shown:
                 break
         else:
             raise SystemExit(f"{task}: no further picture in {MAX_TRIES} tries; ask for fewer rows than {number}")
-        used.add(row.fact)
+        if held_out:
+            shown.add(row.fact)
         yield row
 
 
@@ -288,11 +291,11 @@ def make(output: Path, sizes: dict[str, int], seed: int) -> None:
     captions: dict[str, list[str]] = {split: [] for split in sizes}
     sentences: list[str] = []
     for task in TASKS:
-        used: set[tuple[Any, ...]] = set()
+        shown: set[tuple[Any, ...]] = set()
         for split in sorted(sizes):  # the test first: what it shows is not trained on
             lines = []
             number = sizes[split] * (MORE.get(task, 1) if split == "train" else 1)
-            for index, row in enumerate(rows(task, number, seed, split == "test", used)):
+            for index, row in enumerate(rows(task, number, seed, split == "test", shown)):
                 name = write_media(row, output / "media" / f"{task}-{split}-{index:05d}")
                 question, caption = records(row, name, index % 2)
                 lines.append(json.dumps(question, ensure_ascii=False))
