@@ -82,7 +82,7 @@ def test_a_run_that_ends_within_is_measured_to_its_end(directory: Path, tmp_path
 
 
 def test_steps_in_the_wrong_order_are_refused(directory: Path, tmp_path: Path):
-    with pytest.raises(ConfigError, match="profile_step_end: 1 is before profile_step_start: 2"):
+    with pytest.raises(ConfigError, match="profile_step_start: 2 is after profile_step_end: 1"):
         train(directory, tmp_path / "out", profile_step_end=1)
 
 
