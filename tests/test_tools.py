@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from erniekit.utils import runtime
+
 ROOT = Path(__file__).resolve().parents[1]
 TOKENIZER = "examples/models/tiny-dense"
 MOE = "examples/configs/tiny/sft/run_sft_moe.yaml"
@@ -49,6 +51,10 @@ FAST = {
     "bench_rl, ours alone": "bench_rl.py --only ours --rounds 1 --prompts 2 --generations 2 --tokens 4",
     "join_captions": "join_captions.py {tmp}/text.jsonl {tmp}/long.jsonl",
     "make_picture_example_data": "make_picture_example_data.py --out {tmp}",
+}
+IN_BF16 = {
+    "bench_sft": "bench_sft.py --num-samples 60 --batches 4 --rounds 1 --against ours-bf16",
+    "bench_step": "bench_step.py tiny --only ours-bf16 --rounds 1 --warmup 1 --batch 1 --seq 16",
 }
 SLOW = {
     "bench_lora": "bench_lora.py --batch 1 --seq 16 --rounds 1 --sides lora",
@@ -125,6 +131,12 @@ def run(arguments: str, directory: Path) -> None:
 @pytest.mark.parametrize("case", FAST)
 def test_scripts_run(case: str, tmp_path: Path):
     run(FAST[case], tmp_path)
+
+
+@pytest.mark.skipif("avx512_bf16" not in runtime.cpu_flags(), reason="this processor has no bf16 products")
+@pytest.mark.parametrize("case", IN_BF16)
+def test_scripts_that_multiply_in_bf16_run(case: str, tmp_path: Path):
+    run(IN_BF16[case], tmp_path)
 
 
 @pytest.mark.slow

@@ -11,6 +11,7 @@ over the time of the turn.
     ours      packed rows of max_seq_len tokens, no padding; as many rows as hold the tokens of TRL's batch
     trl       SFTTrainer with the defaults of SFTConfig: padded batches, gradient checkpointing, bf16 autocast
     trl-fp32  the same in fp32 without gradient checkpointing, which suits a CPU better
+    ours-bf16 as ours, with matmul_precision: bf16; only if asked for (--against trl trl-fp32 ours-bf16)
 
 Needs the extra `parity` (torch, transformers, trl, and the datasets package that trl brings).
 """
@@ -31,7 +32,7 @@ import numpy as np
 from bench_worker import PAUSE, Worker, serve
 
 ROOT = Path(__file__).resolve().parents[1]
-SIDES = ("ours", "trl", "trl-fp32")
+SIDES = ("ours", "trl", "trl-fp32", "ours-bf16")
 _FOREVER = 1_000_000  # optimizer steps: the parent ends the worker, not the trainer
 _WARMUP = 5
 
@@ -64,7 +65,9 @@ class Gate:
         self.begin = time.perf_counter()
 
 
-def run_ours(job: dict[str, Any], commands: Iterator[Any], answer: Callable[[dict[str, Any]], None]) -> None:
+def run_ours(
+    job: dict[str, Any], commands: Iterator[Any], answer: Callable[[dict[str, Any]], None], matmul_precision: str
+) -> None:
     """erniekit's trainer."""
     sys.path.insert(0, str(ROOT))
     from erniekit.utils import runtime
@@ -72,6 +75,7 @@ def run_ours(job: dict[str, Any], commands: Iterator[Any], answer: Callable[[dic
     runtime.prepare()  # as the command does, before the first import of paddle
     from erniekit import config
     from erniekit.parallel.mesh import Mesh
+    from erniekit.precision import policy
     from erniekit.training.build import build_run
     from erniekit.training.callbacks import Callback, StepMetrics
     from erniekit.training.trainer import Trainer
@@ -84,7 +88,7 @@ def run_ours(job: dict[str, Any], commands: Iterator[Any], answer: Callable[[dic
             "stage": "SFT",
             "train_dataset_type": "erniekit",
             "train_dataset_path": job["samples"],
-            "output_dir": job["output"] + "/ours",
+            "output_dir": f"{job['output']}/ours-{matmul_precision}",
             "max_steps": _FOREVER,
             "max_seq_len": job["max_seq_len"],
             "packing": True,
@@ -104,7 +108,8 @@ def run_ours(job: dict[str, Any], commands: Iterator[Any], answer: Callable[[dic
             gate.counts += [metrics.num_tokens, metrics.num_supervised, metrics.num_tokens]
             gate.step()
 
-    Trainer(run, [Turns()]).fit()
+    with policy.products(matmul_precision, "cpu"):
+        Trainer(run, [Turns()]).fit()
 
 
 def run_trl(job: dict[str, Any], commands: Iterator[Any], answer: Callable[[dict[str, Any]], None], fp32: bool) -> None:
@@ -162,8 +167,8 @@ def serve_side(side: str) -> None:
     """The worker."""
     commands, answer = serve()
     job = next(commands)
-    if side == "ours":
-        run_ours(job, commands, answer)
+    if side.startswith("ours"):
+        run_ours(job, commands, answer, matmul_precision="bf16" if side == "ours-bf16" else "fp32")
     else:
         run_trl(job, commands, answer, fp32=side == "trl-fp32")
 
@@ -209,10 +214,13 @@ def report(job: dict[str, Any], workers: list[Worker], turns: dict[str, list[dic
             f"{supervised / seconds:13.0f}{tokens / steps:10.0f}{1 - tokens / cells:9.0%}"
             f"{1e3 * seconds / steps:9.1f}{worker.peak_mb:9.0f}"
         )
-    for side in list(turns)[1:]:
-        ratios = [mine / other for mine, other in zip(speeds["ours"], speeds[side], strict=True)]
-        result["ratios"][side] = statistics.median(ratios)
-        print(f"ours / {side}: {result['ratios'][side]:.2f} (rounds {min(ratios):.2f}-{max(ratios):.2f})", flush=True)
+    for own, side in itertools.product(("ours", "ours-bf16"), turns):
+        if own not in turns or side.startswith("ours"):
+            continue
+        ratios = [mine / other for mine, other in zip(speeds[own], speeds[side], strict=True)]
+        ratio = statistics.median(ratios)
+        result["ratios"][side if own == "ours" else f"{own} / {side}"] = ratio
+        print(f"{own} / {side}: {ratio:.2f} (rounds {min(ratios):.2f}-{max(ratios):.2f})", flush=True)
     return result | {"peak_mb": {worker.side: worker.peak_mb for worker in workers}}
 
 
@@ -246,7 +254,7 @@ def main() -> None:
         "--batches", type=int, nargs="+", default=[8, 64], help="samples of a TRL batch; 8 is its default"
     )
     parser.add_argument(
-        "--against", nargs="*", choices=SIDES[1:], default=SIDES[1:], help="the sides beside ours; none: ours alone"
+        "--against", nargs="*", choices=SIDES[1:], default=SIDES[1:3], help="the sides beside ours; none: ours alone"
     )
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--json", type=Path, help="also write the results here")

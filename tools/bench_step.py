@@ -6,6 +6,7 @@
     python tools/bench_step.py tiny --documents 16      # rows packed with 16 documents each
     python tools/bench_step.py tiny --only ours --profile
     python tools/bench_step.py tiny --before DIRECTORY  # another checkout of erniekit takes turns as well
+    python tools/bench_step.py --bf16                   # so do matmul_precision: bf16 and torch's modes in bf16
 
 Both sides do the same work: one causal-LM step in fp32 on random tokens with a label at every position, AdamW,
 gradients clipped to a global norm of 1. Each side lives in a process of its own, so that neither sees the other's
@@ -129,7 +130,34 @@ class _Torch(TorchStep):
         ).loss
 
 
+class _OursBf16(_Ours):
+    """With matmul_precision: bf16."""
+
+    def __init__(self, job: dict[str, Any]) -> None:
+        super().__init__(job)
+        from erniekit.precision import policy
+
+        self.products = policy.products("bf16", "cpu")
+        self.products.__enter__()  # until the process ends
+
+
+class _TorchAutocast(_Torch):
+    """fp32 weights, products in bf16."""
+
+    def loss(self, ids_BS: np.ndarray, labels_BS: np.ndarray) -> Any:
+        with self.torch.autocast("cpu", self.torch.bfloat16):
+            return super().loss(ids_BS, labels_BS)
+
+
+class _TorchBf16(_Torch):
+    """Weights, activations and moments in bf16, without fp32 masters."""
+
+    def build(self, config: dict[str, Any]) -> Any:
+        return super().build(config).to(self.torch.bfloat16)
+
+
 SIDES = {"ours": _Ours, "torch": _Torch}
+IN_16_BITS = {"ours-bf16": _OursBf16, "torch-autocast": _TorchAutocast, "torch-bf16": _TorchBf16}
 
 
 def serve_side(side: str) -> None:
@@ -142,7 +170,7 @@ def serve_side(side: str) -> None:
     def next_batch() -> tuple[np.ndarray, np.ndarray]:
         return random.integers(0, vocab, shape), random.integers(0, vocab, shape)
 
-    serve_steps(commands, answer, SIDES[side](job), next_batch, job["warmup"], {})
+    serve_steps(commands, answer, (SIDES | IN_16_BITS)[side](job), next_batch, job["warmup"], {})
 
 
 class Side(Worker):
@@ -237,11 +265,19 @@ def report(name: str, job: dict[str, Any], workers: list[Side], medians: dict[st
     return result
 
 
+PAIRS = (
+    ("ours", "torch"),
+    ("before", "torch"),
+    ("ours", "before"),
+    *(("ours-bf16", other) for other in ("ours", "torch", "torch-autocast", "torch-bf16")),
+)
+
+
 def compare(workers: list[Side], medians: dict[str, list[float]]) -> dict[str, tuple[float, list[float], float]]:
     """Print how one side compares with another: the median of the rounds' ratios, these, and that of processor time."""
     used = {worker.side: statistics.median(row[4] for row in worker.rows) for worker in workers}
     result = {}
-    for side, other in (("ours", "torch"), ("before", "torch"), ("ours", "before")):
+    for side, other in PAIRS:
         if side not in medians or other not in medians:
             continue
         ratios = [theirs / mine for mine, theirs in zip(medians[side], medians[other], strict=True)]
@@ -252,6 +288,15 @@ def compare(workers: list[Side], medians: dict[str, list[float]]) -> dict[str, t
             f"{processor_ratio:.2f} of its tokens per second of processor time"
         )
     return result
+
+
+def installed(sides: list[str]) -> list[str]:
+    """Those of the sides that can run here."""
+    absent = [name for name in ("torch", "transformers") if importlib.util.find_spec(name) is None]
+    able = [side for side in sides if not absent or not side.startswith("torch")]
+    if able != sides:
+        print(f'not installed: {", ".join(absent)}; only erniekit is timed (pip install "erniekit[parity]")')
+    return able
 
 
 def main() -> None:
@@ -265,11 +310,12 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--warmup", type=int, default=3)
     parser.add_argument("--threads", type=int, help="of each side (default: what erniekit takes by itself)")
-    parser.add_argument("--only", choices=list(SIDES), help="one side alone")
+    parser.add_argument("--only", choices=[*SIDES, *IN_16_BITS], help="one side alone")
     parser.add_argument("--before", type=Path, help="another checkout of erniekit, which takes turns with this one")
+    parser.add_argument("--bf16", action="store_true", help="the sides in 16 bits take turns as well")
     parser.add_argument("--profile", action="store_true", help="afterwards, time by operator (stderr)")
     parser.add_argument("--json", type=Path, help="also write the results here")
-    parser.add_argument("--serve", choices=list(SIDES), help=argparse.SUPPRESS)
+    parser.add_argument("--serve", choices=[*SIDES, *IN_16_BITS], help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.serve:
         serve_side(args.serve)
@@ -277,11 +323,7 @@ def main() -> None:
     cases = {name: PRESETS[name] for name in args.presets or PRESETS}
     if args.config:
         cases = {str(args.config): (json.loads((args.config / "config.json").read_text()), 4, 512)}
-    sides = [args.only] if args.only else list(SIDES)
-    absent = [name for name in ("torch", "transformers") if importlib.util.find_spec(name) is None]
-    if "torch" in sides and absent:
-        print(f'not installed: {", ".join(absent)}; only erniekit is timed (pip install "erniekit[parity]")')
-        sides.remove("torch")
+    sides = installed([args.only] if args.only else [*SIDES, *(IN_16_BITS if args.bf16 else ())])
     results = []
     for name, (config, batch, seq) in cases.items():
         job = {"config": config, "batch": args.batch or batch, "seq": args.seq or seq, "documents": args.documents}

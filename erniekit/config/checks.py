@@ -7,7 +7,7 @@ import dataclasses
 import re
 from collections.abc import Iterator
 
-from erniekit.config import context_keys, rl_keys, value_synonyms
+from erniekit.config import context_keys, precision_keys, rl_keys, value_synonyms
 from erniekit.config.compat import DATA, RUN
 from erniekit.config.evaluation_metrics import metrics_of
 from erniekit.config.methods import METHODS, Records
@@ -25,7 +25,6 @@ ALGORITHMS = {
     "awq": ("wint4", "wint8", "wint4/8", "w8a8"),
     "smoothquant": ("w8a8",),
 }
-LOW_BIT = ("wint8", "wint4", "wint4/8", "nf4")
 SCHEDULES = ("linear", "cosine", "polynomial", "constant", "constant_with_warmup", "wsd")
 _SUM_ROOM = 0.02  # tolerance of the sum, so that "0.33,0.33,0.33" is accepted
 
@@ -52,10 +51,8 @@ def problems(cfg: Config, command: str) -> list[str]:
             _pipeline(cfg),
             _sharding(cfg),
             context_keys.problems(cfg),
-            _low_bit(cfg),
-            _precision(cfg),
+            precision_keys.problems(cfg),
             _recompute(cfg),
-            _fp8(cfg),
             _qat_training(cfg),
             _expressions(cfg),
             _lora(cfg),
@@ -258,7 +255,7 @@ def _sharding(cfg: Config) -> Iterator[str]:
     if cfg.sharding != "stage3":
         return
     instead = "Set sharding: stage2"
-    if cfg.compute_type in LOW_BIT:
+    if cfg.compute_type in precision_keys.LOW_BIT:
         yield f"sharding: stage3 does not divide weights in 8 or 4 bits (compute_type: {cfg.compute_type}). {instead}"
     if cfg.fp8 != "none":
         yield f"sharding: stage3 does not divide the FP8 copies of weights (fp8: {cfg.fp8}). {instead}, or fp8: none"
@@ -364,36 +361,8 @@ def _recompute(cfg: Config) -> Iterator[str]:
                     yield f"recompute_modules: {part} is a part of {whole}; leave one of the two out"
 
 
-def _low_bit(cfg: Config) -> Iterator[str]:
-    if cfg.compute_type in LOW_BIT and cfg.fine_tuning != "LoRA":
-        yield (
-            f"compute_type: {cfg.compute_type}: the base is held in 8 or 4 bits and frozen, but fine_tuning: "
-            f"{cfg.fine_tuning} trains it: set fine_tuning: LoRA, or compute_type: bf16"
-        )
-
-
-def _precision(cfg: Config) -> Iterator[str]:
-    if cfg.emulate_precision and cfg.compute_type not in ("bf16", "fp16"):
-        yield (
-            f"emulate_precision: it is for compute_type: bf16 or fp16, which a CPU lacks, not for {cfg.compute_type}. "
-            "Remove it, or set compute_type: bf16"
-        )
-    elif cfg.emulate_precision and cfg.fp8 == "none" and rl_keys.generates(cfg):  # with fp8 a GPU emulates, too
-        yield rl_keys.no_generation(cfg)
-
-
-def _fp8(cfg: Config) -> Iterator[str]:
-    if cfg.fp8 != "none" and cfg.compute_type not in ("bf16", "fp16"):
-        yield (
-            f"fp8: {cfg.fp8}: it multiplies 16-bit weights in FP8, but compute_type is {cfg.compute_type}. Set "
-            "compute_type: bf16, or fp8: none"
-        )
-    if cfg.fp8 != "none" and not cfg.fp8_modules:
-        yield "fp8_modules: empty: name what multiplies in FP8, such as experts,shared_experts; or set fp8: none"
-
-
 def _qat(cfg: Config) -> Iterator[str]:
-    if cfg.qat != "none" and cfg.compute_type in LOW_BIT:
+    if cfg.qat != "none" and cfg.compute_type in precision_keys.LOW_BIT:
         yield (
             f"qat: {cfg.qat}: it trains 16-bit weights for a scheme, but compute_type: {cfg.compute_type} holds a "
             "frozen base in 8 or 4 bits. Set compute_type: bf16, or qat: none"

@@ -251,7 +251,7 @@ _OPTIMIZER_RULES = [
     *FP8_RULES,
     *QAT_RULES,
     Rule("profile_step_start profile_step_end", lambda c, f: not c.profile, "only read with profile: true"),
-    Rule("emulate_precision scale_loss", always, "read only by train", USE),
+    Rule("emulate_precision matmul_precision scale_loss", always, "read only by train", USE),
     Rule("scale_loss", lambda c, f: c.compute_type != "fp16", "compute_type: {compute_type} needs no loss scaling"),
     Rule("amp_master_grad", lambda c, f: c.compute_type == "fp32", "with compute_type: fp32 gradients are fp32 anyway"),
     Rule(

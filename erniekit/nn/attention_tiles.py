@@ -15,7 +15,7 @@ import numpy as np
 import paddle
 
 from erniekit.nn import cpu_ops, onednn
-from erniekit.nn.sgemm import sgemm
+from erniekit.nn.gemm import gemm
 
 _BLOCK_ROWS = 512  # query rows of a block
 _BLOCK_KEYS = 512  # keys of a block: 1 MB of scores
@@ -149,7 +149,7 @@ def _product(
         inner = x.shape[0] if transpose_x else x.shape[1]
         rows, columns = out.shape
         matrices = _matrix(x), _matrix(y), _matrix(out)
-        sgemm(transpose_x, transpose_y, rows, columns, inner, *matrices, alpha, beta)
+        gemm(transpose_x, transpose_y, rows, columns, inner, *matrices, alpha, beta)
         return
     result = np.matmul(x.T if transpose_x else x, y.T if transpose_y else y) * np.float32(alpha)
     out[:] = result if beta == 0.0 else result + np.float32(beta) * out

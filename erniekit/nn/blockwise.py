@@ -13,7 +13,7 @@ import numpy as np
 import paddle
 
 from erniekit.nn import cpu_ops
-from erniekit.nn.sgemm import sgemm
+from erniekit.nn.gemm import gemm
 
 SHORTEST = 128  # keys; below, calls take longer than products
 BLOCK_SCORES = 1 << 18  # scores of a block: 1 MB
@@ -68,7 +68,7 @@ class Heads:
                     self._kept.append(cpu_ops.unfilled([block.rows, block.seen], self.q))
                 p = cpu_ops.memory_of(self._kept[-1]) if keep else _part(scratch, block)
                 self._weigh(p, block, unit)
-                sgemm(False, False, block.rows, self.dim, block.seen, _matrix(p), v, self._queries(out_at, block, unit))
+                gemm(False, False, block.rows, self.dim, block.seen, _matrix(p), v, self._queries(out_at, block, unit))
         return out
 
     def backward(self, dout: paddle.Tensor) -> paddle.Tensor:
@@ -92,11 +92,11 @@ class Heads:
                 else:
                     p = _part(second, block)
                     self._weigh(p, block, unit)
-                sgemm(False, True, rows, seen, dim, do, v, _matrix(ds))
+                gemm(False, True, rows, seen, dim, do, v, _matrix(ds))
                 cpu_ops.softmax_backward_rows_(ds, p)
-                sgemm(False, False, rows, dim, seen, _matrix(ds), k, self._queries(dq, block, unit), self.scale)
-                sgemm(True, False, seen, dim, rows, _matrix(ds), q, dk_unit, self.scale, total)
-                sgemm(True, False, seen, dim, rows, _matrix(p), do, dv_unit, 1.0, total)
+                gemm(False, False, rows, dim, seen, _matrix(ds), k, self._queries(dq, block, unit), self.scale)
+                gemm(True, False, seen, dim, rows, _matrix(ds), q, dk_unit, self.scale, total)
+                gemm(True, False, seen, dim, rows, _matrix(p), do, dv_unit, 1.0, total)
                 total = 1.0
         self._kept = []
         return grads
@@ -109,9 +109,9 @@ class Heads:
             free -= block.mask.shape[1]
             masked, keys = p[:, free:], (k[0] + _FLOAT * free * self.dim, self.dim)
             masked[:] = block.mask
-            sgemm(False, True, block.rows, block.seen - free, self.dim, q, keys, _matrix(masked), self.scale, 1.0)
+            gemm(False, True, block.rows, block.seen - free, self.dim, q, keys, _matrix(masked), self.scale, 1.0)
         if free:
-            sgemm(False, True, block.rows, free, self.dim, q, k, _matrix(p), self.scale)
+            gemm(False, True, block.rows, free, self.dim, q, k, _matrix(p), self.scale)
         cpu_ops.softmax_rows_(p)
 
     @property

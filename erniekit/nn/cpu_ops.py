@@ -16,8 +16,9 @@ import paddle
 from paddle import nn
 
 from erniekit.nn import onednn
+from erniekit.nn.factors import factor
+from erniekit.nn.gemm import gemm
 from erniekit.nn.onednn import RESULT, SECOND_SOURCE, SOURCE, Primitive, dense
-from erniekit.nn.sgemm import sgemm
 from erniekit.utils import runtime
 
 # Numbers of oneDNN's C interface (dnnl_types.h).
@@ -57,7 +58,7 @@ def unfilled_like(x: paddle.Tensor) -> paddle.Tensor:
 
 
 def row_address(matrix: paddle.Tensor, row: int = 0) -> tuple[int, int]:
-    """Where a row of a contiguous matrix begins, and the numbers from one row to the next, as sgemm takes it."""
+    """Where a row of a contiguous matrix begins, and the numbers from one row to the next, as gemm takes it."""
     size = matrix.shape[-1]
     return matrix.data_ptr() + matrix.element_size() * row * size, size
 
@@ -65,10 +66,20 @@ def row_address(matrix: paddle.Tensor, row: int = 0) -> tuple[int, int]:
 def matmul_into(
     out: paddle.Tensor, x: paddle.Tensor, y: paddle.Tensor, transpose_x: bool = False, transpose_y: bool = False
 ) -> None:
-    """Write the product of two matrices, to which oneDNN `applies`, to `out`: rows of a larger tensor, say."""
-    inner = x.shape[0 if transpose_x else 1]
+    """Write the product of two matrices, to which oneDNN `applies` or which are factors, to `out`: rows of a larger
+    tensor, say.
+    """
+    x, y, inner = factor(x), factor(y), x.shape[0 if transpose_x else 1]
     matrices = row_address(x), row_address(y), row_address(out)
-    sgemm(transpose_x, transpose_y, out.shape[0], out.shape[1], inner, *matrices)
+    gemm(transpose_x, transpose_y, out.shape[0], out.shape[1], inner, *matrices, factors=x.dtype)
+
+
+def matmul(x: paddle.Tensor, y: paddle.Tensor, transpose_x: bool = False, transpose_y: bool = False) -> paddle.Tensor:
+    """The product of two matrices; see matmul_into."""
+    rows, columns = x.shape[1 if transpose_x else 0], y.shape[0 if transpose_y else 1]
+    out = paddle._C_ops.empty([rows, columns], paddle.float32, x.place)
+    matmul_into(out, x, y, transpose_x, transpose_y)
+    return out
 
 
 def softmax(scores: paddle.Tensor) -> paddle.Tensor:

@@ -7,9 +7,10 @@ import paddle
 from paddle.autograd import PyLayer
 
 from erniekit.nn import cpu_ops, decoding, fused, mkl
+from erniekit.nn.factors import factor
+from erniekit.nn.gemm import gemm
 from erniekit.nn.narrow import matmul
 from erniekit.nn.nodes import call
-from erniekit.nn.sgemm import sgemm
 
 
 def row_spans(counts: Sequence[int]) -> list[tuple[int, int, int]]:
@@ -67,10 +68,11 @@ def _of_groups(
                 np.uint64(out.data_ptr()) + row_size * np.uint64(columns) * begins,
             )
             return out
+        rows, weight = factor(rows), factor(weight)
         for e, begin, end in spans:
             matrix = weight.data_ptr() + weight.element_size() * e * size, stored_columns
             places = cpu_ops.row_address(rows, begin), matrix, cpu_ops.row_address(out, begin)
-            sgemm(False, transpose, end - begin, columns, inner, *places)
+            gemm(False, transpose, end - begin, columns, inner, *places, factors=rows.dtype)
         return out
     return paddle.concat([matmul(rows[begin:end], weight[e], transpose_y=transpose) for e, begin, end in spans], axis=0)
 
@@ -81,6 +83,7 @@ def _weight_gradient(
     """[E, in, out]."""
     spans = row_spans(counts)
     if spans and cpu_ops.applies(rows) and cpu_ops.applies(dy):
+        rows, dy = factor(rows), factor(dy)
         grads = (paddle.empty_like if len(spans) == len(counts) else paddle.zeros_like)(weight)
         for e, begin, end in spans:
             cpu_ops.matmul_into(grads[e], rows[begin:end], dy[begin:end], transpose_x=True)

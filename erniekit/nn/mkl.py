@@ -59,7 +59,7 @@ def sgemm(
     alpha: float = 1.0,
     beta: float = 0.0,
 ) -> None:
-    """See onednn.sgemm."""
+    """See onednn.gemm; of fp32 matrices."""
     function = _sgemm()
     assert function is not None
     how = (_TRANSPOSED if transposed else _AS_STORED for transposed in (transpose_x, transpose_y))

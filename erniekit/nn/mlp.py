@@ -10,11 +10,12 @@ from paddle.autograd import PyLayer
 
 from erniekit.nn import cpu_ops, decoding, fused
 from erniekit.nn.cpu_ops import multiply, row_address, swish_backward, swish_times
+from erniekit.nn.factors import factor
+from erniekit.nn.gemm import gemm
 from erniekit.nn.grouped import row_spans
 from erniekit.nn.linear import Linear, Projection
 from erniekit.nn.narrow import rounded
 from erniekit.nn.nodes import call
-from erniekit.nn.sgemm import sgemm
 
 
 @lru_cache(maxsize=64)
@@ -75,34 +76,34 @@ class _GatedProducts(PyLayer):
     def forward(ctx, rows: paddle.Tensor, weight: paddle.Tensor, counts: Sequence[int]) -> paddle.Tensor:
         wide = weight.shape[-1]
         gate, up = (cpu_ops.unfilled([rows.shape[0], wide // 2], rows) for _ in range(2))
+        ctx.needed, ctx.counts = (not rows.stop_gradient, not weight.stop_gradient), counts
+        rows, matrices = factor(rows), factor(weight)
         for half, out in enumerate((gate, up)):
             for group, begin, end in row_spans(counts):
                 sizes = end - begin, wide // 2, rows.shape[1]
-                sgemm(
-                    False, False, *sizes, row_address(rows, begin), _half(weight, group, half), row_address(out, begin)
-                )
+                places = row_address(rows, begin), _half(matrices, group, half), row_address(out, begin)
+                gemm(False, False, *sizes, *places, factors=rows.dtype)
         ctx.save_for_backward(rows, weight, gate, up)
-        ctx.counts = counts
         return swish_times(gate, up)
 
     @staticmethod
     def backward(ctx, dy: paddle.Tensor) -> tuple[paddle.Tensor | None, paddle.Tensor | None]:
         rows, weight, gate, up = ctx.saved_tensor()
         dy, spans, (inner, wide) = dy.contiguous(), row_spans(ctx.counts), weight.shape[-2:]
-        halves = swish_backward(multiply(dy, up), gate), swish_times(gate, dy)
+        halves = factor(swish_backward(multiply(dy, up), gate)), factor(swish_times(gate, dy))
         drows = dweight = None
-        if not rows.stop_gradient:
-            drows = cpu_ops.unfilled_like(rows)
+        if ctx.needed[0]:
+            drows, matrices = cpu_ops.unfilled(rows.shape, weight), factor(weight)
             for half, grad in enumerate(halves):
                 for group, begin, end in spans:
-                    places = row_address(grad, begin), _half(weight, group, half), row_address(drows, begin)
-                    sgemm(False, True, end - begin, inner, wide // 2, *places, beta=float(half))
-        if not weight.stop_gradient:
+                    places = row_address(grad, begin), _half(matrices, group, half), row_address(drows, begin)
+                    gemm(False, True, end - begin, inner, wide // 2, *places, beta=float(half), factors=rows.dtype)
+        if ctx.needed[1]:
             dweight = (paddle.empty_like if len(spans) == len(ctx.counts) else paddle.zeros_like)(weight)
             for half, grad in enumerate(halves):
                 for group, begin, end in spans:
                     places = row_address(rows, begin), row_address(grad, begin), _half(dweight, group, half)
-                    sgemm(True, False, inner, wide // 2, end - begin, *places)
+                    gemm(True, False, inner, wide // 2, end - begin, *places, factors=rows.dtype)
         return drows, dweight
 
 

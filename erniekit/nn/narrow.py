@@ -3,7 +3,7 @@
 A GPU has a kernel of each operation for bfloat16 and float16, which computes in fp32 and rounds its result. Paddle's
 CPU lacks most of these, and there the functions below do the same with fp32 kernels: the 16-bit values are widened, and
 the result is rounded to the nearest 16-bit value. Tensors, gradients and what waits for the backward pass have 16 bits,
-as on a GPU. Products and sums of large fp32 tensors in a CPU's memory are those of nn/sgemm.py and nn/cpu_ops.py.
+as on a GPU. Products and sums of large fp32 tensors in a CPU's memory are those of nn/gemm.py and nn/cpu_ops.py.
 Elsewhere each function is the operation of Paddle that it is named after.
 """
 
@@ -13,7 +13,8 @@ from collections.abc import Callable, Sequence
 import paddle
 from paddle.autograd import PyLayer
 
-from erniekit.nn import cpu_ops, decoding, onednn
+from erniekit.nn import cpu_ops, decoding, factors, onednn
+from erniekit.nn.factors import factor
 from erniekit.nn.nodes import call
 
 _MANY = 32  # rows of a product of generation from which oneDNN is faster than Paddle's
@@ -76,7 +77,7 @@ def matmul(x: paddle.Tensor, y: paddle.Tensor, transpose_x: bool = False, transp
     if decoding.is_running() and not emulated:  # first, since starting a product takes long beside computing it
         return _decoded(x, y, transpose_x, transpose_y)
     of_matrices = y.ndim == 2 and (x.ndim == 2 or not transpose_x)
-    if not emulated and not (of_matrices and _is_large(x) and cpu_ops.applies(x) and cpu_ops.applies(y)):
+    if not emulated and not (of_matrices and _suits(x) and cpu_ops.applies(x) and cpu_ops.applies(y)):
         return paddle.matmul(x, y, transpose_x=transpose_x, transpose_y=transpose_y)
     assert of_matrices, (x.shape, y.shape)
     rows = x if x.ndim == 2 else x.reshape([-1, x.shape[-1]])
@@ -89,29 +90,28 @@ class _Matmul(PyLayer):
 
     @staticmethod
     def forward(ctx, x: paddle.Tensor, y: paddle.Tensor, transpose_x: bool, transpose_y: bool) -> paddle.Tensor:
-        ctx.save_for_backward(x, y)
+        ctx.needed = not x.stop_gradient, not y.stop_gradient
+        ctx.product = _rounded_product if is_emulated(x) else cpu_ops.matmul
         ctx.transposed = transpose_x, transpose_y
-        return _product(x, y, transpose_x, transpose_y)
+        x = factor(x)  # of which the backward pass needs no more; y, a weight, is there anyway
+        ctx.save_for_backward(x, y)
+        return ctx.product(x, y, transpose_x, transpose_y)
 
     @staticmethod
     def backward(ctx, dz: paddle.Tensor) -> tuple[paddle.Tensor | None, paddle.Tensor | None]:
-        x, y = ctx.saved_tensor()
+        (x, y), product = ctx.saved_tensor(), ctx.product
         transpose_x, transpose_y = ctx.transposed
-        dz = dz.contiguous()
+        dz = factor(dz.contiguous())
         dx = dy = None
-        if not x.stop_gradient:
-            dx = _product(y, dz, transpose_y, True) if transpose_x else _product(dz, y, False, not transpose_y)
-        if not y.stop_gradient:
-            dy = _product(dz, x, True, transpose_x) if transpose_y else _product(x, dz, not transpose_x, False)
+        if ctx.needed[0]:
+            dx = product(y, dz, transpose_y, True) if transpose_x else product(dz, y, False, not transpose_y)
+        if ctx.needed[1]:
+            dy = product(dz, x, True, transpose_x) if transpose_y else product(x, dz, not transpose_x, False)
         return dx, dy
 
 
-def _product(x: paddle.Tensor, y: paddle.Tensor, transpose_x: bool, transpose_y: bool) -> paddle.Tensor:
-    if x.dtype == paddle.float32:
-        rows, columns = x.shape[1 if transpose_x else 0], y.shape[0 if transpose_y else 1]
-        out = cpu_ops.unfilled([rows, columns], x)
-        cpu_ops.matmul_into(out, x, y, transpose_x, transpose_y)
-        return out
+def _rounded_product(x: paddle.Tensor, y: paddle.Tensor, transpose_x: bool, transpose_y: bool) -> paddle.Tensor:
+    """The product of two 16-bit matrices, summed in fp32 and rounded."""
     if x.size and y.size and onednn.is_available(x.dtype):
         return onednn.matmul(x, y, transpose_x, transpose_y)
     return paddle.matmul(x.astype("float32"), y.astype("float32"), transpose_x, transpose_y).astype(x.dtype)
@@ -122,7 +122,12 @@ def _decoded(x: paddle.Tensor, y: paddle.Tensor, transpose_x: bool, transpose_y:
     suits = x.shape[0] >= _MANY and x.ndim == 2 and y.dtype == x.dtype and not transpose_x
     if not (suits and cpu_ops.applies(x)):
         return paddle.matmul(x, y, transpose_x, transpose_y)
-    return _product(x, y, transpose_x, transpose_y)
+    return cpu_ops.matmul(x, y, transpose_x, transpose_y)
+
+
+def _suits(x: paddle.Tensor) -> bool:
+    """Whether a product of x is made here: if it is large, or if all are to round their factors."""
+    return _is_large(x) or factors.are_rounded()
 
 
 def _is_large(x: paddle.Tensor) -> bool:

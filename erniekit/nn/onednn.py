@@ -1,14 +1,15 @@
 """The oneDNN library that Paddle's wheel contains, called by its public C interface on the memory of tensors.
 
 Paddle itself uses it in inference programs only, not in operations that run one at a time. Here are the library, its
-compiled operations, and products: of fp32 matrices in place (`sgemm`), and of 16-bit matrices (`matmul`), which sum in
-fp32 and round once. For these the processor must have instructions for the dtype (avx512_bf16 or avx512_fp16;
-processors with AMX have both); elsewhere they would be slower than fp32. nn/cpu_ops.py has operations on fp32 tensors.
+compiled operations, and products: of fp32 or bf16 matrices with an fp32 result in place (`gemm`), and of 16-bit ones
+with a result in their dtype (`matmul`), which sum in fp32 and round once. For 16-bit matrices the processor must have
+instructions for the dtype (avx512_bf16 or avx512_fp16; processors with AMX have both); elsewhere they would be slower
+than fp32. nn/cpu_ops.py has operations on fp32 tensors.
 """
 
 import ctypes
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from ctypes import byref, c_char, c_float, c_int, c_int64, c_void_p
 from functools import lru_cache
 from pathlib import Path
@@ -20,7 +21,8 @@ from erniekit.utils import runtime
 
 _FLAGS = {paddle.bfloat16: "avx512_bf16", paddle.float16: "avx512_fp16", paddle.float32: "avx2"}
 # Numbers of oneDNN's C interface (dnnl_types.h).
-_DATA_TYPES = {paddle.float16: 1, paddle.bfloat16: 2, paddle.float32: 3}
+BFLOAT16 = 2
+_DATA_TYPES = {paddle.float16: 1, paddle.bfloat16: BFLOAT16, paddle.float32: 3}
 _CPU, _IN_ORDER = 1, 1
 SOURCE, SECOND_SOURCE, WEIGHTS, RESULT = 1, 2, 33, 17
 _BEHIND = 32768  # times the number of an operation behind, from 1 on; together with SECOND_SOURCE
@@ -69,7 +71,7 @@ def matmul(x: paddle.Tensor, y: paddle.Tensor, transpose_x: bool = False, transp
     return out
 
 
-def sgemm(
+def gemm(
     transpose_x: bool,
     transpose_y: bool,
     rows: int,
@@ -80,15 +82,25 @@ def sgemm(
     out: tuple[int, int],
     alpha: float = 1.0,
     beta: float = 0.0,
+    factors: paddle.dtype = paddle.float32,
 ) -> None:
-    """out [rows, columns] = alpha x y + beta out with `inner` terms a sum, of fp32 matrices given as (address, numbers
-    from one stored row to the next). A transposed one is stored by columns.
+    """out [rows, columns] = alpha x y + beta out with `inner` terms a sum, in fp32, of matrices given as (address,
+    numbers from one stored row to the next). A transposed one is stored by columns. `factors`: the dtype of x and y,
+    float32, or bfloat16 if this process `multiplies_bf16`.
     """
     library = _library()
     assert library is not None
+    function = library.sgemm if factors == paddle.float32 else library.gemm_of_bf16
+    assert function is not None
     how = b"T" if transpose_x else b"N", b"T" if transpose_y else b"N"
-    status = library.sgemm(*how, rows, columns, inner, alpha, *x, *y, beta, *out)
-    assert status == 0, f"oneDNN: dnnl_sgemm: status {status}"
+    status = function(*how, rows, columns, inner, alpha, *x, *y, beta, *out)
+    assert status == 0, f"oneDNN: product of {factors} matrices: status {status}"
+
+
+def multiplies_bf16() -> bool:
+    """Whether `gemm` multiplies bf16 matrices, faster than fp32 ones."""
+    library = _library()
+    return is_available(paddle.bfloat16) and library is not None and library.gemm_of_bf16 is not None
 
 
 def _shape(matrix: paddle.Tensor, transposed: bool) -> tuple[int, int]:
@@ -108,6 +120,13 @@ class _Library:
         sizes: list[Any] = [c_char, c_char, c_int64, c_int64, c_int64]
         self.set_address.argtypes, self.wait.argtypes = [c_void_p, c_void_p], [c_void_p]
         self.sgemm.argtypes = [*sizes, c_float, *matrix, *matrix, c_float, *matrix]
+        # The library exports it without a declaration in its headers.
+        self.gemm_of_bf16: Callable[..., int] | None = None
+        try:
+            functions.dnnl_gemm_bf16bf16f32.argtypes = self.sgemm.argtypes
+            self.gemm_of_bf16 = functions.dnnl_gemm_bf16bf16f32
+        except AttributeError:
+            pass
         self.engine, self.stream = c_void_p(), c_void_p()
         self.call("dnnl_engine_create", byref(self.engine), c_int(_CPU), ctypes.c_size_t(0))
         self.call("dnnl_stream_create", byref(self.stream), self.engine, c_int(_IN_ORDER))
@@ -170,7 +189,11 @@ class Primitive:
         given += [] if forward is None else [forward._described]
         create = f"dnnl_{name}_primitive_desc_create"
         attributes = _attributes(library, behind, descriptions)
-        library.call(create, byref(self._described), library.engine, *given, attributes)
+        if name == "reorder":  # each layout with the engine whose memory it describes
+            given = [given[0], library.engine, given[1], library.engine]
+        else:
+            given = [library.engine, *given]
+        library.call(create, byref(self._described), *given, attributes)
         library.call("dnnl_primitive_attr_destroy", attributes)
         library.call("dnnl_primitive_create", byref(self._primitive), self._described)
         for _, layout in operands:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import paddle
 from paddle import nn
 
-from erniekit.nn import fused, onednn
+from erniekit.nn import factors, fused, onednn
 from erniekit.nn.linear import ProductFactory
 from erniekit.nn.roles import FP32_ROLES, Role, named_roles
 from erniekit.precision.fp8 import Fp8Options
@@ -65,6 +65,30 @@ def choose(compute_type: str, device: str, emulate: bool = False) -> Policy:
         )
         param_dtype = "float32"
     return Policy(param_dtype, product)
+
+
+@contextmanager
+def products(matmul_precision: str, device: str) -> Iterator[None]:
+    """Matrix products of a `with` block, on this device, are as matmul_precision says. A log line says where they round
+    their factors to bf16 (nn/factors.py); ConfigError where the device cannot, or need not.
+    """
+    if matmul_precision == "fp32":
+        yield
+        return
+    problem = f"matmul_precision: {matmul_precision}: "
+    if device != "cpu":
+        raise ConfigError(
+            f"{problem}it is for products of float32 tensors on a CPU, and this run is on {device}. Remove it; "
+            "compute_type: bf16 multiplies in bf16 there"
+        )
+    if not onednn.multiplies_bf16():
+        raise ConfigError(
+            f"{problem}this processor has no bf16 products (avx512_bf16, which AMD has since Zen 4 and Intel since "
+            "Cooper Lake), or Paddle's oneDNN has none. Remove it to multiply in fp32"
+        )
+    log.info(f"{problem}products of projections, experts, adapters and the head round their factors to bf16")
+    with factors.rounded():
+        yield
 
 
 def of_weights(dtype: str, device: str, product: ProductFactory | None = None) -> Policy:

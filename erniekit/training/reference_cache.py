@@ -87,7 +87,6 @@ def describe_reference(cfg: Config, model_dir: Path, config: ModelConfig, dtype:
     """The identity of the reference: its weights and config.json, or its random start, what the configuration changes
     in them, and its precision. `dtype`: of its activations, which compute_type alone does not tell.
     """
-    computes = "" if cfg.compute_type == "fp32" or dtype != paddle.float32 else ", computed in float32"
     file, used = model_dir / CONFIG_FILE, vars(config)
     stored = vars(ModelConfig.from_dir(model_dir)) if file.exists() else {}  # the YAML may give the whole shape
     changed = [
@@ -98,11 +97,19 @@ def describe_reference(cfg: Config, model_dir: Path, config: ModelConfig, dtype:
         CONFIG_FILE: files_digest([file]) if stored else "none",
         **({"lora_path": adapter_digest(cfg.lora_path)} if cfg.lora_path and cfg.fine_tuning == "LoRA" else {}),
         "rope_theta": f"{config.rope_theta:g}",
-        "compute_type": cfg.compute_type + " emulated" * cfg.emulate_precision + computes,
+        "compute_type": _arithmetic(cfg, dtype),
         **{name: _in_words(used[name]) for name in changed},
         **({} if cfg.fp8 == "none" else {"fp8": _fp8_of_forward(cfg)}),
         **({} if cfg.qat == "none" else {"qat": f"{cfg.qat}, Hadamard {cfg.apply_hadamard} {cfg.hadamard_block_size}"}),
     }
+
+
+def _arithmetic(cfg: Config, dtype: paddle.dtype) -> str:
+    """In what the reference is computed; see describe_reference."""
+    text = cfg.compute_type + " emulated" * cfg.emulate_precision
+    if cfg.compute_type != "fp32" and dtype == paddle.float32:
+        text += ", computed in float32"
+    return text if cfg.matmul_precision == "fp32" else f"{text}, products in {cfg.matmul_precision}"
 
 
 def _in_words(value: Any) -> str:

@@ -55,8 +55,8 @@ _KEYS = {
     Decision.SAY: """
         allow_urls max_decoded_pixels video_decode_seconds
         eval_dataset_type eval_dataset_path on_bad_line num_samples_each_epoch max_estimate_samples
-        compute_type fused_operators amp_master_grad emulate_precision scale_loss moment_dtype loss_subbatch_seqlen
-        z_loss_lambda
+        compute_type fused_operators amp_master_grad emulate_precision matmul_precision scale_loss moment_dtype
+        loss_subbatch_seqlen z_loss_lambda
         multi_token_pred_lambda
         moe_aux_loss_lambda moe_z_loss_lambda moe_orthogonal_loss_lambda moe_use_aux_free moe_use_aux_free_update_coef
         moe_capacity_factor moe_gate_lr_ratio vit_lr_ratio visual_ld resampler_lr_ratio

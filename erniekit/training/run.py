@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import paddle
 from paddle import nn
 
 from erniekit.config.schema import Config
@@ -46,7 +47,8 @@ def train(cfg: Config) -> TrainResult:
     history = _History()
     # The numbers are the same on every rank; one of them reports.
     callbacks: list[Callback] = [*build_callbacks(cfg), history] if mesh.rank == 0 else [history]
-    with OutputDir(cfg, mesh.world_group) as output:  # its checks come before weights are read
+    products = policy.products(cfg.matmul_precision, paddle.get_device())
+    with products, OutputDir(cfg, mesh.world_group) as output:  # its checks come before weights are read
         run = build_run(cfg, mesh)
         if mesh.rank == 0:
             log.info(_device_line(run.model, run.optimizer.has_masters, mesh))

@@ -100,27 +100,31 @@ def train_some(keys: dict[str, Any]) -> dict[str, Any]:
     """STEPS optimizer steps (fewer if the data ends) on this rank: losses, gradient norms and parts by step, and this
     rank's parameters and buffers as name -> (array, axis parts over of its cut or None, index, count).
     """
+    import paddle
+
     from erniekit import config
     from erniekit.nn.shard import named_shard_specs
     from erniekit.parallel import backend
     from erniekit.parallel.mesh import ParallelDims, build_mesh
+    from erniekit.precision import policy
     from erniekit.training.build import build_run
     from erniekit.training.trainer import Trainer
 
     cfg = config.load(None, keys, "train")
     mesh = build_mesh(ParallelDims.from_config(cfg, backend.world().size))
-    run = build_run(cfg, mesh)
-    trainer = Trainer(run, [])
     steps, sent = [], []
-    for _ in range(STEPS):
-        try:
-            batches = run.loader.next_step()
-        except StopIteration:
-            break
-        metrics = trainer.train_step(batches)
-        steps.append({"loss": metrics.loss, "norm": metrics.grad_norm} | metrics.parts)
-        sent.append(metrics.sent)
-    run.close()
+    with policy.products(cfg.matmul_precision, paddle.get_device()):
+        run = build_run(cfg, mesh)
+        trainer = Trainer(run, [])
+        for _ in range(STEPS):
+            try:
+                batches = run.loader.next_step()
+            except StopIteration:
+                break
+            metrics = trainer.train_step(batches)
+            steps.append({"loss": metrics.loss, "norm": metrics.grad_norm} | metrics.parts)
+            sent.append(metrics.sent)
+        run.close()
     shard_specs, part = named_shard_specs(run.model), run.model.shard
     tensors, units = {}, run.model.units
     for name, tensor in [*run.model.named_parameters(), *run.model.named_buffers()]:

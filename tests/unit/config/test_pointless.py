@@ -99,7 +99,7 @@ CASES: list[tuple[str, dict[str, Any], dict[str, Any], dict[str, Any] | None]] =
     ("eval", {"fp8": "blockwise", "fp8_scale": "real"}, EVAL, None),
     ("train", {"profile_step_start": 3, "profile_step_end": 5}, {}, {"profile": True}),
     ("train", {"scale_loss": 1024.0}, {"compute_type": "bf16"}, {"compute_type": "fp16"}),
-    ("eval", {"scale_loss": 1024.0, "emulate_precision": True}, EVAL, None),
+    ("eval", {"scale_loss": 1024.0, "emulate_precision": True, "matmul_precision": "bf16"}, EVAL, None),
     (
         "eval",
         {"adaptive_max_imgtoken_option": "9", "adaptive_max_imgtoken_rate": "1"},

@@ -63,6 +63,7 @@ def test_names_of_trl_are_read_where_they_are_typed():
             {"emulate_precision": True},
             "a CPU cannot generate with bf16 .* rollout_dtype: bf16",
         ),
+        ({"matmul_precision": "bf16"}, "matmul_precision: bf16: a CPU generates in fp32, so stage: RL would train"),
         ({"num_generations": 1}, "num_generations: must be at least 2"),
         ({"temperature": 0}, "temperature: 0 gives the same completion every time"),
         ({"temperature": 1e-40}, "temperature: 1e-40 is below 0.001: it divides the logits"),

@@ -4,7 +4,7 @@ import numpy as np
 import paddle
 import pytest
 
-from erniekit.nn import mkl, onednn, sgemm
+from erniekit.nn import gemm, mkl, onednn
 from erniekit.utils import runtime
 
 pytestmark = pytest.mark.skipif(
@@ -16,7 +16,7 @@ def places(array: np.ndarray) -> tuple[int, int]:
     return array.__array_interface__["data"][0], array.strides[0] // array.itemsize
 
 
-@pytest.mark.parametrize("library", [onednn, mkl, sgemm], ids=["onednn", "mkl", "chosen"])
+@pytest.mark.parametrize("library", [onednn.gemm, mkl.sgemm, gemm.gemm], ids=["onednn", "mkl", "chosen"])
 @pytest.mark.parametrize("transposed", [(False, False), (False, True), (True, False), (True, True)])
 @pytest.mark.parametrize("inner", [3, 300])  # sums below and above the length from which MKL is chosen
 def test_a_product_is_added_to_columns_of_a_larger_matrix(library, transposed: tuple[bool, bool], inner: int):
@@ -30,7 +30,7 @@ def test_a_product_is_added_to_columns_of_a_larger_matrix(library, transposed: t
     before, out = whole.copy(), whole[:, 2 : columns + 2]
     left, right = (matrix.T if turned else matrix for matrix, turned in zip((x, y), transposed, strict=True))
     expected = 0.5 * left.astype(np.float64) @ right.astype(np.float64) + 2.0 * out
-    library.sgemm(*transposed, rows, columns, inner, places(x), places(y), places(out), alpha=0.5, beta=2.0)
+    library(*transposed, rows, columns, inner, places(x), places(y), places(out), alpha=0.5, beta=2.0)
     # 1e-6 of what is summed: rounding of sums of up to 300 terms in fp32.
     bound = 1e-6 * (np.abs(left) @ np.abs(right) + np.abs(before[:, 2 : columns + 2])) + 1e-6
     assert (np.abs(out - expected) <= bound).all()
@@ -44,8 +44,8 @@ def test_the_library_follows_from_the_processor_and_from_how_the_matrices_lie(
 ):
     called: list[str] = []
     monkeypatch.setattr(runtime, "has_avx512", lambda: has_avx512)
-    for name, library in (("mkl", mkl), ("onednn", onednn)):
-        monkeypatch.setattr(library, "sgemm", lambda *arguments, name=name: called.append(name))
+    for name, library in (("sgemm", mkl), ("gemm", onednn)):
+        monkeypatch.setattr(library, name, lambda *arguments, name=name: called.append(name))
     none = (0, 1)
     for transposed, rows, inner in (
         ((False, True), 32, 256),
@@ -54,13 +54,13 @@ def test_the_library_follows_from_the_processor_and_from_how_the_matrices_lie(
         ((False, False), 32, 256),
         ((True, True), 32, 256),
     ):
-        sgemm.sgemm(*transposed, rows, 4, inner, none, none, none)
-    assert called == (["mkl", "onednn", "onednn", "onednn", "onednn"] if has_avx512 else ["mkl"] * 5)
+        gemm.gemm(*transposed, rows, 4, inner, none, none, none)
+    assert called == (["sgemm", "gemm", "gemm", "gemm", "gemm"] if has_avx512 else ["sgemm"] * 5)
 
 
 def test_onednn_multiplies_where_mkl_is_absent(monkeypatch: pytest.MonkeyPatch):
     called: list[str] = []
     monkeypatch.setattr(mkl, "is_available", lambda: False)
-    monkeypatch.setattr(onednn, "sgemm", lambda *arguments: called.append("onednn"))
-    sgemm.sgemm(False, True, 32, 4, 256, (0, 1), (0, 1), (0, 1))
+    monkeypatch.setattr(onednn, "gemm", lambda *arguments: called.append("onednn"))
+    gemm.gemm(False, True, 32, 4, 256, (0, 1), (0, 1), (0, 1))
     assert called == ["onednn"]
