@@ -1,29 +1,37 @@
 """Options of a command that are not keys of a configuration: `name=value`, `--name=value` or `--name value`."""
 
+import difflib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from erniekit.cli.commands import COMMANDS
 from erniekit.config.paths import expand
+from erniekit.config.schema import fields
 from erniekit.utils.errors import ConfigError
 
 # Option -> function that parses its text; a ValueError says what is wrong with the text.
 Readers = Mapping[str, Callable[[str], Any]]
+_CLOSE = 0.8  # from this difflib ratio on, a word counts as a misspelt option
 
 
 def read(command: str, args: list[str], readers: Readers) -> tuple[dict[str, Any], list[str]]:
     """The values of the options of `command`, and the other arguments unchanged.
 
     Raises:
-        ConfigError: an option has no value, or one that its reader does not accept.
+        ConfigError: an option has no value, or one that its reader does not accept; or an argument is neither a key nor
+            an option, and resembles one.
     """
     values: dict[str, Any] = {}
     arguments: list[str] = []
     words = iter(args)
     for word in words:
         name, equals, text = word.removeprefix("--").partition("=")
-        if name not in readers or not (equals or word.startswith("--")):
+        is_named = bool(equals) or word.startswith("--")
+        if name not in readers or not is_named:
+            near = difflib.get_close_matches(name, readers, n=1, cutoff=_CLOSE)
+            if near and is_named and name not in fields():
+                raise _wrong(command, f"{word}: no key, and no option of `{command}`; did you mean {near[0]}?")
             arguments.append(word)
             continue
         if not equals:

@@ -66,8 +66,8 @@ class ModelArgs:
     )
     matmul_precision: str = key(
         "fp32",
-        "On a CPU with avx512_bf16: bf16 rounds the factors of matrix products to bfloat16 and sums in fp32, about "
-        "1.4 to 1.6 times as fast a step; tensors stay fp32. See docs/precision.md.",
+        "bf16, on a CPU with avx512_bf16: matrix products round their factors to bfloat16 and sum in fp32, which is "
+        "faster; tensors stay fp32 (docs/precision.md).",
         choices=("fp32", "bf16"),
     )
     scale_loss: float = key(

@@ -30,6 +30,11 @@ _SAID = (
     re.compile(r"(?i:answer)\s*(?i:is|:|：)?\s*\**\s*[(（]?([A-H])(?![A-Za-z'])"),
     re.compile(r"(?:答案|应选|选择|选)\s*(?:是|为|:|：)?\s*\**\s*[(（]?([A-H])(?![A-Za-z])"),
 )
+# Letters that an answer rules out; they are taken out of it first.
+_NOT = re.compile(
+    r"(?i:\b(?:not|isn't|neither|nor)\s+(?:(?:option|choice)\s+)?)[(（]?[A-H][)）]?(?![A-Za-z'])"
+    r"|(?:不是|不为|不选|不应选|而非|并非|排除)\s*[(（]?[A-H][)）]?(?![A-Za-z])"
+)
 _LEADING = re.compile(r"\s*\**[(（]?([A-H])(?:[)）.．:：、,，]|\s*$|\s*\n)")
 _STANDING = re.compile(
     r"(?<![A-Za-z'])([B-H])(?![A-Za-z'])|[(（]([A-H])[)）]|(?i:option|choice)\s+(A)\b|(?<![A-Za-z'])(A)(?=[.．:：、)）]|\s*$)"
@@ -127,12 +132,13 @@ def option_of(text: str) -> str | None:
 
     An answer may be the letter alone, also a small one or one of full width, begin with it ("B. a cup"), or say "the
     answer is B" or "答案是 B" somewhere; else the one letter that stands by itself counts, unless there are several
-    different ones. "A" before another word is the article.
+    different ones. "A" before another word is the article. A letter behind a "not" does not count.
     """
     text = unicodedata.normalize("NFKC", text)
     whole = _OPTION_ALONE.fullmatch(text.strip().strip("*"))
     if whole:
         return whole[1].upper()
+    text = _NOT.sub(" ", text)
     for pattern in _SAID:
         found = pattern.findall(text)
         if found:
