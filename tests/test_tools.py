@@ -53,6 +53,7 @@ FAST = {
     "make_picture_example_data": "make_picture_example_data.py --out {tmp}",
 }
 IN_BF16 = {
+    "bench_all": "bench_all.py --smallest --parts bf16 --lines {tmp}/all.jsonl --picture {tmp}/all.png",
     "bench_sft": "bench_sft.py --num-samples 60 --batches 4 --rounds 1 --against ours-bf16",
     "bench_step": "bench_step.py tiny --only ours-bf16 --rounds 1 --warmup 1 --batch 1 --seq 16",
 }

@@ -1,6 +1,6 @@
 """Run the benchmarks that a commit is remembered by, and write one JSON line about it.
 
-    python tools/bench_all.py                         # everything, about 12 minutes on a quiet machine
+    python tools/bench_all.py                         # everything, about 15 minutes on a quiet machine
     python tools/bench_all.py --parts start neighbour
     python tools/bench_all.py --draw                  # only the picture, from the lines that there are
 
@@ -28,6 +28,8 @@ from typing import Any
 
 import comparison
 
+from erniekit.utils import runtime
+
 ROOT = Path(__file__).resolve().parents[1]
 LINES, PICTURE = ROOT / "docs/benchmarks.jsonl", ROOT / "docs/images/benchmarks.png"
 PEERS = ("torch", "transformers", "trl")
@@ -51,6 +53,17 @@ def of_steps(results: list[dict[str, Any]], packed: str = "") -> Numbers:
 def of_packed_steps(results: list[dict[str, Any]]) -> Numbers:
     """Those of rows with 16 documents."""
     return of_steps(results, " packed")
+
+
+def of_bf16(results: list[dict[str, Any]]) -> Numbers:
+    """Those of steps whose products round their factors to bf16."""
+    for result in results:
+        name = f"step {result['preset']} bf16"
+        yield f"{name}: tokens/s", result["tokens_per_second"]["ours-bf16"]
+        yield f"{name}: peak MB", result["about"]["ours-bf16"]["peak_mb"]
+        for pair, (ratio, *_) in result["of"].items():
+            if pair.startswith("ours-bf16 / "):
+                yield f"{name}: {pair}", ratio
 
 
 def of_sft(results: list[dict[str, Any]]) -> Numbers:
@@ -106,6 +119,11 @@ PARTS: dict[str, tuple[str, str, Callable[[Any], Numbers]]] = {
         "bench_step.py tiny --documents 16 --rounds 5",
         "bench_step.py tiny --documents 2 --rounds 1 --warmup 1 --batch 1 --seq 16 --only ours",
         of_packed_steps,
+    ),
+    "bf16": (
+        "bench_step.py small tiny tinymoe --rounds 3 --bf16",
+        "bench_step.py tiny --rounds 1 --warmup 1 --batch 1 --seq 16 --only ours-bf16",
+        of_bf16,
     ),
     "sft": (
         "bench_sft.py --batches 8 --rounds 5",
@@ -186,7 +204,13 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 
 # Titles of the picture's parts, and the ends of the names of the numbers that they show.
 _SHOWN = {
-    "times as fast as": ("ours / torch", "ours / trl", "ours / trl-fp32"),
+    "times as fast as": (
+        "ours / torch",
+        "ours-bf16 / torch-autocast",
+        "ours-bf16 / torch-bf16",
+        "ours / trl",
+        "ours / trl-fp32",
+    ),
     "share of the matrix-product rate": ("share of the matrix-product rate",),
     "peak MB": ("peak MB",),
     "times slower beside spinning programs": ("beside 1", "beside 4"),
@@ -238,6 +262,9 @@ def main() -> None:
             print(f"not installed: {', '.join(line['missing'])}: the ratios to these are left out")
         line |= {"seconds": {}, "numbers": {}}
         for name in args.parts:
+            if name == "bf16" and "avx512_bf16" not in runtime.cpu_flags():
+                print("bf16: left out, this processor has no such products")
+                continue
             began = time.perf_counter()
             line["numbers"] |= {key: float(f"{value:.4g}") for key, value in run_part(name, args.smallest).items()}
             line["seconds"][name] = round(time.perf_counter() - began)

@@ -70,6 +70,7 @@ def matmul_into(
     tensor, say.
     """
     x, y, inner = factor(x), factor(y), x.shape[0 if transpose_x else 1]
+    assert x.dtype == y.dtype, (x.dtype, y.dtype)
     matrices = row_address(x), row_address(y), row_address(out)
     gemm(transpose_x, transpose_y, out.shape[0], out.shape[1], inner, *matrices, factors=x.dtype)
 

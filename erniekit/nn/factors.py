@@ -7,10 +7,10 @@ products inside attention and passes of generation keep fp32 factors.
 """
 
 import math
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache
-from threading import get_ident
 
 import paddle
 
@@ -18,25 +18,29 @@ from erniekit.nn import decoding, onednn
 from erniekit.nn.onednn import RESULT, SOURCE, Primitive, dense
 from erniekit.utils import runtime
 
-_are_rounded = False
+
+class _State(threading.local):
+    are_rounded = False
+
+
+_state = _State()
 
 
 @contextmanager
 def rounded() -> Iterator[None]:
-    """The products of this process inside, also those of its backward passes, round their factors. The processor and
+    """The products of this thread inside round their factors. The backward pass belongs inside, too. The processor and
     the wheel must be able to (`onednn.multiplies_bf16`).
     """
-    global _are_rounded
-    before, _are_rounded = _are_rounded, True
+    before, _state.are_rounded = _state.are_rounded, True
     try:
         yield
     finally:
-        _are_rounded = before
+        _state.are_rounded = before
 
 
 def are_rounded() -> bool:
     """Whether products round their factors here and now."""
-    return _are_rounded and not decoding.is_running()
+    return _state.are_rounded and not decoding.is_running()
 
 
 def factor(x: paddle.Tensor) -> paddle.Tensor:
@@ -46,7 +50,7 @@ def factor(x: paddle.Tensor) -> paddle.Tensor:
     if not are_rounded() or x.dtype != paddle.float32:
         return x
     out = paddle._C_ops.empty(x.shape, paddle.bfloat16, x.place)
-    _rounding(get_ident(), runtime.threads_in_use(), math.prod(x.shape)).run(x.data_ptr(), out.data_ptr())
+    _rounding(threading.get_ident(), runtime.threads_in_use(), math.prod(x.shape)).run(x.data_ptr(), out.data_ptr())
     return out
 
 

@@ -91,6 +91,7 @@ class _GatedProducts(PyLayer):
         rows, weight, gate, up = ctx.saved_tensor()
         dy, spans, (inner, wide) = dy.contiguous(), row_spans(ctx.counts), weight.shape[-2:]
         halves = factor(swish_backward(multiply(dy, up), gate)), factor(swish_times(gate, dy))
+        assert halves[0].dtype == rows.dtype
         drows = dweight = None
         if ctx.needed[0]:
             drows, matrices = cpu_ops.unfilled(rows.shape, weight), factor(weight)
