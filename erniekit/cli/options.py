@@ -31,7 +31,7 @@ def read(command: str, args: list[str], readers: Readers) -> tuple[dict[str, Any
         if name not in readers or not is_named:
             near = difflib.get_close_matches(name, readers, n=1, cutoff=_CLOSE)
             if near and is_named and name not in fields():
-                raise _wrong(command, f"{word}: no key, and no option of `{command}`; did you mean {near[0]}?")
+                raise _wrong(command, f"{_not_one_of(word, command, readers)}; did you mean {near[0]}?")
             arguments.append(word)
             continue
         if not equals:
@@ -56,7 +56,7 @@ def read_with_paths(command: str, args: list[str], readers: Readers) -> tuple[di
         if not word.strip():
             raise _wrong(command, "a path is empty; perhaps a variable in it is not set")
         if word.startswith("--") or ("=" in word and not Path(word).exists()):
-            raise _wrong(command, f"{word}: the options of `erniekit {command}` are {', '.join(readers)}")
+            raise _wrong(command, _not_one_of(word, command, readers))
     try:
         return values, [expand(word) for word in paths]
     except ValueError as error:
@@ -86,6 +86,10 @@ def require(command: str, condition: object, message: str) -> None:
     """Raise ConfigError with `message` and the usage of `command` unless `condition` holds."""
     if not condition:
         raise _wrong(command, message)
+
+
+def _not_one_of(word: str, command: str, readers: Readers) -> str:
+    return f"{word}: the options of `erniekit {command}` are {', '.join(readers)}"
 
 
 def _wrong(command: str, message: str) -> ConfigError:

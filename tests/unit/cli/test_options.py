@@ -23,8 +23,8 @@ def test_three_ways_to_write_an_option(words: list[str]):
         (["command=trian"], "command=trian: expected one of train, eval"),
         (["x.yaml", "--strict"], "strict: a value is missing"),
         (["strict="], "strict: a value is missing"),
-        (["strikt=true"], "strikt=true: no key, and no option of `check`; did you mean strict?"),
-        (["--comand", "eval"], "--comand: no key, and no option of `check`; did you mean command?"),
+        (["strikt=true"], "strikt=true: the options of `erniekit check` are strict, command; did you mean strict?"),
+        (["--comand", "eval"], "are strict, command; did you mean command?"),
     ],
 )
 def test_a_wrong_option_is_named_with_the_usage(words: list[str], message: str):
