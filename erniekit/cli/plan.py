@@ -113,7 +113,12 @@ def _picture_tokens(cfg: Config, model: ModelConfig, plan_options: PlanOptions) 
 
 
 def _check_precision(cfg: Config, card: Hardware) -> None:
-    """Refuse what the card has no units for."""
+    """Refuse what the card has no units for, and what is for a CPU."""
+    if cfg.matmul_precision != "fp32" and card.name.lower() != CPU:
+        raise ConfigError(
+            f"matmul_precision: {cfg.matmul_precision}: it is for a CPU; training on {card.name} would be refused. "
+            "Remove the key, or plan gpu=cpu"
+        )
     if cfg.compute_type == "bf16" and not card.bf16:
         raise ConfigError(f"compute_type: bf16: {card.name} has no bf16 units. Plan compute_type=fp16 or another card.")
     if cfg.fp8 == "none" or card.name.lower() == CPU:
@@ -270,6 +275,11 @@ def _assumptions(job: Job, card: Hardware, plan_options: PlanOptions) -> list[st
         lines.append(
             f"gpu={CPU}: time, MFU and what follows from them are placeholders: they come from the table's numbers for "
             "a CPU, not from this machine. `erniekit plan calibrate FILE` measures it, hardware=FILE uses the result"
+        )
+    if job.cfg.matmul_precision != "fp32":
+        lines.append(
+            f"matmul_precision: {job.cfg.matmul_precision}: memory is planned as for fp32; activations take up to 15 % "
+            "less"
         )
     if not job.on_cpu:
         lines.append(

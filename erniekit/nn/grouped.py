@@ -30,22 +30,24 @@ class _GroupedMatmul(PyLayer):
 
     @staticmethod
     def forward(ctx, rows: paddle.Tensor, weight: paddle.Tensor, counts: list[int]) -> paddle.Tensor:
-        ctx.save_for_backward(rows, weight)
-        ctx.counts = counts
+        ctx.needed, ctx.counts = (not rows.stop_gradient, not weight.stop_gradient), counts
+        ctx.save_for_backward(weight, *([rows] if ctx.needed[1] else []))
         if _in_one_call(rows):
             return fused.grouped_product(rows, weight, counts)
         return _of_groups(rows, weight, counts)
 
     @staticmethod
     def backward(ctx, dy: paddle.Tensor) -> tuple[paddle.Tensor | None, paddle.Tensor | None]:
-        rows, weight = ctx.saved_tensor()
-        if _in_one_call(rows):
-            drows = None if rows.stop_gradient else fused.grouped_product(dy, weight, ctx.counts, transpose_right=True)
-            if weight.stop_gradient:
-                return drows, None
-            return drows, fused.grouped_product(rows, dy, ctx.counts, transpose_left=True)
-        drows = None if rows.stop_gradient else _of_groups(dy, weight, ctx.counts, transpose=True)
-        return drows, None if weight.stop_gradient else _weight_gradient(rows, dy, ctx.counts, weight)
+        (weight, *rows), drows, dweight = ctx.saved_tensor(), None, None
+        if ctx.needed[0] and _in_one_call(dy):
+            drows = fused.grouped_product(dy, weight, ctx.counts, transpose_right=True)
+        elif ctx.needed[0]:
+            drows = _of_groups(dy, weight, ctx.counts, transpose=True)
+        if ctx.needed[1] and _in_one_call(dy):
+            dweight = fused.grouped_product(rows[0], dy, ctx.counts, transpose_left=True)
+        elif ctx.needed[1]:
+            dweight = _weight_gradient(rows[0], dy, ctx.counts, weight)
+        return drows, dweight
 
 
 def _of_groups(

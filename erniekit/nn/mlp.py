@@ -83,28 +83,29 @@ class _GatedProducts(PyLayer):
                 sizes = end - begin, wide // 2, rows.shape[1]
                 places = row_address(rows, begin), _half(matrices, group, half), row_address(out, begin)
                 gemm(False, False, *sizes, *places, factors=rows.dtype)
-        ctx.save_for_backward(rows, weight, gate, up)
+        ctx.dtype = rows.dtype
+        ctx.save_for_backward(weight, gate, up, *([rows] if ctx.needed[1] else []))
         return swish_times(gate, up)
 
     @staticmethod
     def backward(ctx, dy: paddle.Tensor) -> tuple[paddle.Tensor | None, paddle.Tensor | None]:
-        rows, weight, gate, up = ctx.saved_tensor()
+        weight, gate, up, *rows = ctx.saved_tensor()
         dy, spans, (inner, wide) = dy.contiguous(), row_spans(ctx.counts), weight.shape[-2:]
         halves = factor(swish_backward(multiply(dy, up), gate)), factor(swish_times(gate, dy))
-        assert halves[0].dtype == rows.dtype
+        assert halves[0].dtype == ctx.dtype
         drows = dweight = None
         if ctx.needed[0]:
-            drows, matrices = cpu_ops.unfilled(rows.shape, weight), factor(weight)
+            drows, matrices = cpu_ops.unfilled([dy.shape[0], inner], weight), factor(weight)
             for half, grad in enumerate(halves):
                 for group, begin, end in spans:
                     places = row_address(grad, begin), _half(matrices, group, half), row_address(drows, begin)
-                    gemm(False, True, end - begin, inner, wide // 2, *places, beta=float(half), factors=rows.dtype)
+                    gemm(False, True, end - begin, inner, wide // 2, *places, beta=float(half), factors=ctx.dtype)
         if ctx.needed[1]:
             dweight = (paddle.empty_like if len(spans) == len(ctx.counts) else paddle.zeros_like)(weight)
             for half, grad in enumerate(halves):
                 for group, begin, end in spans:
-                    places = row_address(rows, begin), row_address(grad, begin), _half(dweight, group, half)
-                    gemm(True, False, inner, wide // 2, end - begin, *places, factors=rows.dtype)
+                    places = row_address(rows[0], begin), row_address(grad, begin), _half(dweight, group, half)
+                    gemm(True, False, inner, wide // 2, end - begin, *places, factors=ctx.dtype)
         return drows, dweight
 
 

@@ -86,7 +86,7 @@ def matmul(x: paddle.Tensor, y: paddle.Tensor, transpose_x: bool = False, transp
 
 
 class _Matmul(PyLayer):
-    """The product of two matrices on a CPU; keeps the two."""
+    """The product of two matrices on a CPU; keeps each of the two if the other needs a gradient."""
 
     @staticmethod
     def forward(ctx, x: paddle.Tensor, y: paddle.Tensor, transpose_x: bool, transpose_y: bool) -> paddle.Tensor:
@@ -94,18 +94,19 @@ class _Matmul(PyLayer):
         ctx.product = _rounded_product if is_emulated(x) else cpu_ops.matmul
         ctx.transposed = transpose_x, transpose_y
         x = factor(x)  # of which the backward pass needs no more; y, a weight, is there anyway
-        ctx.save_for_backward(x, y)
+        ctx.save_for_backward(*([x] if ctx.needed[1] else []), *([y] if ctx.needed[0] else []))
         return ctx.product(x, y, transpose_x, transpose_y)
 
     @staticmethod
     def backward(ctx, dz: paddle.Tensor) -> tuple[paddle.Tensor | None, paddle.Tensor | None]:
-        (x, y), product = ctx.saved_tensor(), ctx.product
-        transpose_x, transpose_y = ctx.transposed
+        kept, product, (transpose_x, transpose_y) = ctx.saved_tensor(), ctx.product, ctx.transposed
         dz = factor(dz.contiguous())
         dx = dy = None
         if ctx.needed[0]:
+            y = kept[-1]
             dx = product(y, dz, transpose_y, True) if transpose_x else product(dz, y, False, not transpose_y)
         if ctx.needed[1]:
+            x = kept[0]
             dy = product(dz, x, True, transpose_x) if transpose_y else product(x, dz, not transpose_x, False)
         return dx, dy
 

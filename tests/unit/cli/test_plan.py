@@ -159,7 +159,8 @@ def test_a_search_lists_the_fastest_layouts_that_fit(capsys: pytest.CaptureFixtu
         (["recompute=true", "recompute_granularity=selective", "recompute_modules=atention"], "did you mean attention"),
         (["json=/nowhere/at/all.json"], "a directory that exists"),
         (["model_name_or_path=baidu/ERNIE-4.5-0.4B"], "nearest name is baidu/ERNIE-4.5-0.3B"),
-        (["gpuz=8"], "gpuz"),
+        (["gpuz=8"], "gpuz=8: the options of `erniekit plan` are gpus, .*; did you mean gpu?"),
+        (["matmul_precision=bf16"], "matmul_precision: bf16: it is for a CPU; training on H800 would be refused"),
     ],
 )
 def test_bad_requests_are_refused(words: list[str], expected: str):
