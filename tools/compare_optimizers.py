@@ -14,15 +14,13 @@ from pathlib import Path
 
 import comparison
 import numpy as np
-from compare_qat import ROOT, evaluate, run
+from compare_qat import ROOT, run
 
 
-def loss_of(
-    config: str, words: list[str], target: Path, steps: int, optim: str, rate: float, reuse: bool
-) -> tuple[float, float]:
+def loss_of(given: argparse.Namespace, target: Path, optim: str, rate: float) -> tuple[float, float]:
     """(evaluation loss, seconds of the training) of one run."""
     keys = {
-        "max_steps": steps,
+        "max_steps": given.steps,
         "output_dir": target,
         "optim": optim,
         "learning_rate": rate,
@@ -33,13 +31,15 @@ def loss_of(
         "do_eval": False,
         "overwrite_output_dir": True,
         "disable_tqdm": True,
-        "logging_steps": steps,
+        "logging_steps": given.steps,
     }
     done = target / "summary.json"
-    if not (reuse and done.exists() and json.loads(done.read_text())["steps"] == steps):
-        run("train", config, keys, words)
-    loss, _ = evaluate(config, words, target, "none", 0)
-    return loss, json.loads((target / "summary.json").read_text())["step_seconds"]
+    if not (given.reuse and done.exists() and json.loads(done.read_text())["steps"] == given.steps):
+        run("train", given, keys)
+    results = target / "evaluation"
+    run("eval", given, {"checkpoint": target, "eval_output": results})
+    loss = json.loads((results / "eval_results.json").read_text())["loss"]
+    return loss, json.loads(done.read_text())["step_seconds"]
 
 
 def draw(rows: list[tuple[str, float, float, float]], curves: dict[str, np.ndarray], path: Path) -> None:
@@ -71,12 +71,13 @@ def main() -> None:
     parser.add_argument("--optims", nargs="+", default=["adamw", "muon"])
     parser.add_argument("--out", type=Path, default=Path("demo_output/optimizers"))
     parser.add_argument("--reuse", action="store_true", help="do not repeat runs that are complete in --out")
+    parser.set_defaults(data={})
     args = parser.parse_intermixed_args()
     rows = []
     for rate in args.rates:
         for optim in args.optims:
             target = ROOT / args.out / f"{optim}-{rate:g}"
-            rows.append((optim, rate, *loss_of(args.config, args.keys, target, args.steps, optim, rate, args.reuse)))
+            rows.append((optim, rate, *loss_of(args, target, optim, rate)))
     best = {optim: min((row for row in rows if row[0] == optim), key=lambda row: row[2]) for optim in args.optims}
     curves = {
         f"{optim}, {row[1]:g}": comparison.losses(ROOT / args.out / f"{optim}-{row[1]:g}")

@@ -17,7 +17,7 @@ from typing import Any
 
 from erniekit.cli.commands import ALIASES, COMMANDS, Command
 from erniekit.utils import heartbeat, runtime, stop_signals, streams
-from erniekit.utils.errors import PeerError, UserError, disk_is_full
+from erniekit.utils.errors import PeerError, PeerGoneError, UserError, disk_is_full
 
 EXIT_USER_ERROR, EXIT_USAGE, EXIT_DEFECT, EXIT_BROKEN_PIPE = 1, 2, 70, 141
 # Commands that listen for all signals once they have imported Paddle, which replaces the handlers.
@@ -161,7 +161,7 @@ def _report(name: str, error: Exception) -> int:
         return EXIT_BROKEN_PIPE
     message = _explain(name, error)
     if message is not None:
-        return _fail(f"error: {message}", EXIT_USER_ERROR, isinstance(error, PeerError))
+        return _fail(f"error: {message}", EXIT_USER_ERROR, isinstance(error, PeerError | PeerGoneError))
     import traceback
 
     trace = "".join(traceback.format_exception(error))

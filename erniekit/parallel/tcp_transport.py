@@ -26,7 +26,7 @@ from contextlib import ExitStack, closing, suppress
 
 from erniekit.parallel.process_group import World
 from erniekit.utils import job_token
-from erniekit.utils.errors import TrainError
+from erniekit.utils.errors import PeerGoneError, TrainError
 from erniekit.utils.handshake import PROOF_SECONDS, Authenticator, NotOurs, WrongToken, prove
 
 _HELLO = struct.Struct("<8s16sI")  # magic, digest of the job's addresses, rank
@@ -62,7 +62,8 @@ class Links:
         """Wait for the next message of `peer`.
 
         Raises:
-            TrainError: the peer's process has ended, or it sends something else than this rank expects.
+            PeerGoneError: the peer's process has ended.
+            TrainError: it sends something else than this rank expects.
         """
         self._peers[peer].receive(kind, into)
 
@@ -156,8 +157,8 @@ class _Peer:
                 raise self._gone()
             into = into[count:]
 
-    def _gone(self) -> TrainError:
-        return TrainError(f"{self._name} has gone: its process ended. The reason is at the end of that rank's log.")
+    def _gone(self) -> PeerGoneError:
+        return PeerGoneError(f"{self._name} has gone: its process ended. The reason is at the end of that rank's log.")
 
     def close(self) -> None:
         if self._thread is not None:
@@ -228,7 +229,9 @@ def _gather_ranks(
             length = _LENGTH.unpack(_receive_exactly(sock, _LENGTH.size))[0]
             absent = [int(rank) for rank in _receive_exactly(sock, length).split(b",") if rank]
         except OSError as error:
-            raise TrainError(f"{world.name(0)} ended while the ranks were gathering; see that rank's log.") from error
+            raise PeerGoneError(
+                f"{world.name(0)} ended while the ranks were gathering; see that rank's log."
+            ) from error
         sockets[0] = sock
     if absent:
         raise _missing(world, absent, timeout_seconds)

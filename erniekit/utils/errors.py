@@ -38,6 +38,10 @@ class TrainError(UserError):
     """Training cannot continue: a non-finite loss, an output directory of another run, a full disk."""
 
 
+class PeerGoneError(TrainError):
+    """The process of another rank has ended."""
+
+
 def disk_is_full(error: OSError) -> bool:
     """Whether a write failed because no space was left, or because the user's quota was used up."""
     return error.errno in (errno.ENOSPC, errno.EDQUOT)

@@ -117,9 +117,9 @@ def _note(number: int, frame: FrameType | None) -> None:
             _say(f"[erniekit] {signal.Signals(number).name} again: {_what_is_awaited(now)}\n")
         return
     _requested, _asked_at = signal.Signals(number), now
-    if _is_importing(frame):
-        _end_now(number)
     if not _deferring:
+        if _is_importing(frame):
+            _end_now(number)
         _raised = Stopped(number)
         raise _raised
     begin, again = _BEGIN_LINE if _is_terminal() else "", "SIGINT" if number != signal.SIGINT else "Ctrl-C again"

@@ -169,7 +169,12 @@ def networks():
 def test_two_hosts_and_a_cut_cable(workspace, networks):
     """Nothing tells a host that packets no longer arrive: both notice by themselves, and end."""
     names, cut = networks
-    environ = {"NNODES": "2", "MASTER_ADDR": "10.99.0.1", "MASTER_PORT": "8080"}
+    environ = {
+        "NNODES": "2",
+        "MASTER_ADDR": "10.99.0.1",
+        "MASTER_PORT": "8080",
+        "ERNIEKIT_JOB_TOKEN": "0123456789abcdef",
+    }
     words = (TWO, LONG, "distributed_timeout=8")
     hosts = [launched.start(workspace, *words, network=name, **environ) for name in names]
     launched.wait_for(workspace / "out" / "checkpoint-2", hosts[0])

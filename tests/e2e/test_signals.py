@@ -66,9 +66,8 @@ def test_ctrl_c_and_sigterm_before_the_first_step(workspace, degree):
     [
         (["train", "run.yaml", *LONG], "; no checkpoint has been saved"),
         (["export", "model_name_or_path=dense", "output_dir=out"], ""),
-        (["convert", "dense", "out", "format=pt"], ""),
     ],
-    ids=["train", "export", "convert"],
+    ids=["train", "export"],
 )
 def test_sigterm_while_paddle_is_imported(workspace, words, saved):
     """Paddle has a handler of its own for it, which prints a native stack trace."""

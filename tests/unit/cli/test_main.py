@@ -12,8 +12,8 @@ from support.source_tree import REPOSITORY
 
 from erniekit.cli import main as cli
 from erniekit.cli.commands import COMMANDS
-from erniekit.utils import stop_signals
-from erniekit.utils.errors import ConfigError, DataError
+from erniekit.utils import heartbeat, stop_signals
+from erniekit.utils.errors import ConfigError, DataError, PeerError, PeerGoneError, TrainError
 
 PYTHON = [sys.executable, "-m", "erniekit"]
 
@@ -194,6 +194,18 @@ def test_a_defect_shows_the_traceback_and_asks_for_a_report(command, capsys, err
     assert "Traceback (most recent call last)" in err
     assert type(error).__name__ in err
     assert "This is a bug in erniekit, please report it with the lines above." in err
+
+
+@pytest.mark.parametrize(
+    ("error", "by_peer"), [(PeerError("x"), True), (PeerGoneError("x"), True), (TrainError("x"), False)]
+)
+def test_an_agent_hears_whether_another_rank_is_to_blame(command, monkeypatch, error: Exception, by_peer: bool):
+    """Such an error is worth a restart, and that of the other rank is shown."""
+    heard: list[bool] = []
+    monkeypatch.setattr(heartbeat, "fail", lambda text, by_peer: heard.append(by_peer))
+    command(failing(error))
+    assert cli.main(["train", "x.yaml"]) == 1
+    assert heard == [by_peer]
 
 
 def test_interrupted(command, capsys, monkeypatch):

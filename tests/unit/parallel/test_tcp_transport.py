@@ -13,7 +13,7 @@ from support.worlds import free_ports
 from erniekit.parallel import tcp_transport as links_module
 from erniekit.parallel.process_group import World
 from erniekit.parallel.tcp_transport import Links, connect, wait_for_ranks
-from erniekit.utils.errors import TrainError
+from erniekit.utils.errors import PeerGoneError, TrainError
 
 TOKEN = "a token of tests, long enough"
 
@@ -170,9 +170,9 @@ def test_ranks_of_one_machine_listen_on_loopback_alone():
 def test_a_peer_that_has_ended_is_named():
     with _linked(3) as (a, b, c):
         b.close()
-        with pytest.raises(TrainError, match=r"rank 1 \(127.0.0.1:\d+\) has gone"):
+        with pytest.raises(PeerGoneError, match=r"rank 1 \(127.0.0.1:\d+\) has gone"):
             a.receive(1, "host", _shown(b"1"))
-        with pytest.raises(TrainError, match=r"rank 1 \(127.0.0.1:\d+\) has gone"):
+        with pytest.raises(PeerGoneError, match=r"rank 1 \(127.0.0.1:\d+\) has gone"):
             for _ in range(3):  # the first may still fit into a buffer
                 c.exchange("host", [(1, _shown(bytes(8 << 20)))], [])
 

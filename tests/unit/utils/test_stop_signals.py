@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -27,6 +28,16 @@ def test_a_signal_is_noted_while_it_is_deferred(name: str, paddle: str):
     again = "Ctrl-C: this step is finished and saved first; Ctrl-C again ends at once"
     said = again if name == "SIGINT" else f"{name}: this step is finished and saved first; SIGINT ends at once"
     assert f"[erniekit] {said}\n" in done.stderr
+
+
+def test_a_module_that_is_being_imported_does_not_end_a_step(tmp_path: Path):
+    """Some modules are first needed in the first step."""
+    (tmp_path / "slow.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGTERM)\nprint('imported')\n")
+    code = f"import sys; sys.path.insert(0, {str(tmp_path)!r}); stop_signals.listen()\n"
+    done = run(f"{code}with stop_signals.deferred():\n    import slow\n    print(stop_signals.requested().name)")
+    assert (done.returncode, done.stdout) == (0, "imported\nSIGTERM\n"), done.stderr
+    done = run(f"{code}import slow")
+    assert (done.returncode, done.stdout) == (143, ""), done.stderr
 
 
 def test_a_second_sigterm_says_what_it_waits_for():
