@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import re
 import signal
 import socket
 import time
@@ -192,7 +193,8 @@ def test_a_lost_host_and_elastic(tmp_path):
     fake_job.finish(jobs[1])
     code, said = fake_job.finish(jobs[0])
     assert code == 0, said
-    assert "rank 1 on" in said and "lost with its host (rank 1): the connection to its agent broke" in said
+    # Three seconds without the connection, or as long without a report: whichever is noticed first.
+    assert "rank 1 on" in said and re.search(r"lost with its host \(rank 1\): (the connection|its agent)", said), said
     assert "goes on with 1" in said and "words ['shrunk=1', 'again']" in said
     fake_job.assert_gone(workers.values())
 
