@@ -1,4 +1,5 @@
-"""Matrix products on a CPU in GFLOP/s: Paddle's in fp32, those of emulate_precision in bf16, and torch's in both.
+"""Matrix products on a CPU in GFLOP/s: Paddle's in fp32, those of emulate_precision in bf16, those of
+matmul_precision: bf16 with the rounding of both factors, and torch's in fp32 and bf16.
 
     python tools/bench_products.py [--threads 1] [--rounds 6]
 
@@ -19,7 +20,11 @@ def products(x: np.ndarray, y: np.ndarray, threads: int) -> dict[str, Callable[[
     """Each kind of product of two matrices."""
     import paddle
 
-    from erniekit.nn import narrow, onednn
+    from erniekit.nn import cpu_ops, factors, narrow, onednn
+
+    def of_rounded() -> paddle.Tensor:
+        with factors.rounded():
+            return cpu_ops.matmul(*wide)
 
     wide = [paddle.to_tensor(matrix) for matrix in (x, y)]
     short = [matrix.astype("bfloat16") for matrix in wide]
@@ -29,6 +34,8 @@ def products(x: np.ndarray, y: np.ndarray, threads: int) -> dict[str, Callable[[
     }
     if onednn.is_available(paddle.bfloat16):
         kinds["bf16 by oneDNN"] = lambda: narrow.matmul(*short)
+    if onednn.multiplies_bf16():
+        kinds["fp32, factors rounded to bf16"] = of_rounded
     try:
         import torch
     except ImportError:
