@@ -132,7 +132,7 @@ def _dispatch(name: str, args: list[str]) -> int:
     if name in _LISTENING:  # only now, since importing Paddle replaces signal handlers
         stop_signals.listen()
     elif launch.is_worker():  # its agent has started it with blocked signals
-        stop_signals.listen(signals=(signal.SIGTERM, signal.SIGHUP))
+        stop_signals.listen(signals=set(stop_signals.SIGNALS) - {signal.SIGINT})
     function(cfg)
     return 0
 

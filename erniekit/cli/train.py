@@ -29,7 +29,8 @@ def run(args: list[str]) -> int:
             "max_restarts: no effect: erniekit did not start this process, so nothing restarts it; run the same "
             "command to resume"
         )
-    with stop_signals.sigterm_waits(), runtime.importing():
+    # Paddle's own handler of SIGTERM would end the process with a native stack trace before `listen` replaces it.
+    with stop_signals.blocked([signal.SIGTERM]), runtime.importing():
         from erniekit.training import run as training  # imports Paddle, which takes seconds
 
         stop_signals.listen()

@@ -73,9 +73,7 @@ class Worker:
         self._last: dict[str, Any] = {}
 
     def _start(self, arguments: list[str], environ: dict[str, str], output: Any) -> None:
-        # The child inherits the blocked signals; they stay pending until it calls stop_signals.listen.
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, stop_signals.SIGNALS)
-        try:
+        with stop_signals.blocked():  # they stay pending until the worker calls stop_signals.listen
             self.process = subprocess.Popen(
                 arguments,
                 env=environ,
@@ -85,8 +83,6 @@ class Worker:
                 start_new_session=True,
                 pass_fds=[self._memory],
             )
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
     def poll(self) -> int | None:
         """The exit code, as subprocess gives it; None while the process runs."""

@@ -24,7 +24,7 @@ from erniekit.data.chat.encode import Encoded, Encoder, Template, Tokenizer
 from erniekit.data.records.dataset import Dataset
 from erniekit.data.vision.encode import VisionEncoder, VisionSpec
 from erniekit.data.vision.template import VisionTemplate
-from erniekit.utils import log, runtime
+from erniekit.utils import log, runtime, stop_signals
 from erniekit.utils.errors import DataError, UserError
 
 CACHE_BYTES = 256 * 2**20
@@ -84,13 +84,8 @@ class Worker:
 
     def __init__(self, spec: Job):
         command = runtime.python_command("from erniekit.data.workers import serve; serve()")
-        # If a scheduler sends SIGTERM to all processes, the trainer still needs its workers to finish the step. The
-        # child inherits the blocked signals, so the signal cannot end it at any moment of its start.
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-        try:
+        with stop_signals.blocked():
             self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, before)
         self.send(spec)
 
     def send(self, message: Any) -> None:

@@ -24,7 +24,7 @@ from erniekit.config.schema_rewards import RewardArgs, reward_names
 from erniekit.rewards.sample import Sample
 from erniekit.rewards.table import BUILTINS
 from erniekit.rewards.user_function import Logged, UserFunction
-from erniekit.utils import log, runtime
+from erniekit.utils import log, runtime, stop_signals
 from erniekit.utils.errors import ConfigError
 
 LARGEST = 1e6  # of a reward's size; one beyond it is taken for an error
@@ -72,14 +72,10 @@ class _Worker:
                 str(theirs.fileno()),
                 str(os.getpid()),
             )
-            # A scheduler may send SIGTERM to all processes, and the trainer still needs the rewards to finish its step.
-            before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-            try:
+            with stop_signals.blocked():
                 self.process = subprocess.Popen(
                     command, stdin=subprocess.DEVNULL, stdout=2, pass_fds=[theirs.fileno()], start_new_session=True
                 )
-            finally:
-                signal.pthread_sigmask(signal.SIG_SETMASK, before)
         self.connection = Connection(ours.detach())
         self.chunk: Chunk | None = None
         self.is_ready = False

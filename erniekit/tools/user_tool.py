@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from erniekit.tools.result import BadCall
-from erniekit.utils import runtime
+from erniekit.utils import runtime, stop_signals
 from erniekit.utils.errors import ConfigError
 
 _START_SECONDS = 120.0  # for importing the user's file
@@ -81,9 +81,10 @@ class UserTools:
                 str(theirs.fileno()),
                 str(os.getpid()),
             )
-            self._process = subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, stdout=2, pass_fds=[theirs.fileno()], start_new_session=True
-            )
+            with stop_signals.blocked():
+                self._process = subprocess.Popen(
+                    command, stdin=subprocess.DEVNULL, stdout=2, pass_fds=[theirs.fileno()], start_new_session=True
+                )
         self._connection = Connection(ours.detach())
         kind = "error"
         content: Any = f"the functions were not imported within {_START_SECONDS:g} seconds"

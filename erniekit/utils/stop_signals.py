@@ -1,4 +1,5 @@
-"""Graceful handling of Ctrl-C (SIGINT), SIGTERM (a scheduler preempts the job) and SIGHUP (the terminal is closed).
+"""Graceful handling of Ctrl-C (SIGINT), SIGTERM (a scheduler preempts the job), SIGHUP (the terminal is closed) and
+SIGUSR1 (which jobs of Slurm often ask for before their time ends).
 
 Within `deferred` a signal is only recorded: the trainer finishes its step, saves and stops. Outside it `Stopped` is
 raised, except during imports, where the process ends at once. A Ctrl-C after any signal always ends the process at
@@ -15,7 +16,7 @@ from types import FrameType
 
 from erniekit.utils import heartbeat
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 EXIT_INTERRUPTED = 128 + signal.SIGINT
 _SHOW_CURSOR = "\x1b[?25h"
 _BEGIN_LINE = "\r\x1b[K"
@@ -56,12 +57,11 @@ def listen(what_is_left: Callable[[], str] | None = None, signals: Iterable[sign
 
 
 @contextlib.contextmanager
-def sigterm_waits() -> Iterator[None]:
-    """A context that blocks SIGTERM, for the import of Paddle and the call of `listen` after it. In between, Paddle's
-    handler would end the process with a native stack trace. Threads that the import starts keep SIGTERM blocked, so the
-    main thread receives it.
+def blocked(signals: Iterable[signal.Signals] = SIGNALS) -> Iterator[None]:
+    """A context in which signals wait. Threads and processes that are started in it keep them blocked: a scheduler that
+    sends a signal to all processes of a job does not end the workers which the trainer needs to finish its step.
     """
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, signals)
     try:
         yield
     finally:

@@ -88,17 +88,17 @@ def test_a_killed_rank_and_a_restart_lose_nothing(workspace):
     assert weights(workspace / "out") == weights(workspace / "whole")
 
 
-@pytest.mark.parametrize("degree", [1, 2])
-def test_sigterm_saves_and_the_same_command_goes_on(workspace, degree):
+@pytest.mark.parametrize(("degree", "number"), [(1, signal.SIGTERM), (2, signal.SIGTERM), (1, signal.SIGUSR1)])
+def test_a_schedulers_signal_saves_and_the_same_command_goes_on(workspace, degree, number):
     """As schedulers do it: to every process of the group at once, data workers included."""
     words = ("max_steps=60", "save_steps=1000", f"data_parallel_degree={degree}", "dataloader_num_workers=1")
     process = launched.start(workspace, *words)
     launched.wait_for(workspace / "out" / "metrics.jsonl", process)
     for group in (process.pid, *launched.workers(process).values()):
-        os.killpg(group, signal.SIGTERM)
+        os.killpg(group, number)
     code, said = launched.finish(process)
     assert code == 0, said
-    assert "stopped by SIGTERM after step" in said
+    assert f"stopped by {number.name} after step" in said
     assert len(list((workspace / "out").glob("checkpoint-*"))) == 1
     assert not (workspace / "out" / "model.safetensors").exists()
     again = launched.start(workspace, *words)

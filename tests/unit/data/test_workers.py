@@ -12,6 +12,7 @@ from support.data_runs import build, config, numbered_conversations, run, same, 
 from support.fake_text import FakeTemplate, FakeTokenizer
 
 from erniekit.data.loader import build_loader
+from erniekit.utils import stop_signals
 from erniekit.utils.errors import DataError
 
 
@@ -118,6 +119,17 @@ def test_a_sample_that_the_template_refuses_is_a_bad_line_too(tmp_path, policy, 
                 loader.next_step()
         else:
             assert len(steps(loader)) == 1 and loader.report()["dropped"] == 1
+
+
+def test_a_signal_to_all_processes_of_a_job_ends_no_worker(long_data):
+    """As schedulers and a terminal that is closed send it: the trainer needs its workers to finish the step."""
+    keys = {"max_steps": 1000, "max_estimate_samples": 1}
+    with build(long_data, dataloader_num_workers=1, prefetch_factor=1, **keys) as loader:
+        first = loader.next_step()
+        (worker,) = loader._feed._service._workers
+        for number in stop_signals.SIGNALS:
+            worker.process.send_signal(number)
+        assert same([first, *steps(loader, 99)], run(long_data, 100, **keys))
 
 
 def test_a_worker_that_dies_is_an_error_and_not_a_hang(long_data):

@@ -1,4 +1,4 @@
-"""Ctrl-C, SIGTERM and SIGHUP: noted while steps are made, raised at other times, not taken from whoever has them."""
+"""Signals that stop a run: noted while steps are made, raised at other times, not taken from whoever has them."""
 
 import subprocess
 import sys
@@ -17,7 +17,7 @@ def run(code: str) -> "subprocess.CompletedProcess[str]":
     return subprocess.run([sys.executable, "-c", BEGIN + code], capture_output=True, text=True, check=False)
 
 
-@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1"])
 @pytest.mark.parametrize("paddle", ["", "import paddle; stop_signals.listen(); "])
 def test_a_signal_is_noted_while_it_is_deferred(name: str, paddle: str):
     done = run(
