@@ -91,6 +91,11 @@ def _how_to_write(name: str, type_name: str, likely_type: str) -> str:
             "one question and its answer are 'instruction' and 'output' (type alpaca) or the list 'messages' (type "
             "messages); a prompt alone is read with stage: RL"
         )
+    if type_name == "text":  # at stage PT, and of `erniekit tokenize`, no other type can be set
+        return (
+            f'pretraining reads {{"text": "the document"}}; this looks like {likely_type}, which is trained on with '
+            f"stage: SFT and the dataset type {likely_type}"
+        )
     stage_hint = " and stage: PT" if likely_type == "text" else ""
     return f"this looks like {likely_type}; set the dataset type to {likely_type}{stage_hint}"
 

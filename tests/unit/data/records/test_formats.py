@@ -196,7 +196,8 @@ def test_pretraining_text_in_both_spellings():
     [
         ({"messages": []}, "erniekit", "messages"),
         ({"conversations": []}, "alpaca", "sharegpt"),
-        ({"src": "a", "tgt": "b"}, "text", "erniekit"),
+        ({"src": "a", "tgt": "b"}, "text", "erniekit, which is trained on with stage: SFT"),
+        ({"messages": []}, "text", "messages, which is trained on with stage: SFT"),
         ({"text": "a"}, "erniekit", "text"),
         ({"src": ["a"], "tgt": [], "response": [["x"], ["y"]], "sort": [1, 0]}, "erniekit", "stage DPO"),
         ({"text_info": []}, "erniekit", "stage: VL-SFT"),
