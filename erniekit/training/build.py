@@ -103,7 +103,7 @@ class Run:
         cfg = self.cfg
         self.max_steps = last_step(cfg, self.loader, self.mesh.degrees.batch, done)
         self.schedule = build_schedule(cfg, self.max_steps)
-        warn_if_too_short(cfg, self.max_steps)
+        warn_if_too_short(cfg, self.max_steps, done)
         if cfg.max_steps > 0:
             return
         if self.loader.steps_left() is not None:

@@ -5,10 +5,13 @@ from erniekit.training.lr_scheduler import decay_start, warmup_steps
 from erniekit.utils import log
 
 
-def warn_if_too_short(cfg: Config, max_steps: int) -> None:
-    """Log each warning about a run of `max_steps` steps; once, however often the steps are planned."""
+def warn_if_too_short(cfg: Config, max_steps: int, done: int = 0) -> None:
+    """Log each warning about a run of `max_steps` steps, of which `done` were done by earlier processes; once, however
+    often the steps are planned.
+    """
     warn_of_long_warmup(cfg, max_steps)
     warn_if_nothing_compares(cfg, max_steps)
+    warn_if_nothing_is_profiled(cfg, max_steps - done)
 
 
 def warn_of_long_warmup(cfg: Config, max_steps: int) -> None:
@@ -41,4 +44,13 @@ def warn_if_nothing_compares(cfg: Config, max_steps: int) -> None:
         log.once(
             f"{', '.join(keys)}: no effect: the run has {max_steps} steps and eval_steps is {cfg.eval_steps}: the one "
             "evaluation comes after the last step. Lower eval_steps"
+        )
+
+
+def warn_if_nothing_is_profiled(cfg: Config, steps: int) -> None:
+    """Log a warning if a process that trains `steps` steps ends before the first one that `profile` measures."""
+    if cfg.profile and 0 < steps < cfg.profile_step_start:
+        log.once(
+            f"profile: no effect: {steps} {'step is' if steps == 1 else 'steps are'} left to train and "
+            f"profile_step_start is {cfg.profile_step_start}. Lower profile_step_start"
         )

@@ -1,6 +1,5 @@
 """Logs plain lines to stderr; stdout is for answers and tables."""
 
-import functools
 import logging
 import sys
 from collections.abc import Iterator
@@ -20,6 +19,7 @@ _handler.setFormatter(logging.Formatter("[erniekit] %(message)s"))
 _logger.addHandler(_handler)
 _logger.setLevel(logging.INFO)
 _logger.propagate = False
+_said: set[str] = set()  # the messages of `once`
 # Paddle lets every library's INFO lines through; matplotlib has one about its list of fonts.
 logging.getLogger("matplotlib").setLevel(logging.WARNING)
 
@@ -53,18 +53,21 @@ class _Collector(logging.Handler):
 @contextmanager
 def captured() -> Iterator[list[tuple[bool, str]]]:
     """A context that collects log lines as (is_warning, text) instead of writing them to stderr."""
+    global _said
     lines: list[tuple[bool, str]] = []
     collector = _Collector(lines)
-    once.cache_clear()
     before = list(_logger.handlers)  # not always `_handler`: one capture may be inside another
     _logger.handlers[:] = [collector]
+    # What the user was told is collected all the same, and what is collected the user has not been told.
+    said, _said = _said, set()
     try:
         yield lines
     finally:
-        _logger.handlers[:] = before
+        _logger.handlers[:], _said = before, said
 
 
-@functools.cache
 def once(message: str) -> None:
     """Log a warning only the first time, such as one about a file that is read several times."""
-    warning(message)
+    if message not in _said:
+        _said.add(message)
+        warning(message)

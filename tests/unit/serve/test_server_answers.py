@@ -366,7 +366,7 @@ def test_scores_that_are_not_finite_end_one_request_and_no_other(tmp_path: Path)
 def test_fields_of_messages_that_the_model_does_not_see_are_said_once(server: Asking, monkeypatch: pytest.MonkeyPatch):
     said: list[str] = []
     monkeypatch.setattr(log, "warning", said.append)
-    log.once.cache_clear()
+    log._said.clear()
     named = [{"role": "user", "content": "a", "name": "ann"}]
     talk = [*named, {"role": "assistant", "content": "b", "annotations": [{"type": "url_citation"}]}, *named]
     plain = [{name: message[name] for name in ("role", "content")} for message in talk]

@@ -142,7 +142,7 @@ def test_a_picture_whose_shape_cannot_be_used_is_named_by_its_place(server: Aski
 def test_options_of_one_picture_that_are_not_read_are_said_once(server: Asking, monkeypatch: pytest.MonkeyPatch):
     said: list[str] = []
     monkeypatch.setattr(log, "warning", said.append)
-    log.once.cache_clear()
+    log._said.clear()
 
     def answer(detail: str, **beside: object) -> dict:
         part = {"type": "image_url", "image_url": {"url": data_uri(png(pixels())), "detail": detail}, **beside}

@@ -25,7 +25,7 @@ BEST, PATIENCE = {"load_best_model_at_end": True}, {"early_stopping_patience": 2
     ],
 )
 def test_a_warm_up_that_outlasts_the_schedule_is_warned_about_once(capsys, scheduler, steps, warmup, named):
-    log.once.cache_clear()
+    log._said.clear()
     for _ in range(2):  # a run that resumes plans its steps twice
         warn_if_too_short(Config(lr_scheduler_type=scheduler, warmup_steps=warmup), steps)
     said = capsys.readouterr().err
@@ -45,7 +45,26 @@ def test_a_warm_up_that_outlasts_the_schedule_is_warned_about_once(capsys, sched
 def test_a_run_that_ends_before_its_first_evaluation_says_what_has_no_effect(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, keys, eval_steps, named
 ):
-    log.once.cache_clear()
+    log._said.clear()
     monkeypatch.setattr(logging.getLogger("erniekit"), "propagate", True)
     warn_if_nothing_compares(Config(**{"evaluation_strategy": "steps", "eval_steps": eval_steps} | keys), 10)
     assert named in caplog.text and bool(named) == bool(caplog.text)
+
+
+@pytest.mark.parametrize(
+    ("keys", "done", "named"),
+    [
+        ({}, 0, ""),
+        ({"profile": True}, 0, ""),
+        ({"profile": True}, 8, "profile: no effect: 2 steps are left to train and profile_step_start is 3. Lower"),
+        ({"profile": True, "profile_step_start": 11, "profile_step_end": 12}, 0, "10 steps are left to train"),
+        ({"profile": True}, 10, ""),  # a finished run trains and measures nothing
+    ],
+)
+def test_a_profile_that_no_step_reaches_is_warned_about_at_the_start(
+    capsys: pytest.CaptureFixture[str], keys, done, named
+):
+    log._said.clear()
+    warn_if_too_short(Config(**keys), 10, done)
+    said = capsys.readouterr().err
+    assert named in said and bool(named) == bool(said)

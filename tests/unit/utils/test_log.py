@@ -12,3 +12,17 @@ def test_a_capture_inside_another_keeps_its_own_lines(capsys):
     log.info("four")
     assert outer == [(False, "one"), (False, "three")] and inner == [(True, "two")]
     assert capsys.readouterr().err == "[erniekit] four\n"
+
+
+def test_a_warning_is_logged_once_also_if_a_capture_collects_it_in_between(capsys):
+    log._said.clear()
+    log.once("the disk is slow")
+    with log.captured() as lines:
+        log.once("the disk is slow")
+        log.once("the disk is small")
+        log.once("the disk is small")
+    log.once("the disk is slow")
+    log.once("the disk is small")
+    assert lines == [(True, "the disk is slow"), (True, "the disk is small")]
+    said = capsys.readouterr().err
+    assert said.count("slow") == said.count("small") == 1

@@ -72,7 +72,9 @@ def test_a_profile_changes_nothing_and_leaves_nothing(directory: Path, tmp_path:
 
 def test_a_run_that_ends_too_soon_says_so(directory: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     train(directory, tmp_path / "out", profile_step_start=7, profile_step_end=9)
-    assert "the run ended before step 7: nothing was measured" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "the run ended before step 7: nothing was measured" in said
+    assert said.index("profile: no effect: 3 steps are left to train") < said.index("training begins")
     assert not (tmp_path / "out" / "profile.txt").exists()
 
 
