@@ -44,7 +44,7 @@ COMMANDS = {
         "erniekit plan CONFIG.yaml [key=value ...] [gpus=N] [gpu=NAME] [gpus_per_node=8] [json=OUT.json]\n"
         "       [search=true] [chart=OUT.png] [tokens=N] [memory=GB] [document_tokens=N] [picture_tokens=N]\n"
         "       [hardware=CARDS.yaml] [timeline=OUT.png] [trace=OUT.json]\n"
-        "       erniekit plan calibrate CARDS.yaml",
+        "       erniekit plan calibrate CARDS.yaml [overwrite=true]",
         (
             "gpus=N: GPUs in all; else as many as the parallel degrees multiply to",
             "gpu=H800: their name, such as A100, H100, H20, L20, RTX4090, or cpu for this machine's processors",
@@ -57,6 +57,7 @@ COMMANDS = {
             "document_tokens=N: the length of the documents in a row; else a row is one document",
             "picture_tokens=N: tokens of a row that stand for pictures; else half of it, where the method has them",
             "hardware=FILE: a YAML file with other cards (docs/plan.md); `plan calibrate` measures this machine",
+            "overwrite=false: true: `plan calibrate` replaces a file that exists",
             "timeline=FILE: also simulate the step with jitter on every rank and draw its pipeline, as a PNG file",
             "trace=FILE: also write that step as a Chrome trace, which opens in Perfetto",
         ),

@@ -1,6 +1,7 @@
 """Options of a command that are not keys of a configuration: `name=value`, `--name=value` or `--name value`."""
 
 import difflib
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -75,10 +76,17 @@ def one_of(*choices: str) -> Callable[[str], str]:
 
 
 def new_file(text: str) -> str:
-    """A parser for the path of a file that the command writes; its directory must exist."""
+    """A parser for the path of a file that the command writes; its directory must exist and be writable. Writing
+    replaces what has the name, and /dev/null or a link such as /dev/stdout must not become a file.
+    """
     path = Path(expand(text))
-    if path.is_dir() or not path.absolute().parent.is_dir():
-        raise ValueError(f"expected a file to be written, in a directory that exists ({path.absolute().parent})")
+    directory = path.absolute().parent
+    if path.is_dir() or not directory.is_dir():
+        raise ValueError(f"expected a file to be written, in a directory that exists ({directory})")
+    if os.path.lexists(path) and (path.is_symlink() or not path.is_file()):
+        raise ValueError("a link or a device, which the file would replace; name a new or a regular file")
+    if not os.access(directory, os.W_OK | os.X_OK):  # asked now, since a command writes at its end
+        raise ValueError(f"not allowed to write in {directory}; change its permissions, or name another directory")
     return str(path)
 
 

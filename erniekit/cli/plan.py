@@ -322,11 +322,14 @@ def _gigabytes(text: str) -> float:
 
 def _calibrate(args: list[str]) -> int:
     """`erniekit plan calibrate FILE`: measure this machine and write a table for `hardware=FILE`."""
-    options.require("plan", len(args) == 1, "`plan calibrate` takes the file to write, such as my_machine.yaml.")
+    values, paths = options.read_with_paths("plan", args, {"overwrite": to_bool})
+    options.require("plan", len(paths) == 1, "`plan calibrate` takes the file to write, such as my_machine.yaml.")
     try:
-        path = Path(options.new_file(args[0]))
+        path = Path(options.new_file(paths[0]))
     except ValueError as error:
-        raise ConfigError(f"plan calibrate {args[0]}: {error}") from None
+        raise ConfigError(f"plan calibrate {paths[0]}: {error}") from None
+    if path.exists() and not values.get("overwrite", False):
+        raise ConfigError(f"plan calibrate {path}: the file exists. Name another one, or add overwrite=true")
     from erniekit.plan.calibrate import calibrate
 
     measured = calibrate(path)

@@ -1,5 +1,6 @@
 """Options of commands that read no configuration, or have more than its keys."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -40,3 +41,16 @@ def test_a_path_may_have_an_equals_sign(tmp_path: Path, monkeypatch: pytest.Monk
     assert options.read_with_paths("convert", ["a=b", "~/c"], READERS) == ({}, ["a=b", "/h/c"])
     with pytest.raises(ConfigError, match="a=c: the options of `erniekit convert` are strict, command"):
         options.read_with_paths("convert", ["a=c"], READERS)
+
+
+def test_a_file_to_write_may_replace_a_file_and_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    (tmp_path / "old.json").write_text("{}")
+    (tmp_path / "link.json").symlink_to("old.json")
+    for name in ("old.json", "new.json"):
+        assert options.new_file(str(tmp_path / name)) == str(tmp_path / name)
+    for path in ("/dev/null", "/dev/stdout", "/dev/fd/1", str(tmp_path / "link.json")):
+        with pytest.raises(ValueError, match="a link or a device"):
+            options.new_file(path)
+    monkeypatch.setattr(os, "access", lambda path, mode: False)  # permissions do not bind a superuser
+    with pytest.raises(ValueError, match=f"not allowed to write in {tmp_path}"):
+        options.new_file(str(tmp_path / "new.json"))

@@ -176,3 +176,20 @@ def test_a_model_that_fits_on_no_cluster_is_called_that(capsys: pytest.CaptureFi
 def test_nothing_to_plan_is_refused():
     with pytest.raises(ConfigError, match="Missing configuration file"):
         plan.run(["gpus=8"])
+
+
+def test_a_measurement_replaces_a_file_only_on_request(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    measured = Measured({64: 1e10, 256: 6e10}, 12e9, 5e-6, 9e9)
+    monkeypatch.setattr("erniekit.plan.calibrate.measure", lambda: measured)
+    path = tmp_path / "sft.yaml"
+    path.write_text("stage: SFT\n")
+    with pytest.raises(ConfigError, match=r"sft\.yaml: the file exists\. Name another one, or add overwrite=true"):
+        plan.run(["calibrate", str(path)])
+    assert path.read_text() == "stage: SFT\n"
+    assert plan.run(["calibrate", str(path), "overwrite=true"]) == 0
+    assert load_hardware("cpu", path).peak("fp32") == pytest.approx(6e10)
+    assert f"use it with hardware={path}" in capsys.readouterr().out
+    with pytest.raises(ConfigError, match="takes the file to write"):
+        plan.run(["calibrate", "overwrite=true"])
