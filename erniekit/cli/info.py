@@ -9,6 +9,7 @@ from erniekit.cli.commands import ALIASES, COMMANDS
 from erniekit.utils.errors import ConfigError
 
 if TYPE_CHECKING:
+    from erniekit.config.compat import Detail, Fixed, Later, NoEffect
     from erniekit.config.reference import KeyEntry
 
 USAGE = """\
@@ -57,6 +58,7 @@ def usage(name: str | None = None) -> str:
 
 
 def _key_usage(name: str) -> str:
+    """What a key means, or what is done here with a key of ERNIEKit's or PaddleFormers' files."""
     from erniekit.config import reference, schema, synonyms  # imported late, as below
     from erniekit.config.compat import Alias
     from erniekit.config.compat_keys import RULES
@@ -64,6 +66,8 @@ def _key_usage(name: str) -> str:
     field = schema.fields().get(name)
     if field is None:
         rule, near = RULES.get(name), nearest(name)
+        if rule is not None and not isinstance(rule, Alias):
+            return textwrap.fill(f"  {name}: {_foreign(rule)}", 118, subsequent_indent="      ")
         hint = f"did you mean {near}?" if near else synonyms.hint(name, schema.fields())
         if isinstance(rule, Alias):
             hint = f"it is another name of {rule.to}"
@@ -80,6 +84,21 @@ def _key_usage(name: str) -> str:
         if key == name:
             lines.append(f"      Default with stage {stages}: {value}.")
     return "\n".join(lines)
+
+
+def _foreign(rule: "NoEffect | Detail | Later | Fixed") -> str:
+    """What is done with a key that files of ERNIEKit or PaddleFormers may have and that is none here."""
+    from erniekit.config.compat import Detail, Fixed, NoEffect
+
+    known = "a key of ERNIEKit or PaddleFormers"
+    if isinstance(rule, NoEffect):
+        return f"{known}, accepted without effect: {rule.why}"
+    if isinstance(rule, Detail):
+        return f"{known}, accepted without effect: it is read only with {rule.of}, which this version does not have"
+    if isinstance(rule, Fixed):
+        values = ", ".join(map(str, rule.only)) or "null"
+        return f"{known}; any value but {values} is refused: {rule.why}"
+    return f"{known}; a value that asks for it is refused: {rule.feature}"
 
 
 def nearest(name: str) -> str | None:

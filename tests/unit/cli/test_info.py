@@ -12,6 +12,8 @@ import erniekit
 from erniekit.cli import info, launch
 from erniekit.cli.commands import COMMANDS
 from erniekit.config import reference, schema
+from erniekit.config.compat import Alias
+from erniekit.config.compat_keys import RULES
 from erniekit.utils.errors import ConfigError
 
 
@@ -121,3 +123,21 @@ def test_help_of_a_key_says_what_it_means_and_who_reads_it():
     assert text.endswith("Default with stage RL or VL-RL: 1e-06.")
     assert "Read by: train, eval, chat, server." in info.usage("max_pixels")
     assert all("Read by: " in info.usage(name) for name in schema.fields().keys() - COMMANDS.keys())
+
+
+@pytest.mark.parametrize(
+    ("name", "meaning"),
+    [
+        ("logging_first_step", "accepted without effect: metrics.jsonl records loss, norm, rate"),
+        ("sep_parallel_size", "a value that asks for it is refused: heads exchanged for tokens"),
+        ("use_template", "any value but True is refused: answers are always trained behind the chat template"),
+    ],
+)
+def test_help_of_a_key_of_other_toolkits_says_what_becomes_of_it(name: str, meaning: str):
+    """No such key is called unknown, since a file may have it."""
+    assert f"{name}: a key of ERNIEKit or PaddleFormers" in info.usage(name)
+    assert meaning in " ".join(info.usage(name).split())
+
+
+def test_help_knows_every_key_that_a_file_may_have():
+    assert all(info.usage(name) for name, rule in RULES.items() if not isinstance(rule, Alias))
