@@ -135,6 +135,23 @@ class OutputDir:
         source = self._explicit()
         return source is not None and source.resolve().parent == self.path.resolve()
 
+    def _check_data(self, here: Path) -> None:
+        """Refuse a directory inside one of data, of which all files are read: a resumed run would read its own."""
+        for key in ("train_dataset_path", "text_dataset_path", "eval_dataset_path", "upo_offline_path"):
+            for value in vars(self.cfg)[key]:
+                data = Path(value).expanduser().resolve()
+                # hidden directories are not searched for data
+                if (
+                    data.is_dir()
+                    and here.is_relative_to(data)
+                    and not any(name.startswith(".") for name in here.relative_to(data).parts)
+                ):
+                    raise ConfigError(
+                        f"output_dir: {self.path} is inside {key}: {value}, and every file of a directory is read as "
+                        "data: a run that resumes would read its own files. Choose another output_dir, or name the "
+                        "files of the data."
+                    )
+
     def _check_keys(self) -> None:
         """Check the keys for contradictions, and check the requested checkpoint."""
         here = self.path.resolve()
@@ -149,6 +166,7 @@ class OutputDir:
                     f"output_dir: {self.path} is also {key}: the trained model would replace it. Choose another "
                     "output_dir."
                 )
+        self._check_data(here)
         source = self._explicit()
         if source is None:
             return

@@ -152,6 +152,18 @@ def test_the_base_models_own_directory(cfg_of, tmp_path, key, overwrite):
         assert f"is also {key}" in refused(cfg_of(**more, **keys), ConfigError)
 
 
+@pytest.mark.parametrize("key", ["train_dataset_path", "eval_dataset_path"])
+def test_a_directory_inside_the_data(cfg_of, tmp_path, key):
+    """All files of a directory are read as data, so a resumed run would read its own; hidden ones are not."""
+    (tmp_path / "data").mkdir()
+    for path in (tmp_path / "data", tmp_path):
+        message = refused(cfg_of(**{key: str(path), "output_dir": str(tmp_path / "data" / "runs" / "a")}), ConfigError)
+        assert f"is inside {key}: {path}, and every file of a directory is read as data" in message
+    for elsewhere in ("data/.runs/a", "data-runs"):
+        with output(cfg_of(**{key: str(tmp_path / "data"), "output_dir": str(tmp_path / elsewhere)})) as place:
+            place.claim()
+
+
 def test_overwriting_what_the_run_starts_from(cfg_of):
     out = put_run(cfg_of())
     base = {"model_name_or_path": str(out / "checkpoint-6"), "overwrite_output_dir": True}
