@@ -26,6 +26,7 @@ Image.init()
 FORMATS = tuple(name for name in _WANTED if name in Image.OPEN)  # Pillow may be built without some of them
 _VIDEOS = (".mp4", ".mkv", ".avi", ".mov", ".webm", ".m4v")  # what is most often meant by them
 _ORIENTATION = 0x0112
+_SIDES = (0x0100, 0x0101)  # width and height of what a TIFF file holds
 _TURNS = range(2, 9)  # its values that turn or mirror a picture; 1 is upright, others mean nothing
 # Programs that draw pictures keep their settings as text in PNG files. Pillow refuses the picture because of a text
 # beyond 1 MB; its bound for all texts of a file, 64 MB, remains.
@@ -53,8 +54,10 @@ def image_size(source: Any, reader: MediaReader, options: ImageOptions = IMAGE_O
         return check_array(source).shape[1], source.shape[0]
     with _opened(source, reader, options) as image:
         width, height = image.size
-        turned = options.apply_exif and _orientation(image, None) in (5, 6, 7, 8)
-        return (height, width) if turned else (width, height)
+        if image.format == "TIFF":  # of such files some versions of Pillow say the turned size here, others the stored
+            width, height = (image.tag_v2[tag] for tag in _SIDES)  # type: ignore[attr-defined]
+        is_turned = options.apply_exif or image.format == "TIFF"
+        return (height, width) if is_turned and _orientation(image, None) in (5, 6, 7, 8) else (width, height)
 
 
 def load_image(
@@ -79,7 +82,7 @@ def load_picture(
     with _opened(source, reader, options) as image:
         if _count_frames(image) > 1 and notes is not None:
             notes.doubts.add("a picture of several frames or pages: only the first one is used")
-        if _orientation(image, notes) in _TURNS:
+        if image.format != "TIFF" and _orientation(image, notes) in _TURNS:  # Pillow itself turns what TIFF files hold
             if options.apply_exif:
                 image = ImageOps.exif_transpose(image)
             elif notes is not None:

@@ -140,6 +140,18 @@ def test_orientation_is_ignored_unless_asked_for(reader):
     assert image_size(source, reader, turned) == (20, 30)
 
 
+@pytest.mark.parametrize("options", [ImageOptions(), ImageOptions(apply_exif=True)])
+@pytest.mark.parametrize("orientation", [1, 3, 6])
+def test_a_tiff_file_is_turned_and_its_header_says_the_turned_size(reader, options, orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    source, notes = saved(Image.fromarray(blocks(30, 20)), "TIFF", exif=exif), Notes()
+    expected = np.rot90(blocks(30, 20), {1: 0, 3: 2, 6: -1}[orientation])
+    np.testing.assert_array_equal(load_image(source, reader, options, notes), expected)
+    assert image_size(source, reader, options) == expected.shape[1::-1]
+    assert not notes.doubts
+
+
 def test_broken_files_are_bad_rows(reader):
     whole = encoded(blocks(300, 200))
     for source, message in [
