@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from erniekit.data.records.errors import BadRecord
-from erniekit.data.records.fields import Notes, has_content
+from erniekit.data.records.fields import Notes, check_fields, has_content
 from erniekit.data.records.values import json_of, kind_of, list_of
 from erniekit.data.vision.boxes import relative_box
 from erniekit.data.vision.images import IMAGE_OPTIONS, ImageOptions, image_size
@@ -15,6 +15,7 @@ from erniekit.data.vision.parts import merged, options_inside, unknown_inside
 
 _TAG = re.compile(r"<(image|video|audio)>")
 _OBJECT_TAG = re.compile(r"<(bbox|ref-object)>")
+_OF_OBJECTS = ("ref", "bbox", "bbox_type", "image_id")
 _BOX_TYPES = {"real": "pixels", "norm1": "fraction", "norm1000": "relative"}
 
 
@@ -47,6 +48,7 @@ class RecordMedia:
             raise BadRecord(
                 f"'objects' must be an object, not {kind_of(objects)}", 'write {"bbox": [...], "ref": [...]}'
             )
+        check_fields(objects, _OF_OBJECTS, "'objects'", {}, notes)
         return cls(_listed(record, "images", "image", notes), _listed(record, "videos", "video", notes), objects)
 
 
@@ -88,7 +90,7 @@ def fill_tags(
         for part, source in zip(list(_places(result, kind)), sources, strict=True):
             _fill_part(part, kind, source, notes)
     pictures = [part["image"] for turn in result for part in _parts(turn) if part["type"] == "image"]
-    _fill_objects(result, media.objects, pictures, options)
+    _fill_objects(result, media.objects, pictures, options, notes)
     return [
         {**turn, "content": merged(turn["content"])} if isinstance(turn["content"], list) else turn for turn in result
     ]
@@ -138,12 +140,12 @@ def _put_in_front(turns: list[dict[str, Any]], kind: str, count: int) -> None:
 
 
 def _fill_objects(
-    turns: list[dict[str, Any]], objects: dict[str, Any], pictures: list[Any], options: FormatOptions
+    turns: list[dict[str, Any]], objects: dict[str, Any], pictures: list[Any], options: FormatOptions, notes: Notes
 ) -> None:
     """Replace <bbox> by boxes in ERNIE's convention and <ref-object> by names, in the order of all messages."""
     if not objects:
         return
-    boxes = _boxes(objects, pictures, options)
+    boxes = _boxes(objects, pictures, options, notes)
     names = list_of(objects, "ref") if has_content(objects.get("ref")) else []
     stock = {"bbox": iter(boxes), "ref-object": iter(names)}
     used = {"bbox": 0, "ref-object": 0}
@@ -166,7 +168,9 @@ def _fill_objects(
             )
 
 
-def _boxes(objects: dict[str, Any], pictures: list[Any], options: FormatOptions) -> list[list[int | float]]:
+def _boxes(
+    objects: dict[str, Any], pictures: list[Any], options: FormatOptions, notes: Notes
+) -> list[list[int | float]]:
     """The boxes of `objects` in the relative convention."""
     given = list_of(objects, "bbox") if has_content(objects.get("bbox")) else []
     kind = objects.get("bbox_type") or "real"
@@ -183,6 +187,8 @@ def _boxes(objects: dict[str, Any], pictures: list[Any], options: FormatOptions)
             return image_size(pictures[index], options.reader, options.images)
 
         result.append(relative_box(box, convention, size, f"objects.bbox[{i}]"))
+        if convention != "fraction" and max(box) <= 1 and any(value % 1 for value in box):
+            notes.doubts.add("boxes of objects look like fractions of the picture: set their bbox_type to norm1")
     return result
 
 

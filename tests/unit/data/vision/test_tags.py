@@ -1,5 +1,9 @@
 """What tags in texts become, with what the record lists beside them."""
 
+import pytest
+from support.pictures import write_picture
+
+from erniekit.data.records.errors import BadLine
 from erniekit.data.records.fields import Notes
 from erniekit.data.vision.formats import parse_vision_record
 from erniekit.data.vision.media import MediaReader
@@ -29,3 +33,20 @@ def test_options_in_the_object_of_an_address_are_those_of_the_part(tmp_path):
     record = {"messages": [{"role": "user", "content": [part, {"type": "text", "text": "Which?"}]}]}
     (picture, _), _ = parts_of(record, tmp_path)
     assert picture["max_pixels"] == 1568
+
+
+def test_unknown_fields_of_objects_and_boxes_that_look_like_fractions_are_named(tmp_path):
+    write_picture(tmp_path / "a.png")
+
+    def notes_of(objects):
+        content = "<image>Where is <bbox>?"
+        return parts_of(
+            {"messages": [{"role": "user", "content": content}], "images": ["a.png"], "objects": objects}, tmp_path
+        )[1]
+
+    notes = notes_of({"bbox": [[0.1, 0.25, 1, 1]], "width": [64], "height": []})
+    assert notes.unused == {"'width' of 'objects'"}
+    assert notes.doubts == {"boxes of objects look like fractions of the picture: set their bbox_type to norm1"}
+    assert not notes_of({"bbox": [[0, 0, 1, 1]]}).doubts  # one pixel
+    with pytest.raises(BadLine, match="unknown field 'box_type' of 'objects'; the nearest known one is 'bbox_type'"):
+        notes_of({"bbox": [[0.1, 0.25, 1, 1]], "box_type": "norm1"})
