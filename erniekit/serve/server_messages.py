@@ -1,6 +1,5 @@
 """The messages of a request in the form that chat templates take."""
 
-import io
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -197,16 +196,14 @@ class Messages:
         if not isinstance(image, dict):
             if not isinstance(image, Image.Image):
                 raise _wrong(f"{name}.image_pil", f"expected a PIL.Image.Image, got {type_name(image)}")
-            file = io.BytesIO()
-            image.save(file, "PNG")
-            return self._decoded(file.getvalue(), name)
+            return self._decoded(image, f"{name}.image_pil")
         path = Path(unquote(urlsplit(image["url"]).path))
         try:
             return self._decoded(path.read_bytes(), name)
         except OSError as error:
             raise _wrong(f"{name}.image_url", f"cannot read {path}: {error.strerror}") from None
 
-    def _decoded(self, content: bytes, name: str) -> Any:
+    def _decoded(self, content: bytes | Image.Image, name: str) -> Any:
         assert self._vision is not None
         options = self._vision.images
         if options.max_pixels_decoded > MAX_IMAGE_PIXELS:

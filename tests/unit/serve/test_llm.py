@@ -162,6 +162,14 @@ def test_pictures_come_from_memory_and_from_files(tmp_path: Path):
 
     given = ask({"type": "image_pil", "image_pil": image})
     assert given == ask({"type": "image_url", "image_url": {"url": (tmp_path / "a b.png").as_uri()}})
+    in_ink = image.convert("CMYK")  # which no PNG file holds
+    in_ink.save(tmp_path / "ink.jpg", quality=100)
+    ask({"type": "image_pil", "image_pil": in_ink})
+    assert ask({"type": "image_pil", "image_pil": Image.open(tmp_path / "ink.jpg")}) == ask(
+        {"type": "image_url", "image_url": {"url": (tmp_path / "ink.jpg").as_uri()}}
+    )
+    with pytest.raises(UserError, match=r"image_pil: .*floating-point"):
+        ask({"type": "image_pil", "image_pil": image.convert("F")})
     with pytest.raises(UserError, match="cannot read"):
         ask({"type": "image_url", "image_url": {"url": "file:///nowhere/a.png"}})
     with pytest.raises(UserError, match="opens no addresses"):
