@@ -26,6 +26,11 @@ def attach_qat(model: CausalLM, options: QatOptions) -> None:
             f"qat: {options.name}: its 4-bit codes are those of experts, which this model does not have. Set qat: "
             f"{'w8a8' if options.name == 'w4a8' else 'wint4'}"
         )
+    if options.name == "w4a8" and model.config.vision is not None:
+        raise ConfigError(
+            "qat: w4a8: these codes are for FastDeploy, which has no names for those of a vision-language model, so "
+            "that no export writes them. Set qat: fp8_static for FastDeploy, or wint4/8 for vLLM"
+        )
     attach_products(model, _sized(model, options).product)
     for name, projection, product in _found(model):
         reason = _refused(projection, product, model.shard.tensor_degree)
@@ -88,9 +93,10 @@ def describe_qat(model: CausalLM, options: QatOptions) -> str:
             how += f"; their last projection: {describe_recipe(options.experts_down)}"
         ways.setdefault(how, []).append(f"{part} ({matrices[part]} weights)")
     found = "; ".join(f"{', '.join(parts)}: {how}" for how, parts in ways.items())
-    return (
-        f"qat: {options.name}: {found}. Not quantised: routers, norms, biases, embedding, head, multi-token prediction"
-    )
+    others = "routers, norms, biases, embedding, head, multi-token prediction"
+    if model.config.vision is not None:
+        others += ", vision transformer, resampler"
+    return f"qat: {options.name}: {found}. Not quantised: {others}"
 
 
 class MovingRanges:
