@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from http.client import HTTPException
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 from urllib.parse import quote, unquote, unquote_to_bytes, urlsplit
 
 from erniekit.data.records.errors import BadRecord
@@ -222,45 +222,61 @@ def _split_archive(path: Path) -> tuple[Path, str] | None:
     return None
 
 
-class _Archives:
-    """The archives that were used last, each with an index of its members. An archive that changed is indexed again."""
+class _Index(NamedTuple):
+    """How a member of an archive is read: by its name, at most a number of bytes and one more. `members`: how many."""
 
-    def __init__(self, capacity: int = 16):
-        self._open: OrderedDict[tuple[Path, int, int], Callable[[str, int], bytes]] = OrderedDict()
-        self._capacity = capacity
+    read: Callable[[str, int], bytes]
+    members: int
+
+
+class _Archives:
+    """The archives that were used last, each with an index of its members. An archive that changed is indexed again.
+
+    Shuffled pictures come from all archives of a data set by turns, so that many are kept: at most `capacity`, of which
+    zip files stay open, and at most so many `members` in all.
+    """
+
+    def __init__(self, capacity: int = 256, members: int = 1_000_000):
+        self._indexes: OrderedDict[tuple[Path, int, int], _Index] = OrderedDict()
+        self._capacity, self._members = capacity, members
 
     def read(self, archive: Path, member: str, limit: int) -> bytes:
         """The content of a member, at most `limit` + 1 bytes of it."""
         status = archive.stat()
         key = (archive, status.st_mtime_ns, status.st_size)
-        if key not in self._open:
+        index = self._indexes.pop(key, None)
+        if index is None:
             make = _index_zip if archive.name.lower().endswith(".zip") else _index_tar
             try:
-                self._open[key] = make(archive)
+                index = make(archive)
             except (OSError, zipfile.BadZipFile, tarfile.TarError, EOFError, ValueError) as error:
                 raise BadRecord(f"{archive} cannot be read as an archive: {error}", "copy the file again") from None
-        self._open.move_to_end(key)
-        while len(self._open) > self._capacity:
-            self._open.popitem(last=False)
+        self._indexes[key] = index  # the one that was used last
+        while len(self._indexes) > 1 and self._are_too_many():
+            self._indexes.popitem(last=False)
         try:
-            return self._open[key](member, limit)
+            return index.read(member, limit)
         except KeyError:
             raise BadRecord(f"{archive} has no member {member!r}", "check the path after the archive's name") from None
         except (OSError, zipfile.BadZipFile, EOFError, RuntimeError, NotImplementedError, zlib.error) as error:
             raise BadRecord(f"{member} of {archive} cannot be read: {error}", "make the archive again") from None
 
+    def _are_too_many(self) -> bool:
+        indexes = list(self._indexes.values())
+        return len(indexes) > self._capacity or sum(index.members for index in indexes) > self._members
 
-def _index_zip(archive: Path) -> Callable[[str, int], bytes]:
+
+def _index_zip(archive: Path) -> _Index:
     opened = zipfile.ZipFile(archive)
 
     def read(member: str, limit: int) -> bytes:
         with opened.open(member) as file:
             return file.read(limit + 1)
 
-    return read
+    return _Index(read, len(opened.filelist))
 
 
-def _index_tar(archive: Path) -> Callable[[str, int], bytes]:
+def _index_tar(archive: Path) -> _Index:
     places: dict[str, tuple[int, int]] = {}
     with tarfile.open(archive, "r:") as opened:
         for member in opened:
@@ -275,7 +291,7 @@ def _index_tar(archive: Path) -> Callable[[str, int], bytes]:
             file.seek(start)
             return file.read(min(size, limit + 1))
 
-    return read
+    return _Index(read, len(places))
 
 
 _archives = _Archives()

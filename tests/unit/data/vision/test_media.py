@@ -7,11 +7,13 @@ import tarfile
 import threading
 import zipfile
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 import pytest
 from support.pictures import blocks, encoded
 
 from erniekit.data.records.errors import BadRecord
+from erniekit.data.vision import media
 from erniekit.data.vision.media import MediaReader, describe
 
 
@@ -75,6 +77,25 @@ def test_an_archive_that_is_written_again_is_read_again(reader, tmp_path):
             archive.writestr("a", text)
         os.utime(path, ns=(number, number))
         assert content(reader, "all.zip/a") == text
+
+
+def test_archives_that_are_read_by_turns_are_indexed_once_up_to_a_number_of_members(tmp_path, monkeypatch):
+    paths = [tmp_path / f"{number}.tar" for number in range(20)]
+    for path in paths:
+        with tarfile.open(path, "w") as archive:
+            for name in ("a", "b"):
+                archive.addfile(tarfile.TarInfo(name))
+    indexed: list[Path] = []
+    make = media._index_tar
+    monkeypatch.setattr(media, "_index_tar", lambda path: indexed.append(path) or make(path))
+    many, few = media._Archives(), media._Archives(members=5)
+    for _ in range(2):
+        for path in paths:
+            assert many.read(path, "a", 10) == b""
+    assert indexed == paths
+    for number in (0, 1, 0, 2, 0, 1):  # two of them have four members
+        few.read(paths[number], "a", 10)
+    assert indexed[20:] == [paths[number] for number in (0, 1, 2, 1)]
 
 
 def test_damaged_archives(reader, tmp_path):
