@@ -282,6 +282,10 @@ def _index_tar(archive: Path) -> _Index:
         for member in opened:
             if stat.S_IFMT(member.mode) in (0, stat.S_IFREG) and member.isreg():
                 places[member.name.removeprefix("./")] = member.offset_data, member.size
+            elif member.islnk():  # a file with several names, whose content stands at the first one
+                linked = places.get(member.linkname.removeprefix("./"))
+                if linked is not None:
+                    places[member.name.removeprefix("./")] = linked
             if len(places) > _MAX_MEMBERS:
                 raise ValueError(f"more than {_MAX_MEMBERS:,} members")
 

@@ -98,6 +98,15 @@ def test_archives_that_are_read_by_turns_are_indexed_once_up_to_a_number_of_memb
     assert indexed[20:] == [paths[number] for number in (0, 1, 2, 1)]
 
 
+def test_a_file_with_two_names_in_a_tar_file(reader, tmp_path):
+    (tmp_path / "again.png").hardlink_to(tmp_path / "sub" / "a.png")
+    with tarfile.open(tmp_path / "all.tar", "w") as archive:
+        for name in ("./sub/a.png", "./again.png"):
+            archive.add(tmp_path / name, name)
+        assert archive.getmembers()[1].islnk()
+    assert content(reader, "all.tar/again.png") == content(reader, "all.tar/sub/a.png") == b"picture"
+
+
 def test_damaged_archives(reader, tmp_path):
     for name in ("bad.zip", "bad.tar"):
         (tmp_path / name).write_bytes(b"x" * 2000)
