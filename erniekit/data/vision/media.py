@@ -233,7 +233,7 @@ class _Archives:
     """The archives that were used last, each with an index of its members. An archive that changed is indexed again.
 
     Shuffled pictures come from all archives of a data set by turns, so that many are kept: at most `capacity`, of which
-    zip files stay open, and at most so many `members` in all.
+    zip files stay open, with at most `members` entries in all.
     """
 
     def __init__(self, capacity: int = 256, members: int = 1_000_000):
