@@ -34,7 +34,7 @@ MEASURED_BYTES = 48 << 20  # about 8 seconds on two cores with ERNIE's tokenizer
 _FEW_BYTES = 2 << 20  # smaller data is encoded before a worker would have started
 _SLOW_SECONDS = 2.0  # a measurement is cached if it took longer than this, or used workers
 _KEPT_FILES = 50
-_FORMAT = 2  # of a kept file
+_FORMAT = 3  # of a kept file
 _MIN_SAMPLES = 64
 _SEED = 7  # the seed of the sample, which does not depend on the run's seed
 
@@ -212,11 +212,13 @@ def _nearest(known: np.ndarray, targets: np.ndarray) -> np.ndarray:
 
 
 def _cache_file(dataset: Dataset, numbers: np.ndarray, depends_on: dict[str, Any]) -> Path:
-    files = []
-    for source in dataset.sources:
-        for data in source.files:
-            status = data.path.stat()
-            files.append([source.spec.type, str(data.path.resolve()), status.st_size, status.st_mtime_ns, len(data)])
+    # Of a file its content counts: its size and time may be those of another content (`cp -p`, an archive in which all
+    # times are equal). Its path counts since pictures are found beside it.
+    files = [
+        [source.spec.type, str(data.path.resolve()), data.digest, len(data)]
+        for source in dataset.sources
+        for data in source.files
+    ]
     everything = [_FORMAT, __version__, files, depends_on, len(numbers)]
     digest = hashlib.sha256(json.dumps(everything, ensure_ascii=False, sort_keys=True).encode()).hexdigest()
     return cache_directory() / "lengths" / f"{digest[:32]}.npz"

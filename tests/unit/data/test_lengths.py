@@ -91,6 +91,17 @@ def test_lengths_are_kept_until_file_tokenizer_or_a_length_changes(tmp_path, mon
     assert measure()[1] == 100 and "cannot be read" in caplog.text
 
 
+def test_kept_lengths_are_not_those_of_another_content_of_the_same_size_and_time(tmp_path, monkeypatch):
+    monkeypatch.setattr(lengths, "_SLOW_SECONDS", -1.0)
+    rows = []
+    for text in ("a" * 30, "\u1234" * 5):  # 30 bytes of JSON each
+        data = write(tmp_path / "a.jsonl", [{"src": "q", "tgt": text}] * 100)
+        os.utime(data, (10**9, 10**9))
+        with build(data, batch_size=1, gradient_accumulation_steps=1) as loader:
+            rows.append((loader.rows_left(), len(steps(loader)), data.stat().st_size))
+    assert rows[0][0] == rows[0][1] != rows[1][0] == rows[1][1] and rows[0][2] == rows[1][2]
+
+
 def test_ranks_of_a_host_measure_large_data_once(tmp_path, monkeypatch, encoded, cache):
     """All of them ask at the same time; one measures, the others wait for it."""
     data = write(tmp_path / "a.jsonl", records(300, 40))
