@@ -10,7 +10,7 @@ treatment of unknown fields.
 from typing import Any
 
 from erniekit.data.records.errors import BadRecord, reading
-from erniekit.data.records.fields import DECISIVE, Notes, check_fields
+from erniekit.data.records.fields import DECISIVE, Notes, check_fields, has_content
 from erniekit.data.records.judged_formats import JUDGED_TYPES, KTO_SUFFIX, judged_fields, read_judged
 from erniekit.data.records.preference_formats import PREFERENCE_FORMATS
 from erniekit.data.records.prompt_formats import CLOSERS, PROMPT_NAMES, RL_SUFFIX, read_prompt
@@ -140,6 +140,8 @@ def _erniekit(record: dict[str, Any], notes: Notes) -> Sample:
                 "'is_system' is 1 but there is no turn after the system text", "add the turns, or set it to 0"
             )
         messages = [{"role": "system", "content": text_of(src[0], "src[0]")}]
+        if has_content(tgt[0]):
+            notes.doubts.add("is_system: 1 makes src[0] the system text, and the answer beside it, tgt[0], is left out")
         src, tgt, label = src[1:], tgt[1:], label and label[1:]
     first = 1 if is_system else 0
     for i, (question, answer) in enumerate(zip(src, tgt, strict=True), first):

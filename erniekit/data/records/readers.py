@@ -30,7 +30,7 @@ from erniekit.utils.user_files import parse_json
 
 # csv columns whose cells contain JSON
 _JSON_CELLS = ("messages", "conversations", "history", "tools", "label", "is_system", "response", "sort", "kto_tag")
-# those of them that hold a truth value, which tables also write as True and False
+# those of them that hold a truth value, which tables also write as True or TRUE
 _TRUTHS = ("label", "kto_tag")
 # csv columns whose cells contain text, or messages as JSON
 _TEXT_OR_MESSAGES = ("prompt", "completion", "chosen", "rejected", "chosen_response", "rejected_response")
@@ -209,9 +209,10 @@ class _CsvFile(_TextFile):
             taken: list[bytes] = []
 
             def lines() -> Iterator[str]:
-                for line in file:
+                for number, line in enumerate(file):
                     taken.append(line)
-                    yield line.decode("utf-8", "surrogateescape")
+                    text = line if number else line.removeprefix(_BOM)  # a quote must be the first character of a cell
+                    yield text.decode("utf-8", "surrogateescape")
 
             records = lines()
             reader, start, line = csv.reader(records, strict=True), 0, 1
@@ -239,7 +240,7 @@ class _CsvFile(_TextFile):
         return json.dumps([*self._header, " "] if self._is_spaced else self._header).encode()
 
     def _check_header(self, row: list[str]) -> list[str]:
-        header = [name.strip().lstrip("\ufeff") for name in row]
+        header = [name.strip() for name in row]
         if not all(header) or len(set(header)) != len(header):
             raise DataError(
                 f"{self.path}:1: the header has an empty or repeated column name: {header}. "
@@ -264,7 +265,9 @@ class _CsvFile(_TextFile):
         record: dict[str, Any] = {name: cell for name, cell in zip(self._header, row, strict=True) if cell != ""}
         for name in _JSON_CELLS:
             if name in record:
-                text = record[name].lower() if name in _TRUTHS and record[name] in ("True", "False") else record[name]
+                text = record[name]
+                if name in _TRUTHS and text.lower() in ("true", "false"):  # True in Python's tables, TRUE in Excel's
+                    text = text.lower()
                 description = f"{where}: the cell of column {name!r} must hold JSON"
                 try:
                     record[name] = parse_json(text, description, BadLine)

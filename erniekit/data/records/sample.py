@@ -18,6 +18,7 @@ ROLES = {  # role as written -> its usual name
     **dict.fromkeys(("tool", "tool_response", "observation", "function_response"), "tool"),
     **dict.fromkeys(("function", "function_call", "function_calls", "tool_call", "tool_calls"), "function"),
 }
+_FIELDS = ("tool_calls", "reasoning_content", "name", "tool_call_id")  # of a message, besides role and content
 _WEIGHTS = ("weight", "loss", "loss_weight", "train")
 _FOLLOWS = {
     "start": ("system", "user"),
@@ -152,13 +153,12 @@ def _role(turn: Any, name: str, keys: tuple[str, str], notes: Notes) -> str:
         raise BadRecord(
             f"{name} must be an object, not {kind_of(turn)}", f'write {{"{keys[0]}": ..., "{keys[1]}": ...}}'
         )
-    openai = ("tool_calls", "reasoning_content", "name", "tool_call_id") if keys[0] == "role" else ()
     given = turn.get(keys[0])
     role = ROLES.get(given) if isinstance(given, str) else None
     # a weight without effect: on a message without loss, or equal to the default
     idle = [key for key in _WEIGHTS if key in turn and (turn[key] == 1 or role not in (None, "assistant", "function"))]
     fields = {key: value for key, value in turn.items() if key not in idle} if idle else turn
-    check_fields(fields, (*keys, *openai), MESSAGE, DECISIVE_IN_MESSAGES, notes)
+    check_fields(fields, (*keys, *_FIELDS), MESSAGE, DECISIVE_IN_MESSAGES, notes)
     notes.unused.update(f"{key!r} of {MESSAGE}" for key in idle)
     if role is None:
         raise _no_role(turn, name, keys, given)

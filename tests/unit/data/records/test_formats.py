@@ -44,6 +44,13 @@ def test_erniekit_is_system_takes_the_first_pair_away_with_its_label():
     assert sample.label == [1]
 
 
+def test_an_answer_beside_a_system_text_is_left_out_with_a_note():
+    notes = Notes()
+    record = {"src": ["rules", "a"], "tgt": ["noted", "x"], "is_system": 1}
+    assert parse_record(record, "erniekit", notes=notes).messages == [system("rules"), user("a"), assistant("x")]
+    assert notes.doubts == {"is_system: 1 makes src[0] the system text, and the answer beside it, tgt[0], is left out"}
+
+
 @pytest.mark.parametrize(
     ("record", "reason"),
     [
@@ -322,6 +329,17 @@ def test_fields_of_messages_are_passed_over_or_refused_by_the_same_rule():
     for field, value in (("refusal", "no"), ("weight", 0), ("function_call", {"name": "f"}), ("reasoning", "hm")):
         with pytest.raises(DataError, match=f"field {field!r} does not belong to a message"):
             parse_record({"messages": [user("q"), assistant("a") | {field: value}]}, "messages")
+
+
+def test_fields_of_sharegpt_messages_that_are_read_are_not_said_to_be_unused():
+    notes = Notes()
+    answer = {"from": "gpt", "value": "a", "reasoning_content": "hm", "tool_calls": [call(x=1)]}
+    result = {"from": "observation", "value": "1", "tool_call_id": "7", "name": "f"}
+    turns = [{"from": "human", "value": "q"}, answer, result, {"from": "gpt", "value": "b"}]
+    messages = parse_record({"conversations": turns}, "sharegpt", notes=notes).messages
+    assert messages[1] == assistant("a", reasoning_content="hm", tool_calls=[call(x=1)])
+    assert messages[2] == {"role": "tool", "content": "1", "tool_call_id": "7", "name": "f"}
+    assert not notes.unused
 
 
 def test_a_missing_field_is_named_with_what_stands_there_instead():

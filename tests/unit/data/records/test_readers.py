@@ -37,8 +37,8 @@ def test_csv_cells_that_hold_messages_or_turns_as_json(tmp_path):
 @pytest.mark.parametrize("column", ["label", "kto_tag"])
 def test_csv_cells_with_a_judgement(tmp_path, column):
     path = tmp_path / "a.csv"
-    path.write_text(f"prompt,completion,{column}\nq,a,True\nq,a,False\nq,a,true\nq,a,0\n")
-    assert [record[column] for record in records_of(path)] == [True, False, True, 0]
+    path.write_text(f"prompt,completion,{column}\nq,a,True\nq,a,False\nq,a,true\nq,a,0\nq,a,FALSE\n")
+    assert [record[column] for record in records_of(path)] == [True, False, True, 0, False]
 
 
 def test_csv_with_spaces_behind_its_commas(tmp_path):
@@ -49,6 +49,12 @@ def test_csv_with_spaces_behind_its_commas(tmp_path):
         {"src": " q ", "tgt": "a "},
         {"src": "x", "tgt": "a\nb", "system": "s"},
     ]
+
+
+def test_csv_with_a_byte_order_mark_before_a_quoted_name(tmp_path):
+    path = tmp_path / "a.csv"
+    path.write_text('"src","tgt"\n"1, 2?","a"\n', encoding="utf-8-sig")
+    assert records_of(path) == [{"src": "1, 2?", "tgt": "a"}]
 
 
 def test_csv_cells_keep_their_spaces_where_the_header_has_none(tmp_path):
