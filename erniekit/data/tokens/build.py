@@ -89,7 +89,7 @@ class Progress:
 
 def find_inputs(paths: Sequence[str]) -> list[Path]:
     """The .jsonl, .json and .txt files among `paths` and, sorted, in the directories among them. In directories, texts
-    for people (README.txt) are left out.
+    for people (README.txt) are left out. Raises DataError for a .txt file of records.
     """
     files: list[Path] = []
     for path in map(Path, paths):
@@ -100,7 +100,30 @@ def find_inputs(paths: Sequence[str]) -> list[Path]:
             names = ", ".join(other.name for other in others[:5]) + (", ..." if len(others) > 5 else "")
             log.info(f"{path}: {len(others)} files there are not read ({names})")
         files += chosen
+    for file in files:
+        if file.suffix.lower() == ".txt" and _has_records(file):
+            raise DataError(
+                f"{file}: it has records, one a line, but a .txt file is read as one document, with its braces and "
+                "quotes. Hint: rename it to .jsonl."
+            )
     return files
+
+
+def _has_records(path: Path) -> bool:
+    """Whether a file begins with a record of pretraining text on a line of its own."""
+    try:
+        with open(path, "rb") as file:
+            if not file.read(64).removeprefix(_BOM).lstrip().startswith(b"{"):
+                return False
+            file.seek(0)
+            line = next(line for line in file if line.removeprefix(_BOM).strip())
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror}. Hint: check its permissions.") from None
+    try:
+        record = json.loads(line.removeprefix(_BOM))
+    except (ValueError, RecursionError):
+        return False
+    return isinstance(record, dict) and ("text" in record or "tgt" in record)
 
 
 @dataclass

@@ -240,6 +240,7 @@ def test_a_bad_line_stops_with_its_place_or_is_counted(tokenizer, tmp_path, work
         ("a.json", b'[{"text": "x"}]', "a.json: a JSON list. Hint: write one object per line"),
         ("a.txt", b"\xff\xfe", "a.txt: UTF-16 text"),
         ("a.txt", b"\xef\xbb\xbfone\n\xca\xfd\xbe\xdd\n", r"a.txt:2: not UTF-8 text \(byte 1 of the line\)"),
+        ("a.txt", b'\xef\xbb\xbf\n{"text": "x"}\n{"text": "y"}\n', "a.txt: it has records.* rename it to .jsonl"),
         ("a.jsonl", b"\n\n", "no document in 1 files"),
         ("a.csv", b"text\nx", "a.csv: a data file ends in .jsonl"),
     ],
@@ -248,6 +249,12 @@ def test_what_is_no_input_is_refused(tokenizer, tmp_path, name, data, expected):
     (tmp_path / name).write_bytes(data)
     with pytest.raises(DataError, match=expected):
         build_token_files(find_inputs([str(tmp_path / name)]), tmp_path / "x", tokenizer, 0)
+
+
+@pytest.mark.parametrize("text", ['{"text": "x"', '{"a": 1}\n', "{text}\n\n", "{", '"text"\n', "\n\n"])
+def test_text_that_begins_like_a_record_is_a_document(tmp_path, text):
+    (tmp_path / "a.txt").write_text(text)
+    assert find_inputs([str(tmp_path)]) == [tmp_path / "a.txt"]
 
 
 def test_inputs_are_found_and_others_named(corpus, tmp_path, caplog):
