@@ -18,7 +18,7 @@ from erniekit.config.methods import DEFAULT, METHODS, MethodFacts, Records
 from erniekit.data.records.data_file import DataFile, Raw
 from erniekit.data.records.errors import SKIPPABLE, BadLine
 from erniekit.data.records.fields import Notes
-from erniekit.data.records.find_files import find_files
+from erniekit.data.records.find_files import find_files, refuse_packed
 from erniekit.data.records.formats import ALIASES, VISION_TYPE, parse_record
 from erniekit.data.records.judged_formats import KTO_SUFFIX
 from erniekit.data.records.preference_formats import MARGIN
@@ -159,10 +159,12 @@ class Source:
                 ", ..." if len(other_files) > 3 else ""
             )
             log.info(f"{self.spec.path}: {len(other_files)} files there are not data and are not read ({listing})")
-        if path != Path(self.spec.path).expanduser():
+        if path != Path(self.spec.path).expanduser():  # a Hub data set, which may have a second form of its data
             data = _of_split(data, path, split)
             log.info(f"{self.spec.path}: reading {', '.join(str(file.relative_to(path)) for file in data)} for {split}")
-        elif len(data) > 1:
+            return data
+        refuse_packed(other_files)
+        if len(data) > 1:
             self._warn_of_other_splits(data, path, split)
         return data
 

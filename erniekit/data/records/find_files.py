@@ -15,6 +15,7 @@ _DESCRIPTIONS = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json")
 # names of texts for people: README.txt, LICENSE-2.0.txt, requirements.txt
 _NAMES = "read[-_ ]?me|licen[cs]e|notice|copying|change[-_ ]?log|citation|authors|contributing|requirements"
 _FOR_PEOPLE = re.compile(rf"({_NAMES})([-_. ].*)?\.txt", re.IGNORECASE)
+_PACKED = (".gz", ".bz2", ".xz", ".zst", ".zip")  # how compressed files end
 FORM_BYTES = 64  # that tell a file of another form
 _LOOKED_AT = 65536  # bytes of a .txt file that are read to see whether its lines begin like JSON
 # first bytes of a compressed file, or one of another form -> (what it is, what to do)
@@ -55,6 +56,19 @@ def find_files(
     return data, [p for p in everything if p not in chosen]
 
 
+def refuse_packed(other_files: Sequence[Path], extensions: Sequence[str] = EXTENSIONS) -> None:
+    """Raise DataError for a compressed data file among the files of a directory that are not read, since its records
+    would be missing; one that was unpacked beside it is fine.
+    """
+    for path in other_files:
+        unpacked = path.with_suffix("")
+        if path.suffix.lower() in _PACKED and unpacked.suffix.lower() in extensions and not unpacked.exists():
+            raise DataError(
+                f"{path}: compressed, so that its directory would be read without it. Hint: unpack it first, or move "
+                "it to another directory."
+            )
+
+
 def _no_data(
     path: Path, everything: Sequence[Path], extensions: Sequence[str], has_prose: bool, has_arrow: bool
 ) -> DataError:
@@ -72,8 +86,7 @@ def _no_data(
 def _check_file(path: Path, extensions: Sequence[str], with_prose: bool) -> None:
     check_regular(path)
     if path.suffix.lower() not in extensions:
-        is_packed = path.suffix.lower() in (".gz", ".bz2", ".xz", ".zst", ".zip")
-        hint = "unpack it first" if is_packed else "rename it after what it holds"
+        hint = "unpack it first" if path.suffix.lower() in _PACKED else "rename it after what it holds"
         raise DataError(f"{path}: a data file ends in {', '.join(extensions)}. Hint: {hint}.")
     if not with_prose and is_prose(path):
         with open(path, "rb") as file:

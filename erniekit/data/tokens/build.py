@@ -21,7 +21,7 @@ import numpy as np
 from erniekit.data.chat.tokenizer import Tokenizer
 from erniekit.data.records.data_file import Raw
 from erniekit.data.records.errors import BadLine, reading
-from erniekit.data.records.find_files import check_form, find_files
+from erniekit.data.records.find_files import check_form, find_files, refuse_packed
 from erniekit.data.records.formats import parse_record
 from erniekit.data.records.readers import load_record
 from erniekit.data.tokens.files import TokenWriter, dtype_for
@@ -99,6 +99,7 @@ def find_inputs(paths: Sequence[str]) -> list[Path]:
         if others:
             names = ", ".join(other.name for other in others[:5]) + (", ..." if len(others) > 5 else "")
             log.info(f"{path}: {len(others)} files there are not read ({names})")
+        refuse_packed(others, SUFFIXES)
         files += chosen
     for file in files:
         if file.suffix.lower() == ".txt" and _has_records(file):

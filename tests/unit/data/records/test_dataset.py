@@ -248,6 +248,18 @@ def test_files_of_another_form_are_told_by_their_content(tmp_path, name, content
         open_source(tmp_path / name)
 
 
+@pytest.mark.parametrize("name", ["b.jsonl.gz", "sub/b.JSON.zst"])
+def test_a_compressed_data_file_in_a_directory_is_not_left_out(tmp_path, name):
+    (tmp_path / "sub").mkdir()
+    write_jsonl(tmp_path / "a.jsonl", RECORDS[:2])
+    (tmp_path / name).write_bytes(b"")
+    with pytest.raises(DataError, match=rf"{name}: compressed, .* Hint: unpack it first"):
+        open_source(tmp_path)
+    write_jsonl((tmp_path / name).with_suffix(""), RECORDS[:1])
+    (tmp_path / "figures.tar.gz").write_bytes(b"")
+    assert len(open_source(tmp_path)) == 3
+
+
 def test_a_pipe_is_not_waited_for(tmp_path):
     os.mkfifo(tmp_path / "a.jsonl")
     with pytest.raises(DataError, match=r"a.jsonl: not a regular file"):

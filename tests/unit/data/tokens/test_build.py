@@ -251,6 +251,13 @@ def test_what_is_no_input_is_refused(tokenizer, tmp_path, name, data, expected):
         build_token_files(find_inputs([str(tmp_path / name)]), tmp_path / "x", tokenizer, 0)
 
 
+def test_a_compressed_file_in_a_directory_is_not_left_out(tmp_path):
+    for name in ("a.jsonl", "b.jsonl.zst"):
+        (tmp_path / name).write_bytes(b"")
+    with pytest.raises(DataError, match=r"b.jsonl.zst: compressed"):
+        find_inputs([str(tmp_path)])
+
+
 @pytest.mark.parametrize("text", ['{"text": "x"', '{"a": 1}\n', "{text}\n\n", "{", '"text"\n', "\n\n"])
 def test_text_that_begins_like_a_record_is_a_document(tmp_path, text):
     (tmp_path / "a.txt").write_text(text)
