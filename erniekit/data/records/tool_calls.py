@@ -79,8 +79,8 @@ def _tool_name(tool: dict[str, Any]) -> str:
 def match_calls(
     turns: list[dict[str, Any]], tools: list[dict[str, Any]] | None, name: str, notes: Notes
 ) -> list[dict[str, Any]]:
-    """The turns, after checking calls against `tools` and against their results. Results with ids are put into the
-    order of their calls, because templates that do not render ids distinguish them only by order.
+    """The turns, after checking calls against `tools` and against their results. Results with ids, or else with names,
+    are put into the order of their calls, because templates that do not render these distinguish them only by order.
 
     Without `tools` any function may be called (its description may be in the system text). Calls without ids may have
     fewer results, since some data sets put several results into one message. Results after an answer without a call
@@ -123,15 +123,45 @@ def _results(
             raise BadRecord(
                 f"{name} calls {', '.join(names)} and gets a result of {result['name']!r}", "fix the result's name"
             )
+    if any("id" in call for call in calls) and any("tool_call_id" in result for result in results):
+        return _by_ids(calls, results, name)
+    return _by_names(names, results, name)
+
+
+def _by_ids(calls: list[dict[str, Any]], results: list[dict[str, Any]], name: str) -> list[dict[str, Any]]:
+    """The results in the order of the calls, by their ids."""
     ids, result_ids = [call.get("id") for call in calls], [result.get("tool_call_id") for result in results]
-    if not any(ids) or not any(result_ids):
-        return results
     if set(ids) != set(result_ids) or len(result_ids) != len(ids) or len(set(ids)) < len(ids):
         raise BadRecord(
             f"{name} has calls with the ids {ids} and results for {result_ids}",
             "give each call its own id and one result",
         )
-    return sorted(results, key=lambda result: ids.index(result.get("tool_call_id")))
+    ordered = sorted(results, key=lambda result: ids.index(result.get("tool_call_id")))
+    for call, result in zip(calls, ordered, strict=True):
+        called = call["function"]["name"]
+        if result.get("name", called) != called:
+            raise BadRecord(
+                f"{name} calls {called!r} with the id {call.get('id')!r}, whose result is one of {result['name']!r}",
+                "fix the result's name or its id",
+            )
+    return ordered
+
+
+def _by_names(names: list[str], results: list[dict[str, Any]], name: str) -> list[dict[str, Any]]:
+    """The results of calls without ids in the order of the calls, by the `names` of their functions; results of which
+    one names no function are left in their order.
+    """
+    if not all("name" in result for result in results):
+        return results
+    open_calls = list(names)
+    places = []
+    for result in results:
+        if result["name"] not in open_calls:
+            given = ", ".join(other["name"] for other in results)
+            raise BadRecord(f"{name} calls {', '.join(names)} and gets results of {given}", "give each call one result")
+        places.append(open_calls.index(result["name"]))
+        open_calls[places[-1]] = ""
+    return [results[i] for i in sorted(range(len(results)), key=places.__getitem__)]
 
 
 def result_text(content: Any, name: str) -> Any:

@@ -69,6 +69,18 @@ def test_results_come_in_the_order_of_their_calls():
     assert [c["id"] for c in mixed.messages[1]["tool_calls"]] == ["x", "y"], "a checkpoint's template may show ids"
 
 
+def test_results_without_ids_come_in_the_order_of_the_functions_that_they_name():
+    three = calls(call("add", {"a": 1}), call("weather"), call("add", {"a": 2}))
+    named = [result("1", name="add"), result("2", name="add"), result("sun", name="weather")]
+    for given in ([named[2], *named[:2]], [named[0], named[2], named[1]], named):
+        contents = [message["content"] for message in read(Q, three, *given, A).messages[2:5]]
+        assert contents == ["1", "sun", "2"]
+    fewer = read(Q, three, result("sun", name="weather"), result("1", name="add"), A)
+    assert [message["content"] for message in fewer.messages[2:4]] == ["1", "sun"]
+    partly = read(Q, three, result("x", name="weather"), result("y"), A)
+    assert [message["content"] for message in partly.messages[2:4]] == ["x", "y"]
+
+
 @pytest.mark.parametrize(
     ("content", "text"),
     [
@@ -132,6 +144,20 @@ def test_pairs_are_checked_and_ordered_too():
         ([Q, calls(call()), result(name="weather"), A], "a result of 'weather'"),
         ([Q, calls(call(id="x")), result(tool_call_id="y"), A], r"ids \['x'\] and results for \['y'\]"),
         ([Q, calls(call(id="x"), call(id="y")), result(tool_call_id="x"), A], r"results for \['x'\]"),
+        (
+            [Q, calls(call(), call("weather")), result(name="add"), result(name="add"), A],
+            "calls add, weather and gets results of add, add",
+        ),
+        (
+            [
+                Q,
+                calls(call(id="x"), call("weather", id="y")),
+                result(tool_call_id="x", name="weather"),
+                result(tool_call_id="y"),
+                A,
+            ],
+            "calls 'add' with the id 'x', whose result is one of 'weather'",
+        ),
         ([Q, calls(call(id="x"), call(id="x")), *[result(tool_call_id="x")] * 2, A], "its own id"),
         ([Q, calls(call()), A], "role 'assistant' of turn 2 follows a function call"),
         ([Q, calls(call()), result()], "ends with the role 'tool'"),
