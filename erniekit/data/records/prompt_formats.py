@@ -17,7 +17,7 @@ from typing import Any, NamedTuple, TypeVar
 from erniekit.data.records.errors import BadRecord
 from erniekit.data.records.fields import DECISIVE, Notes, has_content, misspelt
 from erniekit.data.records.sample import ROLES, Sample, sharegpt_keys
-from erniekit.data.records.values import kind_of, list_of, text_of, texts_of
+from erniekit.data.records.values import content_of, is_text_parts, kind_of, list_of, text_of, texts_of
 
 RL_SUFFIX = " (RL)"  # distinguishes these types from those of whole conversations
 ANSWER, DOMAIN = "answer", "domain"
@@ -61,7 +61,10 @@ def _erniekit(record: dict[str, Any]) -> Closed:
             "tgt holds the earlier answers, one less than src, or also the last one",
         )
     last = answers[len(questions) - 1 :]
-    return Closed(record | {"tgt": [*answers[: len(questions) - 1], _STAND_IN]}, last[0] if last else None)
+    return Closed(
+        record | {"tgt": [*answers[: len(questions) - 1], _STAND_IN]},
+        last[0] if last and has_content(last[0]) else None,
+    )
 
 
 def _text_info(record: dict[str, Any]) -> Closed:
@@ -96,7 +99,8 @@ def _order_of(order: dict[str, Any], num_texts: int) -> dict[str, Any]:
 def _alpaca(record: dict[str, Any]) -> Closed:
     if "instruction" not in record:
         raise BadRecord("field 'instruction' is missing", "every alpaca record needs it")
-    return Closed(record | {"output": _STAND_IN}, record.get("output"))
+    answer = record.get("output")
+    return Closed(record | {"output": _STAND_IN}, answer if has_content(answer) else None)
 
 
 def _messages(record: dict[str, Any]) -> Closed:
@@ -129,6 +133,8 @@ def _of_turns(record: dict[str, Any], name: str, turns: Sequence[Any], keys: tup
         last = len(roles) - roles[::-1].index("user")
         # a call of tools may have no text; "" says that there was an answer, and is none for the rewards
         answer, turns, roles = turns[-1].get(keys[1]) or "", turns[:last], roles[:last]
+        if is_text_parts(answer):
+            answer = content_of(answer, f"the answer of {name!r}")
     if roles[-1] == "system":
         raise BadRecord(f"{name!r} ends with the role 'system'", "a prompt ends with the user's turn: add it")
     return Closed(record | {name: [*turns, {keys[0]: "assistant", keys[1]: _STAND_IN}]}, answer)

@@ -4,7 +4,7 @@ from typing import Any
 
 from erniekit.data.records.errors import BadRecord
 from erniekit.data.records.fields import Notes, has_content, misspelt, nearest
-from erniekit.data.records.values import content_of, json_of, json_text, kind_of, text_of
+from erniekit.data.records.values import content_of, is_text_parts, json_of, json_text, kind_of, text_of
 
 
 def tool_calls_of(calls: Any, name: str, notes: Notes) -> list[dict[str, Any]]:
@@ -168,6 +168,6 @@ def result_text(content: Any, name: str) -> Any:
     """A tool result as text: text parts (OpenAI's form) are joined, other values become JSON text. Null stays null."""
     if content is None or isinstance(content, str):
         return content
-    if isinstance(content, list) and content and all(isinstance(p, dict) and p.get("type") == "text" for p in content):
+    if is_text_parts(content):
         return content_of(content, name)
     return json_text(content, name)

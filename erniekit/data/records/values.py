@@ -77,6 +77,13 @@ def list_of(record: dict[str, Any], name: str) -> list[Any]:
     return value
 
 
+def is_text_parts(value: Any) -> bool:
+    """Whether the content of a message is text parts in OpenAI's form."""
+    return (
+        isinstance(value, list) and bool(value) and all(isinstance(p, dict) and p.get("type") == "text" for p in value)
+    )
+
+
 def content_of(value: Any, name: str) -> Any:
     """The content of a message, with text parts in OpenAI's form joined; any other value is returned unchanged."""
     if not isinstance(value, list) or not value:

@@ -25,6 +25,7 @@ Q = {"role": "user", "content": "2+3="}
         ("alpaca", {"instruction": "2+3=", "answer": "5"}),
         ("messages", {"messages": [Q], "answer": "5"}),
         ("messages", {"messages": [Q, {"role": "assistant", "content": "5"}]}),
+        ("messages", {"messages": [Q, {"role": "assistant", "content": [{"type": "text", "text": "5"}]}]}),
         ("messages", {"prompt": [Q], "answer": "5"}),  # TRL
         ("messages", {"prompt": "2+3=", "solution": "5"}),  # TRL, ms-swift
         ("messages", {"messages": [Q], "solution": "5"}),  # ms-swift
@@ -45,6 +46,19 @@ def test_a_line_for_sft_is_a_prompt_and_says_so():
     assert [turn["content"] for turn in sample.messages] == ["a", "x", "b"]
     assert sample.fields == {"answer": "y", "label": [0, 1]} and sample.label is None
     assert any("left out of the prompt" in doubt for doubt in notes.doubts)
+
+
+@pytest.mark.parametrize(
+    ("kind", "record"),
+    [
+        ("alpaca", {"instruction": "2+3=", "output": "", "answer": "5"}),
+        ("erniekit", {"src": ["2+3="], "tgt": [""], "answer": "5"}),
+    ],
+)
+def test_an_empty_answer_of_a_table_is_not_said_to_be_left_out(kind, record):
+    notes = Notes()
+    sample = parse_record(record, f"{kind} (RL)", notes=notes)
+    assert (sample.messages, sample.fields, notes.doubts) == ([Q], {"answer": "5"}, set())
 
 
 def test_a_call_of_tools_that_is_left_out_is_said():
