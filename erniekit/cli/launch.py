@@ -6,6 +6,7 @@ is imported. The other commands process files tensor by tensor in one process. A
 PADDLE_TRAINER_ID in its environment is a worker, started by such an agent or by `python -m paddle.distributed.launch`.
 """
 
+import contextlib
 import math
 import os
 from collections.abc import Mapping
@@ -172,7 +173,7 @@ def job_of(cfg: Config, args: list[str], command: str) -> Job | None:
         devices=devices,
         master=master,
         config=_comparable(cfg, slots, command),
-        again=partial(_resume_arguments, output_dir, start_id(output_dir)) if trains else list,
+        again=partial(_resume_arguments, output_dir, start_id(output_dir), _saved(output_dir)) if trains else list,
         reads_terminal=command == "chat",
     )
 
@@ -240,17 +241,33 @@ def _comparable(cfg: Config, slots: int, command: str) -> dict[str, str]:
     return values | {"erniekit's version": __version__, "processes a host": str(slots)}
 
 
-def _resume_arguments(output_dir: Path, start: str | None) -> list[str]:
+def _resume_arguments(output_dir: Path, start: str | None, saved_before: dict[Path, int]) -> list[str]:
     """The additional arguments of a restarted worker.
 
     Once a worker has begun to train (run.json then names another start than `start`, which an earlier run left), a
     restarted worker keeps what was saved and resumes from it. Before that there are no additional arguments, since the
-    configuration's own settings for output_dir, such as overwrite_output_dir, have not been carried out yet.
+    configuration's own settings for output_dir, such as overwrite_output_dir, have not been carried out yet. For the
+    same reason what it ignores of a checkpoint is ignored of those in `saved_before` alone, and not of the job's own.
     """
     if start_id(output_dir) == start:
         return []
-    arguments = ["--overwrite_output_dir=false"]
-    return [*arguments, "--resume_from_checkpoint=auto"] if list_checkpoints(output_dir) else arguments
+    arguments, saved = ["--overwrite_output_dir=false"], list(_saved(output_dir).items())
+    if saved:
+        arguments.append("--resume_from_checkpoint=auto")
+    if saved and saved[-1] not in saved_before.items():
+        arguments += ["--ignore_load_lr_and_optim=false", "--ignore_data_skip=false"]
+    return arguments
+
+
+def _saved(output_dir: Path) -> dict[Path, int]:
+    """The checkpoints in a directory, oldest first, and when each was written (in nanoseconds): another one may have
+    the same name.
+    """
+    saved = {}
+    for path in list_checkpoints(output_dir):
+        with contextlib.suppress(FileNotFoundError):  # a running job has removed it
+            saved[path] = path.stat().st_mtime_ns
+    return saved
 
 
 def _master(environ: Mapping[str, str], hosts: int) -> Master | None:

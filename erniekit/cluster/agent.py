@@ -118,7 +118,7 @@ class _Agent:
         ports = net.free_ports(1 + self._job.slots)
         logged_reason, logged_at = "", 0.0
         while True:
-            reply = self._exchange({**self._about, "kind": "hello", "ports": ports})
+            reply = self._exchange({**self._about, "kind": "hello", "ports": ports, "again": self._job.again()})
             if reply["kind"] == "refused":
                 raise ConfigError(reply["why"])
             if reply["kind"] != "wait":

@@ -31,7 +31,9 @@ EXIT_USER_ERROR = 1  # as in erniekit.cli.main
 
 @dataclass
 class Host:
-    """The agent of a host that takes part. `order`: the order of first hellos; `last_message_at`: a time in seconds."""
+    """The agent of a host that takes part. `order`: the order of first hellos; `last_message_at`: a time in seconds;
+    `again`: the arguments with which a restarted worker resumes, as this agent sees the files.
+    """
 
     id: str
     name: str
@@ -41,6 +43,7 @@ class Host:
     node: int | None
     is_master: bool
     ports: list[int]
+    again: list[str]
     last_message_at: float
     disconnected_at: float | None = None
     ranks: range = range(0)
@@ -194,6 +197,7 @@ class Coordinator:
             node,
             message["master"],
             message["ports"],
+            message["again"],
             now,
         )
 
@@ -282,6 +286,11 @@ class Coordinator:
             host.ranks = range(first, min(first + host.slots, layout.world))
             first = host.ranks.stop
             endpoints += [f"{host.address}:{port}" for port in host.ports[1 : 1 + len(host.ranks)]]
+        overrides = list(layout.overrides)
+        if self._attempt > 1:
+            # The master's, for all hosts: only it has been there since the job began, and all ranks must be started
+            # alike.
+            overrides += next(host.again for host in hosts if host.is_master)
         for node, host in enumerate(hosts):
             host.signs, host.done, host.disconnected_at = [], not host.ranks, None
             host.reply = {
@@ -294,7 +303,7 @@ class Coordinator:
                 "world": layout.world,
                 "store": f"{hosts[0].address}:{hosts[0].ports[0]}",
                 "endpoints": endpoints,
-                "overrides": list(layout.overrides),
+                "overrides": overrides,
                 "note": layout.note,
             }
         self._running, self._failures, self._began = True, [], None

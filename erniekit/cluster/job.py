@@ -49,7 +49,8 @@ class Limits:
 class Job:
     """One host's part of a job.
 
-    command: the command line of a worker; `Layout.overrides` and `again()` are appended to it.
+    command: the command line of a worker; `Layout.overrides` and, at a restart, `again()` of the master's agent are
+    appended to it.
     environ: the environment that workers inherit.
     slots: worker processes per host. devices: the GPUs for them, one each; empty on a CPU.
     layouts: the layouts that the job may run in, from the whole job to the smallest of an elastic job.

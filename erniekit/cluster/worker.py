@@ -59,7 +59,7 @@ class Worker:
         self._reads_terminal = job.reads_terminal and self.rank == 0
         self._path = _log_path(job.logs, self.rank, start["attempt"])
         self.log = None if self.rank == 0 else self._path
-        arguments = [*job.command, *start["overrides"], *(job.again() if start["attempt"] > 1 else [])]
+        arguments = [*job.command, *start["overrides"]]
         environ = environment(job, start, local, cores) | {"ERNIEKIT_AGENT": f"{os.getpid()}:{self._memory}"}
         if self.log is None:
             self._start(arguments, environ, None)

@@ -225,7 +225,20 @@ def test_a_restart_keeps_what_was_saved(job, tmp_path: Path):
     (out / "abandoned-1" / "checkpoint-4").mkdir(parents=True)
     assert again() == ["--overwrite_output_dir=false"]
     (out / "checkpoint-2").mkdir()
+    assert again()[:2] == ["--overwrite_output_dir=false", "--resume_from_checkpoint=auto"]
+
+
+def test_a_restart_ignores_nothing_of_what_the_job_saved(job, tmp_path: Path):
+    """The keys ignore_* are about the checkpoint that the job began with: it has not yet been trained further."""
+    out = tmp_path / "out"
+    (out / "checkpoint-2").mkdir(parents=True)
+    again = job(data_parallel_degree=2, ignore_data_skip=True).again
+    record = RunRecord({})
+    record.begin(2)
+    record.write(out)
     assert again() == ["--overwrite_output_dir=false", "--resume_from_checkpoint=auto"]
+    (out / "checkpoint-4").mkdir()
+    assert again()[2:] == ["--ignore_load_lr_and_optim=false", "--ignore_data_skip=false"]
 
 
 def test_python_callers_are_sent_to_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -23,6 +23,7 @@ class Host:
     def hello(self, now: float = 0.0, **fields):
         about = {"name": f"host{self.number}", "address": f"10.0.0.{self.number}", "node": self.node, "slots": 2}
         about |= {"master": self.number == 0, "ports": [self.number * 10 + i for i in range(3)], "config": {}}
+        about |= {"again": [f"again, says host{self.number}"]}
         self.start = self.say("hello", now, **(about | fields))
         return self.start
 
@@ -150,6 +151,18 @@ def test_without_elastic_the_job_waits_for_the_lost_host():
         assert a.hello(float(now))["kind"] == "wait"
     reply = a.hello(121.0)
     assert reply["kind"] == "stop" and "1 of 2 hosts are here" in reply["detail"] and "after 100 s" in reply["detail"]
+
+
+def test_all_hosts_start_again_as_the_master_says():
+    """A host that has come back knows less of what was saved: its own arguments would differ from the master's."""
+    a, b = job(dataclasses.replace(LIMITS, max_restarts=1))
+    assert a.start["overrides"] == b.start["overrides"] == []
+    a.report(10.0, [failure(0)])
+    a.report(10.0 + GRACE + 0.1, [failure(0, age=GRACE)])
+    for host in (b, a, b):
+        host.hello(20.0)
+    assert a.start["attempt"] == b.start["attempt"] == 2
+    assert a.start["overrides"] == b.start["overrides"] == ["again, says host0"]
 
 
 def test_nothing_starts_again_once_the_job_was_told_to_stop():
