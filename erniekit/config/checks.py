@@ -47,6 +47,7 @@ def problems(cfg: Config, command: str) -> list[str]:
     if command == "train":
         rules += [
             _training(cfg),
+            _elastic(cfg),
             _shape(cfg),
             _pipeline(cfg),
             _sharding(cfg),
@@ -314,10 +315,22 @@ def _training(cfg: Config) -> Iterator[str]:
         strategy = cfg.evaluation_strategy
         reason = "do_eval: True" if strategy == "no" else f"evaluation_strategy: {strategy}"
         yield f"eval_dataset_path: needed with {reason}"
-    if cfg.elastic and cfg.batch_size_warmup_steps and cfg.method.reads("batch_size_warmup_steps"):
+
+
+def _elastic(cfg: Config) -> Iterator[str]:
+    """What a job with fewer data ranks would do in another order."""
+    if not cfg.elastic:
+        return
+    if cfg.batch_size_warmup_steps and cfg.method.reads("batch_size_warmup_steps"):
         yield (
             f"elastic: not with batch_size_warmup_steps: {cfg.batch_size_warmup_steps}: a smaller job could not keep "
             "the same growing batch. Leave one of the two out"
+        )
+    with_text = cfg.text_dataset_path and cfg.method.reads("text_dataset_path")
+    if with_text and cfg.modality_interleave == "acc":
+        yield (
+            "elastic: not with modality_interleave: acc: a turn is a microbatch of all ranks, so a smaller job would "
+            "train on pictures and text in another order. Set modality_interleave: batch or mixed, or elastic: False"
         )
 
 

@@ -135,3 +135,12 @@ def test_a_job_that_shrinks_does_not_grow_its_batch():
     growing = NEEDED | {"stage": "SFT", "gradient_accumulation_steps": 4, "batch_size_warmup_steps": 3}
     with pytest.raises(ConfigError, match="elastic: not with batch_size_warmup_steps: 3"):
         load(None, growing | {"elastic": True, "max_restarts": 1})
+
+
+def test_a_job_that_shrinks_keeps_the_turns_of_pictures_and_text():
+    """A turn of modality_interleave: acc, the default, has as many rows as the data ranks have in a microbatch."""
+    elastic = NEEDED | {"stage": "VL-SFT", "text_dataset_path": "t.jsonl", "elastic": True, "max_restarts": 1}
+    with pytest.raises(ConfigError, match="elastic: not with modality_interleave: acc"):
+        load(None, elastic)
+    for interleave in ("batch", "mixed"):
+        load(None, elastic | {"modality_interleave": interleave})
