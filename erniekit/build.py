@@ -191,6 +191,11 @@ class PreparedModel:
     adapter: StoredAdapter | None
     generation: GenerationConfig
 
+    @property
+    def adapter_dir(self) -> Path | None:
+        """The directory of the saved adapter, if there is one."""
+        return None if self.adapter is None else self.adapter.path
+
     def build(self, mesh: Mesh | None = None, chunks: Sequence[Sequence[int]] | None = None) -> CausalLM:
         """Build the part of the model that belongs to this process; without a mesh, the whole model.
 

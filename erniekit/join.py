@@ -13,6 +13,7 @@ from typing import Any
 
 import paddle
 
+from erniekit.checkpoint.fingerprint import adapter_digest
 from erniekit.checkpoint.safetensors_header import WEIGHT_FILE
 from erniekit.config.per_host import compared
 from erniekit.config.schema import Config, fields
@@ -49,11 +50,21 @@ def require_same_configuration(cfg: Config, group: Group, command: str = "train"
     require_same(local_values, group, "Start all ranks with the same configuration and the same code.")
 
 
-def require_same_files(model_dir: Path, data: Mapping[str, Any], group: Group) -> None:
-    """Raises ConfigError on every rank if the ranks of `group` read another model or other data."""
+def require_same_files(
+    model_dir: Path,
+    adapter_dir: Path | None,
+    data: Mapping[str, Any],
+    group: Group,
+    key: str = "model_name_or_path",
+) -> None:
+    """Raises ConfigError on every rank if the ranks of `group` read another model, adapter or other data. `key`: the
+    one that names the model.
+    """
     if group.size == 1:
         return
-    local_values = {f"model_name_or_path: {name}": value for name, value in _model_files(model_dir).items()}
+    local_values = {f"{key}: {name}": value for name, value in _model_files(model_dir).items()}
+    if adapter_dir is not None:
+        local_values["content of the adapter's files"] = adapter_digest(adapter_dir)
     require_same(local_values | dict(data), group, "Give all hosts the same files.")
 
 

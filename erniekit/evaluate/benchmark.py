@@ -92,7 +92,7 @@ def measure_benchmark(cfg: Config, mesh: Mesh) -> tuple[dict[str, Any], list[Cho
         questions = read_split(root, benchmark.split, _KEY)
         examples = _examples(cfg, root, questions)
     read = {_KEY: [fingerprint(questions), *(fingerprint(shown) for shown in examples.values())]}
-    require_same_files(found.prepared.path, read, mesh.world_group)
+    require_same_files(found.prepared.path, found.prepared.adapter_dir, read, mesh.world_group)
     asked = [_ask(cfg, found, benchmark, item, examples.get(item.subject, [])) for item in questions]
     generates = cfg.eval_benchmark_mode == "generate"
     reserve = cfg.max_new_tokens if generates else 0

@@ -134,7 +134,7 @@ def measure(cfg: Config, mesh: Mesh, watch: Watch | None = None) -> tuple[dict[s
             if cfg.predict_with_generate:
                 assert isinstance(data, Loader), "config/checks.py refuses prompts without answers"
                 questions = read_questions(cfg, data.dataset, found)
-        require_same_files(found.prepared.path, data.identity, world)
+        require_same_files(found.prepared.path, found.prepared.adapter_dir, data.identity, world)
         opened = found.load(mesh, chunks)  # keys and data are checked: from here on weights are read
         with nullcontext() if watch is None else watch(opened.model):
             results = {"model": str(opened.path)} | _scores(cfg, opened, data, reference)

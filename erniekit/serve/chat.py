@@ -49,7 +49,7 @@ def _open(cfg: Config, mesh: Mesh) -> ChatModel:
     with all_or_none(mesh.world_group):
         model = find_model(cfg)
         chunks = chunks_to_use(cfg, model.prepared.config, mesh.degrees, mesh.pipe)
-    require_same_files(model.prepared.path, {}, mesh.world_group)
+    require_same_files(model.prepared.path, model.prepared.adapter_dir, {}, mesh.world_group)
     return model.load(mesh, chunks)
 
 

@@ -45,7 +45,6 @@ from erniekit.models.pipeline_layout import (
     schedule_of,
 )
 from erniekit.models.sharded_blocks import weights_line
-from erniekit.models.vision_config import VisionConfig
 from erniekit.parallel.agree import all_or_none
 from erniekit.parallel.grad_sync import GradientSync
 from erniekit.parallel.mesh import Mesh
@@ -172,7 +171,7 @@ def build_run(cfg: Config, mesh: Mesh, method: Method | None = None) -> Run:
     tokenizer = load_tokenizer(tokenizer_dir)
     check_fits(tokenizer, prepared.config.vocab_size, str(model_dir))
     require_pictures(cfg, prepared.config, model_dir)
-    template, loader, eval_loader = _open_data(cfg, method, model_dir, tokenizer, mesh, prepared.config.vision)
+    template, loader, eval_loader = _open_data(cfg, method, prepared, tokenizer, mesh)
     max_steps = last_step(cfg, loader, mesh.degrees.batch)
     loader.announce()
     schedule = build_schedule(cfg, max_steps)
@@ -254,11 +253,12 @@ def _require_generation(cfg: Config, prepared: PreparedModel) -> None:
 
 
 def _open_data(
-    cfg: Config, method: Method, model_dir: Path, tokenizer: Tokenizer, mesh: Mesh, vision: VisionConfig | None
+    cfg: Config, method: Method, prepared: PreparedModel, tokenizer: Tokenizer, mesh: Mesh
 ) -> tuple[Template | None, StepSource, EvaluationData | None]:
-    """The chat template, the training data, and those of evaluations if there are any; the same on every rank.
-    `vision`: of the model, whose template is used for text, too; None: a model of text alone.
+    """The chat template, the training data, and those of evaluations if there are any; the same on every rank. The
+    template of a model that sees pictures is used for text, too.
     """
+    model_dir, vision = prepared.path, prepared.config.vision
     wants_eval = cfg.do_eval or cfg.evaluation_strategy != "no"
     with all_or_none(mesh.world_group):
         template = training_template(cfg, tokenizer, vision is not None)
@@ -277,7 +277,7 @@ def _open_data(
     data = {f"training data: {name}": value for name, value in loader.identity.items()}
     if eval_loader is not None:
         data |= {f"evaluation data: {name}": value for name, value in eval_loader.identity.items()}
-    require_same_files(model_dir, data, mesh.world_group)
+    require_same_files(model_dir, prepared.adapter_dir, data, mesh.world_group)
     return template, loader, eval_loader
 
 

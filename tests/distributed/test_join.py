@@ -2,11 +2,16 @@
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
 from support import equality
+from support.adapters import attach_random
 from support.worlds import World
+
+from erniekit.build import load_model
+from erniekit.checkpoint.peft_attach import save_adapter
 
 
 @pytest.fixture(scope="module")
@@ -17,6 +22,10 @@ def directory(tmp_path_factory) -> Path:
     (path / "edited.jsonl").write_text("".join([*lines[:-1], lines[-1].replace("19", "20")]))
     (path / "fewer.jsonl").write_text("".join(lines[:-1]))
     (path / "copy.jsonl").write_text("".join(lines))
+    for name, rank in (("adapter", 3), ("wider", 4)):
+        save_adapter(attach_random(load_model(path / "dense"), rank=rank), path / name)
+    shutil.copytree(path / "adapter", path / "same_adapter")
+    save_adapter(attach_random(load_model(path / "dense"), alpha=5.0), path / "other_adapter")
     return path
 
 
@@ -66,6 +75,38 @@ def test_a_difference_ends_every_rank_before_a_weight_is_read(world2: World, dir
     for said, models in results:
         assert re.search(words, said) and models == 0
     assert "nowhere" in words or results[0] == results[1]
+
+
+@pytest.mark.parametrize("other", ["other_adapter", "wider"])
+def test_another_adapter_is_a_difference(world2: World, directory: Path, other: str):
+    keys = equality.keys_for(str(directory), "dense", 2, continue_training=True, fine_tuning="LoRA")
+    keys["lora_path"] = f"{directory}/adapter"
+    same = world2.run(start, keys=keys, other={"lora_path": f"{directory}/same_adapter"})
+    assert same == [("", 1), ("", 1)]
+    for said, models in world2.run(start, keys=keys, other={"lora_path": f"{directory}/{other}"}, timeout=60):
+        assert "content of the adapter's files: " in said and models == 0
+
+
+def test_another_teacher_is_a_difference(world2: World, directory: Path, tmp_path: Path):
+    """The hosts have the same path, and different files there."""
+    keys = equality.keys_for(str(directory), "dense", 2, stage="GKD", continue_training=True)
+    keys["teacher_model_name_or_path"] = str(tmp_path / "teacher")
+    results = world2.run(start_with_teacher, keys=keys, teachers=[f"{directory}/dense", f"{directory}/untied"])
+    for said, _ in results:
+        assert "teacher_model_name_or_path: config.json: " in said
+
+
+def start_with_teacher(keys, teachers):
+    """`start`, where each rank finds another teacher at the path that all of them name."""
+    from erniekit.parallel import backend
+    from erniekit.training.recipes import gkd
+
+    real = gkd.resolve_model
+    gkd.resolve_model = lambda name, hub: Path(teachers[backend.world().rank])
+    try:
+        return start(keys, {})
+    finally:
+        gkd.resolve_model = real
 
 
 def test_what_hosts_may_have_for_themselves_is_no_difference(world2: World, directory: Path):

@@ -18,6 +18,7 @@ from erniekit.generation.decode import decode
 from erniekit.generation.request import Limits
 from erniekit.generation.sampling import Sampling
 from erniekit.hub import resolve_model
+from erniekit.join import require_same_files
 from erniekit.losses.distillation import Divergence, linear_divergence
 from erniekit.models.config import ModelConfig
 from erniekit.models.decoder import CausalLM
@@ -125,6 +126,7 @@ class GkdRecipe(Recipe):
         cfg, model = context.cfg, context.model
         prepared = _prepared_teacher(cfg, context.prepared)
         chunks = _chunks_of(cfg, prepared.config, model.mesh.degrees)[model.mesh.pipe]
+        require_same_files(prepared.path, None, {}, model.mesh.world_group, "teacher_model_name_or_path")
         teacher = Teacher(prepared.build(model.mesh, chunks))
         log.info(f"teacher: {prepared.path}")
         stops = [context.tokenizer.eos_id] if context.template is None else context.template.stop_ids
