@@ -1,6 +1,7 @@
 """Streaming writer of safetensors files: one tensor at a time, in the order of a plan. Files are written atomically."""
 
 import json
+import math
 import os
 import re
 from collections.abc import Mapping
@@ -15,22 +16,22 @@ import numpy as np
 from erniekit.checkpoint.dtypes import STORAGE, num_bytes
 from erniekit.checkpoint.mismatch import listed
 from erniekit.checkpoint.safetensors_header import INDEX_FILE, SINGLE_FILE, WEIGHT_FILE, Plan, bytes_of
+from erniekit.config.values import BYTES_OF
 from erniekit.utils import atomic
 from erniekit.utils.errors import CheckpointError, disk_is_full
 
 _HEADER_ALIGNMENT = 8
 _SYNC_BYTES = 1 << 26
-_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
-_UNITS.update({"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40})
 
 
 def parse_size(size: int | str) -> int:
     """Bytes of `"5GB"`, `"500MB"`, `"2GiB"` (powers of 1000; with an i, of 1024), or of a plain number of bytes."""
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?(?:e[+-]?\d+)?)\s*([A-Za-z]*)\s*", str(size))
-    unit = match.group(2).upper() if match else None
-    if match is None or unit not in _UNITS or float(match.group(1)) * _UNITS[unit] < 1:
+    unit = (match.group(2).upper() or "B") if match else None
+    number = float(match.group(1)) * BYTES_OF[unit] if match and unit in BYTES_OF else 0.0
+    if not 1 <= number < math.inf:
         raise CheckpointError(f"max_shard_size {size!r}: expected a size such as 5GB or 500MB.")
-    return int(float(match.group(1)) * _UNITS[unit])
+    return round(number)
 
 
 class Writer:

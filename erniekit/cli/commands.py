@@ -87,7 +87,7 @@ COMMANDS = {
         "erniekit convert SOURCE TARGET format=pt|paddle [max_shard_size=5] [overwrite=true]",
         (
             "format: the layout to write: pt (Hugging Face) or paddle",
-            "max_shard_size=5: the largest weight file, in GB",
+            "max_shard_size=5: the largest weight file, in GB, or with its unit (500MB, 2GiB)",
             "overwrite=false: true: replace another model in TARGET",
         ),
     ),

@@ -4,7 +4,7 @@ import sys
 from typing import Literal
 
 from erniekit.cli import options
-from erniekit.config.values import to_bool, to_float
+from erniekit.config.values import to_bool, to_gigabytes
 from erniekit.utils import stop_signals
 
 
@@ -14,7 +14,7 @@ def run(args: list[str]) -> int:
     from erniekit.export import convert  # imports Paddle, which replaces signal handlers
 
     stop_signals.listen()
-    convert.convert(source, target, format=layout, max_shard_size=f"{shard_gb:g}GB", overwrite=overwrite)
+    convert.convert(source, target, format=layout, max_shard_size=f"{shard_gb}GB", overwrite=overwrite)
     return 0
 
 
@@ -33,7 +33,7 @@ def parse(args: list[str]) -> tuple[str, str, Literal["pt", "paddle"], float, bo
 
 
 def _gigabytes(text: str) -> float:
-    number = to_float(text)
+    number = to_gigabytes(text)
     if not 0 < number < sys.float_info.max:
         raise ValueError("expected a number of GB greater than 0, such as 5 or 0.5")
     return number

@@ -11,7 +11,7 @@ from typing import Any
 
 from erniekit.config import value_synonyms
 from erniekit.config.paths import expand
-from erniekit.config.values import Scalar, shown, split_list, split_numbers, to_bool, to_float, to_int
+from erniekit.config.values import Scalar, shown, split_list, split_numbers, to_bool, to_float, to_gigabytes, to_int
 
 _NULL = {"none", "null", ""}
 _CLOSE = 0.8  # from this difflib ratio on, a value counts as a typo; sapo and gspo, two methods, have 0.75
@@ -29,13 +29,15 @@ def key(
     lt: float | None = None,
     off: float | None = None,
     path: bool = False,
+    size: bool = False,
     words: Mapping[str, str] | None = None,
 ) -> Any:
     """One key of the configuration: its default, its one-line documentation and the values it takes.
 
     choices: the words that are allowed, in upper or lower case. ge, gt, le, lt: bounds of a number.
     off: a number outside the bounds that is allowed because it switches the key off (ERNIEKit's -1).
-    path: the key is a path (see config.paths). words: other words for a value ({"true": "auto"}), in lower case.
+    path: the key is a path (see config.paths). size: the number is of GB, and may have a unit (500MB). words: other
+    words for a value ({"true": "auto"}), in lower case.
     """
     bounds = {"ge": ge, "gt": gt, "le": le, "lt": lt}
     metadata = {
@@ -44,6 +46,7 @@ def key(
         "bounds": {name: value for name, value in bounds.items() if value is not None},
         "off": off,
         "path": path,
+        "size": size,
         "words": dict(words or {}),
     }
     return dataclasses.field(default=default, metadata=metadata)
@@ -99,7 +102,7 @@ def coerce(field: "dataclasses.Field[Any]", value: Any) -> Any:
     if kind is int:
         return _within(field, to_int(value))
     if kind is float:
-        return _within(field, to_float(value))
+        return _within(field, to_gigabytes(value) if field.metadata["size"] else to_float(value))
     return _text(field, value)
 
 

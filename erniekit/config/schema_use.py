@@ -146,5 +146,5 @@ class ExportArgs:
     group: ClassVar[str] = "export"
 
     format: str = key("pt", "Layout of exported weights: pt (Hugging Face) or paddle.", choices=("pt", "paddle"))
-    max_shard_size: float = key(5.0, "Largest weight file, in GB.", gt=0)
+    max_shard_size: float = key(5.0, "Largest weight file, in GB, or with its unit (500MB, 2GiB).", gt=0, size=True)
     copy_tokenizer: bool = key(True, "Copy the tokenizer's files beside the exported weights.")

@@ -17,6 +17,9 @@ _NUMBER = re.compile(r"[-+]?(?P<whole>\d+(_\d+)*)?(?P<fraction>\.(\d+(_\d+)*)?)?
 _OTHER_NOTATION = re.compile(r"[-+]?(0[xX][0-9a-fA-F_]+|0[bB][01_]+|0[oO]?[0-9_]+|\d[\d_]*(:[0-5]?\d)+)", re.ASCII)
 _MAX_DIGITS = 400  # more than any real value needs; Python refuses integers of more than 4300 digits
 _LARGEST_INT = 2**63 - 1  # the largest int64, the integer type of NumPy and Paddle
+# The bytes of each unit of a size: powers of 1000 or, with an i, of 1024.
+BYTES_OF = {"B": 1} | {letter + "B": 1000**power for power, letter in enumerate("KMGT", 1)}
+BYTES_OF |= {letter + "IB": 1024**power for power, letter in enumerate("KMGT", 1)}
 
 
 @dataclass(frozen=True)
@@ -102,6 +105,18 @@ def to_int(value: Any) -> int:
 def to_float(value: Any) -> float:
     """Converts to a finite float, also "1e-5" (text in YAML 1.1); raises ValueError for anything else."""
     return float(_number(value, "a number"))
+
+
+def to_gigabytes(value: Any) -> float:
+    """Converts a number of GB, or a size with its unit ("500MB", "2GiB"), to GB; raises ValueError for anything
+    else.
+    """
+    match = re.fullmatch(r"(.*?)\s*([A-Za-z]+)\s*", str(value)) if isinstance(value, str | Scalar) else None
+    number, unit = (match[1], match[2].upper()) if match and match[2].upper() in BYTES_OF else (value, "GB")
+    try:
+        return to_float(number) * BYTES_OF[unit] / BYTES_OF["GB"]
+    except ValueError:
+        raise ValueError(f"expected a number of GB or a size such as 5GB, 500MB or 2GiB, got {shown(value)}") from None
 
 
 def _number(value: Any, wanted: str) -> int | float:

@@ -55,7 +55,7 @@ def export(cfg: Config) -> Report:
         checkpoint,
         output_of(cfg) / "export",
         format=_format_of(cfg),
-        max_shard_size=f"{cfg.max_shard_size:g}GB",
+        max_shard_size=f"{cfg.max_shard_size}GB",
         chat_template=cfg.chat_template,
         copy_tokenizer=cfg.copy_tokenizer,
         adapter_dir=adapter,

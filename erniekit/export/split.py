@@ -19,7 +19,7 @@ def split(cfg: Config) -> Report:
     """Write the checkpoint that `cfg` names to `output_dir`/split_export, in files of at most `max_shard_size` GB."""
     target = output_of(cfg) / "split_export"
     return split_checkpoint(
-        checkpoint_of(cfg), target, f"{cfg.max_shard_size:g}GB", cfg.copy_tokenizer, cfg.overwrite_output_dir
+        checkpoint_of(cfg), target, f"{cfg.max_shard_size}GB", cfg.copy_tokenizer, cfg.overwrite_output_dir
     )
 
 

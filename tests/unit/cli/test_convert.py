@@ -11,6 +11,7 @@ from erniekit.utils.errors import ConfigError
     [
         (["a", "b", "format=pt"], ("a", "b", "pt", 5.0, False)),
         (["--format", "paddle", "a", "--max_shard_size=0.5", "b"], ("a", "b", "paddle", 0.5, False)),
+        (["a", "b", "format=pt", "max_shard_size=500MB"], ("a", "b", "pt", 0.5, False)),
         (["a", "b", "format=pt", "overwrite=true"], ("a", "b", "pt", 5.0, True)),
     ],
 )
@@ -30,6 +31,7 @@ def test_arguments(args: list[str], expected: tuple[str, str, str, float]):
         (["a", "b", "--format"], "format: a value is missing"),
         (["a", "b", "format=pt", "overwrite=perhaps"], "overwrite=perhaps: expected True or False"),
         (["a", "b", "format=pt", "max_shard_size=-1"], "max_shard_size=-1: expected a number of GB"),
+        (["a", "b", "format=pt", "max_shard_size=5XB"], "expected a number of GB or a size such as 5GB, 500MB or 2GiB"),
         (["a", "b", "format=pt", "max_shard_size=big"], "max_shard_size=big: expected a number"),
         (["a", "b", "format=pt", "max_shard_size=inf"], "max_shard_size=inf: expected a number"),
         (["a", "b", "format=pt", "max_shard_size=nan"], "max_shard_size=nan: expected a number"),

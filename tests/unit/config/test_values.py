@@ -116,6 +116,22 @@ def test_a_number(tmp_path: Path, text: str, number: float):
     assert load(None, [f"learning_rate={text}"], "version").learning_rate == number
 
 
+@pytest.mark.parametrize(
+    ("text", "number"), [("5", 5), ("5GB", 5), ("500MB", 0.5), ("2 gib", 2.147483648), ("1e3kb", 1e-3)]
+)
+def test_a_size_is_a_number_of_gb_or_has_a_unit(tmp_path: Path, text: str, number: float):
+    assert by_yaml(tmp_path, "max_shard_size", text).max_shard_size == number
+    assert load(None, [f"max_shard_size={text}"], "version").max_shard_size == number
+
+
+@pytest.mark.parametrize("text", ["big", "5XB", "GB", "1:30MB", "5GB 3MB", "0x5GB"])
+def test_what_is_no_size(tmp_path: Path, text: str):
+    with pytest.raises(ConfigError, match="max_shard_size: expected a number of GB or a size such as 5GB, 500MB or 2G"):
+        by_yaml(tmp_path, "max_shard_size", text)
+    with pytest.raises(ConfigError, match="max_shard_size: must be more than 0"):
+        by_yaml(tmp_path, "max_shard_size", "0MB")
+
+
 @pytest.mark.parametrize("null", ["null", "~", "Null", "None", '"null"', "", "''"])
 def test_null_is_not_given_for_every_key(tmp_path: Path, null: str):
     default = Config()

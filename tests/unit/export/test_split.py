@@ -43,7 +43,7 @@ def test_tensors_types_and_config_stay(tmp_path):
 
 def test_the_command_takes_the_newest_checkpoint(tmp_path):
     make(tmp_path / "checkpoint-7", {"format": "pt"})
-    cfg = config.load(None, {"output_dir": str(tmp_path), "max_shard_size": 1e-6}, "split")
+    cfg = config.load(None, {"output_dir": str(tmp_path), "max_shard_size": "1KB"}, "split")
     assert split(cfg).num_files == 2
     index = json.loads((tmp_path / "split_export" / "model.safetensors.index.json").read_text())
     assert len(index["weight_map"]) == 6
