@@ -192,12 +192,13 @@ def _newer_than_final(root: Path, newest: Path) -> str | None:
 
 
 @contextmanager
-def staged(directory: str | Path) -> Iterator[Path]:
+def staged(directory: str | Path, outdated: Sequence[str] = ()) -> Iterator[Path]:
     """A temporary directory to write into; on success its files are moved to `directory`, on an error they are removed.
 
     A new directory appears by one rename. In an existing one the temporary directory is inside (on the same file
-    system) and files are renamed one by one, the weights' index last; other files stay. What an earlier attempt left
-    when it was killed is removed first. OSErrors become CheckpointErrors.
+    system) and files are renamed one by one, the weights' index last; other files stay, but for those that `outdated`
+    names: files that belong to the model that is replaced. What an earlier attempt left when it was killed is removed
+    first. OSErrors become CheckpointErrors.
     """
     target = Path(directory).resolve()
     staging = staging_of(target)
@@ -206,7 +207,7 @@ def staged(directory: str | Path) -> Iterator[Path]:
         shutil.rmtree(staging, ignore_errors=True)
         staging.mkdir()
         yield staging
-        move_staged(staging, target)
+        move_staged(staging, target, outdated)
     except OSError as error:
         raise write_error(error, target) from error
     finally:
@@ -218,7 +219,7 @@ def staging_of(target: Path) -> Path:
     return atomic.shared_temporary(target / "model" if target.is_dir() else target)
 
 
-def move_staged(staging: Path, target: Path) -> None:
+def move_staged(staging: Path, target: Path, outdated: Sequence[str] = ()) -> None:
     """Move the files of the temporary directory `staging` to `target`, as described in `staged`."""
     if not os.path.lexists(target):
         os.rename(staging, target)
@@ -229,6 +230,9 @@ def move_staged(staging: Path, target: Path) -> None:
     # without an index the directory is not a model, so weights are never combined with another configuration
     if weights:
         for name in (INDEX_FILE, SINGLE_FILE):
+            (target / name).unlink(missing_ok=True)
+    for name in outdated:  # before the new files: after a kill they are not taken for files of the new model
+        if name not in files:
             (target / name).unlink(missing_ok=True)
     for name, file in files.items():
         if name not in weights:

@@ -34,7 +34,6 @@ def export_and_report(cfg: Config) -> Report:
         check_quantised_export(cfg)  # before minutes or hours of evaluation
     first = _evaluate(cfg, checkpoint_of(cfg), before) if evaluates else {}
     written = export(cfg)
-    reports.remove(target)  # of an earlier export
     if not isinstance(written, QuantisedReport):
         return written
     report = reports.build(*_written(written, target), written.calibration)

@@ -18,12 +18,15 @@ from erniekit.checkpoint.model_dir import (
     staged,
 )
 from erniekit.checkpoint.run_record import RUN_FILE
+from erniekit.quantize.report import REPORT_FILES
 from erniekit.utils import atomic, log
 from erniekit.utils.directory_lock import make_directory
 from erniekit.utils.errors import CheckpointError, UserError
 from erniekit.utils.user_files import read_json_object
 
 SOURCE_FILE = ".erniekit_source.json"
+# Files of another model that would otherwise be taken for files of the one that replaces it.
+_OF_A_MODEL = (*TOKENIZER_FILES, *PROCESSOR_FILES, GENERATION_CONFIG_FILE, ADAPTER_CONFIG_FILE, ADAPTER_FILE)
 
 
 @contextmanager
@@ -51,14 +54,9 @@ def model_target(
     make_directory(target.parent, "the target")
     for source in sources:
         say_links(source)
-    with staged(target) as staging:
+    with staged(target, (*REPORT_FILES, *(_OF_A_MODEL if replaced else ()))) as staging:
         yield staging
         atomic.write_json(staging / SOURCE_FILE, mark)
-        written = {file.name for file in staging.iterdir()}
-    if replaced:  # files of the other model would otherwise be taken for files of this one
-        for name in (*TOKENIZER_FILES, *PROCESSOR_FILES, GENERATION_CONFIG_FILE, ADAPTER_CONFIG_FILE, ADAPTER_FILE):
-            if name not in written:
-                (target / name).unlink(missing_ok=True)
 
 
 def check_target(

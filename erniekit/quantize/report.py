@@ -27,6 +27,7 @@ from erniekit.quantize import picture
 from erniekit.utils import atomic, log
 
 REPORT_FILE, PICTURE_FILE = "quantization_report.json", "quantization_report.png"
+REPORT_FILES = (REPORT_FILE, PICTURE_FILE)
 
 
 @dataclass(frozen=True)
@@ -151,9 +152,3 @@ def write(report: dict[str, Any], directory: Path) -> None:
         log.info(f"report: {directory / REPORT_FILE}")
     else:
         log.info(f"report: {directory / REPORT_FILE}, {PICTURE_FILE}")
-
-
-def remove(directory: Path) -> None:
-    """Remove the report of an earlier export to the same directory."""
-    for name in (REPORT_FILE, PICTURE_FILE):
-        (directory / name).unlink(missing_ok=True)

@@ -2,7 +2,9 @@
 
 import pytest
 
+from erniekit.checkpoint import model_dir
 from erniekit.checkpoint.run_record import RunRecord
+from erniekit.checkpoint.safetensors_write import replace_weights
 from erniekit.export import target as module
 from erniekit.export.target import SOURCE_FILE, model_target
 from erniekit.utils.errors import CheckpointError, UserError
@@ -52,6 +54,26 @@ def test_another_model_is_replaced_only_if_asked(tmp_path, command, monkeypatch)
     assert (target / "model.safetensors").read_text() == "second"
     assert not (target / "tokenizer.json").exists() and (target / "notes.txt").read_text() == "mine"
     assert len(said) == 1 and "replaces the model" in said[0]
+
+
+def test_a_kill_never_leaves_files_of_the_earlier_model_beside_the_new_weights(tmp_path, monkeypatch):
+    first, second, target = make(tmp_path / "a"), make(tmp_path / "b"), tmp_path / "target"
+    old = ("tokenizer.json", "adapter_config.json", "quantization_report.json", "quantization_report.png")
+
+    def killed(*weights):
+        replace_weights(*weights)
+        raise KeyboardInterrupt
+
+    for source in (first, second):
+        write(target, first, overwrite=True, content="first")
+        for name in old:
+            (target / name).write_text("of the first")
+        with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+            patched.setattr(model_dir, "replace_weights", killed)
+            write(target, source, overwrite=True, content="second")
+        assert (target / "model.safetensors").read_text() == "second"
+        left = {name for name in old if (target / name).exists()}
+        assert left == (set(old[:2]) if source == first else set())
 
 
 def test_a_file_in_place_of_the_directory_is_an_error_before_anything_is_written(tmp_path):
