@@ -47,13 +47,17 @@ class ModelReader:
     CheckpointError with every missing, unexpected and misshapen tensor.
     """
 
-    def __init__(self, path: str | Path, config: ModelConfig | None = None, keep_mtp: bool = False) -> None:
-        """`config`: what the caller expects in the directory, instead of its config.json."""
+    def __init__(
+        self, path: str | Path, config: ModelConfig | None = None, keep_mtp: bool = False, quiet: bool = False
+    ) -> None:
+        """`config`: what the caller expects in the directory, instead of its config.json. `quiet`: see
+        ModelConfig.from_dir.
+        """
         self.path = Path(path)
         self.reader = open_weights(self.path)
         names = self.reader.keys()
         self.format: Format = detect_format(names, str(self.path))
-        read = ModelConfig.from_dir(self.path) if config is None else config
+        read = ModelConfig.from_dir(self.path, quiet) if config is None else config
         self.left_out: set[str] = set()
         self._said_mixed = False
         self._leave_out_frequencies(names, read)

@@ -52,7 +52,7 @@ def export_and_report(cfg: Config) -> Report:
 
 def _written(written: QuantisedReport, target: Path) -> tuple[reports.Written, list[reports.MatrixLoss]]:
     """What reports.build takes."""
-    scheme, logicals = written.scheme, ModelReader(target, keep_mtp=True).logicals
+    scheme, logicals = written.scheme, ModelReader(target, keep_mtp=True, quiet=True).logicals
     stored = {
         matrix.name: sum(num_bytes(dtype, shape) for _, dtype, shape in matrix.codec.plan(matrix.name, matrix.shape))
         for logical in logicals

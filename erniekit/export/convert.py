@@ -61,7 +61,7 @@ def convert(
     with model_target(target_dir, "convert", [source_dir], overwrite, "overwrite=true") as staging:
         report = rewrite(source_dir, staging, format, max_shard_size, dtype)
         copy_companions(source_dir, staging)
-        config = ModelConfig.from_dir(staging)
+        config = ModelConfig.from_dir(staging, quiet=True)
         write_processor(staging, config, settings_of(Path(source_dir)))
         if format == "pt":
             complete_for_transformers(staging, config)
@@ -168,7 +168,7 @@ def _verify(source: ModelReader, target_dir: Path, edited: Mapping[str, int]) ->
 
     Checksums are compared, so that both sides need not be in memory at the same time.
     """
-    target = ModelReader(target_dir, keep_mtp=True)
+    target = ModelReader(target_dir, keep_mtp=True, quiet=True)
     assert len(target.logicals) == len(source.logicals)
     not_finite: list[str] = []
     for logical in source.logicals:

@@ -184,7 +184,7 @@ def export_checkpoint(
         else:
             report = rewrite(checkpoint_dir, staging, format, max_shard_size, dtype, edit, overrides)
         copied = copy_companions(checkpoint_dir, staging, with_tokenizer=copy_tokenizer)
-        config, adapter = ModelConfig.from_dir(staging), None if adapter_dir is None else Path(adapter_dir)
+        config, adapter = ModelConfig.from_dir(staging, quiet=True), None if adapter_dir is None else Path(adapter_dir)
         write_processor(staging, config, settings_of(adapter, Path(checkpoint_dir)))
         if set(copied) & {"tokenizer.json", "tokenizer.model"}:
             trained = Path(adapter_dir or checkpoint_dir)

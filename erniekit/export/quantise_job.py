@@ -286,7 +286,7 @@ class Job:
         """Read every tensor of the target and compare its checksums with those of what was written. The target is
         opened as any command opens it, so that all tensors are there and are recognised as what they were written for.
         """
-        target = ModelReader(target_dir, keep_mtp=True)
+        target = ModelReader(target_dir, keep_mtp=True, quiet=True)
         for logical in target.logicals:
             for matrix in self.scheme.matrices(logical):
                 found = target.codec_of(matrix.piece)

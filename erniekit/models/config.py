@@ -123,8 +123,10 @@ class ModelConfig:
         return ["sparse" if self.is_moe_layer(i) else "dense" for i in range(self.num_hidden_layers)]
 
     @classmethod
-    def from_dir(cls, path: str | Path) -> "ModelConfig":
-        """Read `path`/config.json. CheckpointError names the file, and the key where there is one."""
+    def from_dir(cls, path: str | Path, quiet: bool = False) -> "ModelConfig":
+        """Read `path`/config.json. CheckpointError names the file, and the key where there is one. `quiet`: without log
+        lines about keys, for a file that was written from another one, of which they have been logged.
+        """
         file = Path(path) / CONFIG_FILE
         try:
             values = read_json_object(file, CheckpointError)
@@ -132,7 +134,7 @@ class ModelConfig:
             raise CheckpointError(
                 f"{file} not found. A model directory holds config.json beside its weights; check the path."
             ) from None
-        return cls.from_dict(values, source=str(file))
+        return cls.from_dict(values, source=str(file), quiet=quiet)
 
     @classmethod
     def from_dict(
@@ -140,14 +142,15 @@ class ModelConfig:
         values: Mapping[str, Any],
         source: str = CONFIG_FILE,
         hint: str = "Copy config.json again from the model's source",
+        quiet: bool = False,
     ) -> "ModelConfig":
         """Build from the contents of a config.json; `source` is the file name that errors show, `hint` what they advise
-        where values contradict one another.
+        where values contradict one another. `quiet`: see `from_dir`.
         """
         fields, lines = read_values(values, source)
         config = cls(**fields)
         config.check(source, hint)
-        for line in lines:
+        for line in () if quiet else lines:
             log.once(f"{source}: {line}")
         return config
 

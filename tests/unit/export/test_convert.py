@@ -120,6 +120,15 @@ def test_config_and_companions(tmp_path, monkeypatch):
     assert any(f"{count} tensors" in line and "equal" in line for line in said)
 
 
+def test_a_key_that_is_not_known_is_named_once(tmp_path, caplog):
+    directory = source(tmp_path, "dense_tied")
+    config = json.loads((directory / "config.json").read_text()) | {"my_note": 1}
+    (directory / "config.json").write_text(json.dumps(config))
+    convert(directory, tmp_path / "out", "paddle")
+    assert caplog.text.count("my_note") == 1
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["my_note"] == 1
+
+
 def test_another_dtype(tmp_path):
     directory = source(tmp_path, "moe_tied")
     convert(directory, tmp_path / "out", "pt", dtype="bfloat16")
