@@ -10,6 +10,7 @@ from erniekit.checkpoint.vision_start import VisionStart
 from erniekit.config.schema import Config
 from erniekit.hub import resolve_model
 from erniekit.models.config import ModelConfig
+from erniekit.utils import log
 from erniekit.utils.errors import CheckpointError, ConfigError
 
 
@@ -45,8 +46,24 @@ def model_files(cfg: Config) -> ModelFiles:
     else the local directory that it names itself. Raises CheckpointError or ConfigError that names the key.
     """
     path, is_start, note = _directory(cfg)
+    say_if_not_applied(cfg, path)
     base = base_of(path, cfg.model_name_or_path, cfg.download_hub) if is_adapter(path) else path
     return ModelFiles(path, base, is_start, is_start and not cfg.continue_training, note)
+
+
+def say_if_not_applied(cfg: Config, path: Path) -> None:
+    """Log a warning if lora_path has no effect, since the model that is used, `path`, is a whole one that another key
+    names. An adapter is the run's own, which continued that of lora_path.
+    """
+    if cfg.lora_path is None or is_adapter(path):
+        return
+    source, instead = "checkpoint names", "in place of checkpoint"
+    if cfg.checkpoint is None:
+        source, instead = "output_dir holds", "with another output_dir"
+    log.once(
+        f"lora_path: {cfg.lora_path} is not applied, since {source} a whole model, {path}. To apply the adapter to it, "
+        f"set model_name_or_path: {path} {instead}"
+    )
 
 
 def _directory(cfg: Config) -> tuple[Path, bool, str]:

@@ -82,6 +82,7 @@ def _evaluate(cfg: Config, directory: Path, watch: "RouterWatch") -> dict[str, A
     one = replace(
         cfg,
         checkpoint=str(directory),
+        lora_path=None,
         quantization="none",
         continue_training=True,
         tensor_parallel_degree=1,

@@ -13,6 +13,7 @@ from erniekit.checkpoint.model_dir import (
     list_checkpoints,
     require_adapter,
 )
+from erniekit.checkpoint.model_files import say_if_not_applied
 from erniekit.checkpoint.model_reader import ModelReader
 from erniekit.checkpoint.peft_read import read_adapter
 from erniekit.checkpoint.processor import complete_for_transformers, settings_of, write_processor
@@ -46,7 +47,9 @@ OVERWRITE = "overwrite_output_dir: true"
 
 def export(cfg: Config) -> Report:
     """Export the checkpoint that `cfg` names to `output_dir`/export, in `format`, in files of `max_shard_size` GB."""
-    checkpoint, adapter = _with_base(checkpoint_of(cfg), cfg)
+    found = checkpoint_of(cfg)
+    say_if_not_applied(cfg, found)
+    checkpoint, adapter = _with_base(found, cfg)
     if adapter is not None:
         say_if_base_differs(adapter, cfg)
     if not needs_calibration(cfg):

@@ -11,6 +11,7 @@ import pytest
 
 from erniekit import config
 from erniekit.build import load_model
+from erniekit.checkpoint.model_files import model_files
 from erniekit.checkpoint.model_io import save_model
 from erniekit.export import export as module
 from erniekit.export.export import export, export_checkpoint
@@ -74,6 +75,17 @@ def test_a_lora_path_that_is_no_adapter_is_refused(tmp_path):
     (tmp_path / "older" / "adapter_model.bin").write_bytes(b"x")
     with pytest.raises(CheckpointError, match=r"holds no adapter .*adapter_model.bin is PEFT's older form"):
         export(load({"output_dir": str(tmp_path / "out"), "lora_path": str(tmp_path / "older")}))
+
+
+@pytest.mark.parametrize("key", ["checkpoint", "output_dir"])
+def test_a_lora_path_beside_a_whole_model_is_said_to_have_no_effect(tmp_path, caplog, key):
+    trained(tmp_path / "model", "tiny-dense")
+    keys = {"output_dir": str(tmp_path / "out"), "lora_path": "adapter", key: str(tmp_path / "model")}
+    export(load(keys))
+    assert model_files(load(keys)).path == tmp_path / "model"  # eval, chat and server
+    verb = "names" if key == "checkpoint" else "holds"
+    said = f"lora_path: adapter is not applied, since {key} {verb} a whole model, {tmp_path / 'model'}. To apply"
+    assert caplog.text.count(said) == 1
 
 
 def test_layout_dtype_and_template_can_be_chosen(tmp_path):
