@@ -17,6 +17,7 @@ from erniekit.checkpoint.save_job import Save
 from erniekit.parallel.agree import on_first
 from erniekit.parallel.process_group import Group
 from erniekit.utils import atomic, log
+from erniekit.utils.directory_lock import is_being_written
 from erniekit.utils.errors import CheckpointError, disk_is_full
 
 ABANDONED = "abandoned-"  # directories of checkpoints that a run abandoned when it resumed from an earlier one
@@ -73,8 +74,8 @@ class CheckpointManager:
         self._running: Save | None = None
 
     def remove_leftovers(self) -> None:
-        """Delete what a killed run left half written or half deleted."""
-        for name in atomic.remove_leftovers(self.output_dir):
+        """Delete what a killed run left half written or half deleted, but not what an export is writing."""
+        for name in atomic.remove_leftovers(self.output_dir, in_use=is_being_written):
             log.info(f"{self.output_dir}: removed {name}, which a killed process left behind")
 
     def new_aside(self) -> Path:

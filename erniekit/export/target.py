@@ -20,7 +20,7 @@ from erniekit.checkpoint.model_dir import (
 from erniekit.checkpoint.run_record import RUN_FILE
 from erniekit.quantize.report import REPORT_FILES
 from erniekit.utils import atomic, log
-from erniekit.utils.directory_lock import make_directory
+from erniekit.utils.directory_lock import DirectoryLock, make_directory
 from erniekit.utils.errors import CheckpointError, UserError
 from erniekit.utils.user_files import read_json_object
 
@@ -38,7 +38,7 @@ def model_target(
 
     An existing model is replaced only with `overwrite`, or if `command` wrote it from the same `sources`, which are
     directories of models or of runs. Otherwise CheckpointError is raised before anything is read; `cure` is the option
-    that it names.
+    that it names. ConfigError if another process is writing to `target_dir`.
     """
     for source in sources:
         if not Path(source).is_dir():
@@ -48,15 +48,22 @@ def model_target(
             )
     target = Path(target_dir)
     mark = _mark(command, sources)
-    replaced = _is_replaced(target, mark, overwrite, sources[0], cure)
-    if replaced:
-        log.info(f"{cure}: replaces the model in {target}")
+    _is_replaced(target, mark, overwrite, sources[0], cure)  # raises before anything is created
     make_directory(target.parent, "the target")
-    for source in sources:
-        say_links(source)
-    with staged(target, (*REPORT_FILES, *(_OF_A_MODEL if replaced else ()))) as staging:
-        yield staging
-        atomic.write_json(staging / SOURCE_FILE, mark)
+    real = target.resolve()
+    lock = DirectoryLock(real, "target", atomic.lock_file(atomic.shared_temporary(real)))
+    lock.acquire()
+    try:
+        replaced = _is_replaced(target, mark, overwrite, sources[0], cure)  # again: another process may have written
+        if replaced:
+            log.info(f"{cure}: replaces the model in {target}")
+        for source in sources:
+            say_links(source)
+        with staged(target, (*REPORT_FILES, *(_OF_A_MODEL if replaced else ()))) as staging:
+            yield staging
+            atomic.write_json(staging / SOURCE_FILE, mark)
+    finally:
+        lock.release()
 
 
 def check_target(

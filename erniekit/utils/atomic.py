@@ -12,7 +12,7 @@ import os
 import re
 import shutil
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -90,6 +90,11 @@ def shared_temporary(path: Path) -> Path:
     return _temporary(path, "new")
 
 
+def lock_file(temporary: Path) -> Path:
+    """The file that a process locks while it writes what has a shared temporary name."""
+    return temporary.with_name(temporary.name.removesuffix("new.tmp") + "use.tmp")
+
+
 def replace_tree(temporary: Path, target: Path) -> None:
     """Rename a complete directory to its final name. A directory that has this name is renamed first and deleted last,
     since a rename cannot replace a directory that is not empty.
@@ -150,9 +155,9 @@ def leftovers(directory: Path) -> list[Path]:
     return sorted(path for path in directory.iterdir() if _TEMPORARY.match(path.name))
 
 
-def remove_leftovers(directory: Path) -> list[str]:
+def remove_leftovers(directory: Path, in_use: Callable[[Path], bool] = lambda path: False) -> list[str]:
     """Delete what killed processes left in `directory` and return the names, for a log line; what cannot be deleted
-    stays, with a warning. Only the process that owns the directory may call this, since another process might still be
-    writing.
+    stays, with a warning, and what is `in_use` without one. Only the process that owns the directory may call this,
+    since another process might still be writing.
     """
-    return [path.name for path in leftovers(directory) if _discard(path)]
+    return [path.name for path in leftovers(directory) if not in_use(path) and _discard(path)]

@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from erniekit.utils import log
+from erniekit.utils import atomic, log
 from erniekit.utils.errors import ConfigError, disk_is_full
 
 LOCK_FILE = "run.lock"
@@ -77,19 +77,21 @@ def _unusable(directory: Path, key: str, error: OSError) -> ConfigError:
 
 
 class DirectoryLock:
-    """The lock of `directory`; `key` is the YAML key that gave it, for messages."""
+    """The lock of `directory`; `key` is the YAML key that gave it, for messages. `file`: the file that is locked, if it
+    is not one in the directory, which then need not exist.
+    """
 
-    def __init__(self, directory: Path, key: str = "output_dir") -> None:
+    def __init__(self, directory: Path, key: str = "output_dir", file: Path | None = None) -> None:
         self.directory, self.key = directory, key
-        self.path = directory / LOCK_FILE
+        self.path = file or directory / LOCK_FILE
         self._descriptor: int | None = None
         self._name: Path | None = None
 
     def acquire(self, wait: float = _WAIT_SECONDS) -> None:
-        """Create the directory if necessary and lock it. Raises ConfigError if another process has the lock (with its
-        host and process id) or if the directory is not writable.
+        """Create the file's directory if necessary and lock the file. Raises ConfigError if another process has the
+        lock (with its host and process id) or if the directory is not writable.
         """
-        make_directory(self.directory, self.key)
+        make_directory(self.path.parent, self.key)
         name = self.path.resolve()
         if name in _locked_paths:
             raise self._in_use({"pid": os.getpid(), "host": socket.gethostname()})
@@ -195,6 +197,15 @@ class DirectoryLock:
 
     def _not_a_file(self) -> ConfigError:
         return ConfigError(f"{self.key}: {self.path} is not a regular file. Remove it, or choose another {self.key}.")
+
+
+def is_being_written(temporary: Path) -> bool:
+    """Whether a process has locked the file that belongs to a shared temporary name (atomic.lock_file)."""
+    try:
+        DirectoryLock(temporary, file=atomic.lock_file(temporary)).require_free()
+    except ConfigError:
+        return True
+    return False
 
 
 def _holder(descriptor: int) -> dict[str, Any]:

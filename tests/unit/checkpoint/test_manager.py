@@ -4,6 +4,8 @@ import errno
 import multiprocessing
 import os
 import signal
+import subprocess
+import sys
 import time
 
 import pytest
@@ -171,6 +173,30 @@ def test_kill_during_a_save_leaves_the_old_one_and_the_next_run_cleans_up(tmp_pa
     assert (tmp_path / ".checkpoint-2.new.tmp").exists()
     manager.remove_leftovers()
     assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint-1"]
+
+
+EXPORT = """
+import sys, time
+from pathlib import Path
+from erniekit.export.target import model_target
+with model_target(Path(sys.argv[1]) / "export", "export", [sys.argv[1]], False, ""):
+    print("begun", flush=True)
+    time.sleep(60)
+"""
+
+
+def test_what_an_export_is_writing_is_left_alone_until_it_is_killed(tmp_path):
+    staging, manager = tmp_path / ".export.new.tmp", CheckpointManager(tmp_path, 1)
+    process = subprocess.Popen([sys.executable, "-c", EXPORT, tmp_path], stdout=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout.readline() == "begun\n"
+        manager.remove_leftovers()
+        assert staging.is_dir()
+    finally:
+        process.kill()
+        process.communicate()
+    manager.remove_leftovers()
+    assert not staging.exists()
 
 
 def test_other_files_in_the_directory_are_not_touched(tmp_path):

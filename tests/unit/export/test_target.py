@@ -1,5 +1,7 @@
 """Which directories export, split and convert write to."""
 
+import os
+
 import pytest
 
 from erniekit.checkpoint import model_dir
@@ -74,6 +76,18 @@ def test_a_kill_never_leaves_files_of_the_earlier_model_beside_the_new_weights(t
         assert (target / "model.safetensors").read_text() == "second"
         left = {name for name in old if (target / name).exists()}
         assert left == (set(old[:2]) if source == first else set())
+
+
+def test_a_second_command_for_the_same_target_is_refused(tmp_path):
+    source, target = make(tmp_path / "a"), tmp_path / "target"
+    with model_target(target, "export", [source], False, "overwrite=true") as staging:
+        with pytest.raises(UserError, match=rf"target: {target} is in use by process {os.getpid()}"):
+            write(target, source)
+        make(staging, "of the first")
+    assert (target / "model.safetensors").read_text() == "of the first"
+    write(target, source, content="of the second")
+    assert (target / "model.safetensors").read_text() == "of the second"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "target"]
 
 
 def test_a_file_in_place_of_the_directory_is_an_error_before_anything_is_written(tmp_path):
