@@ -14,6 +14,7 @@ from typing import Protocol
 import numpy as np
 
 from erniekit.checkpoint import dtypes
+from erniekit.checkpoint.generation_config import read_generation_config
 from erniekit.checkpoint.mismatch import listed
 from erniekit.checkpoint.model_dir import copy_companions, has_weights, is_adapter, not_copied, write_configs
 from erniekit.checkpoint.model_reader import METADATA, ModelReader
@@ -110,6 +111,7 @@ def rewrite(
     if format not in FORMATS:
         raise CheckpointError(f"unknown weight format {format!r}: use 'pt' (Hugging Face) or 'paddle'.")
     source = ModelReader(source_dir, keep_mtp=True)
+    read_generation_config(source_dir, source.config)  # it is copied, and a model with a wrong one cannot be loaded
     if source.quantised and dtype is None:
         dtype = source.config.dtype or "bfloat16"
         log.info(f"{source_dir}: quantised weights ({source.quantised}) are written as what they stand for, in {dtype}")

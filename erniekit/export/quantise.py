@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from erniekit.checkpoint.generation_config import read_generation_config
 from erniekit.checkpoint.model_dir import write_configs
 from erniekit.checkpoint.model_reader import METADATA, ModelReader
 from erniekit.checkpoint.safetensors_write import Writer
@@ -118,6 +119,7 @@ def _opened(
 ) -> tuple[ModelReader, ModelConfig, Scheme]:
     """The source, its configuration with `overrides`, and the scheme for it."""
     source = ModelReader(source_dir, keep_mtp=True)
+    read_generation_config(source_dir, source.config)  # it is copied, and a model with a wrong one cannot be loaded
     if source.quantised:
         raise CheckpointError(
             f"{source_dir} is quantised already ({source.quantised}): quantising twice adds both errors. Export the "

@@ -377,9 +377,9 @@ def detect_format(names: Iterable[str], source: str) -> Format:
         return "paddle" if is_paddle else "pt"
     shown = ", ".join(names[:3])
     raise CheckpointError(
-        f"{source}: {'names of both' if is_pt else 'neither'} the -PT (model.layers.0.self_attn.q_proj.weight) and the "
-        f"-Paddle layout (ernie.layers.0.self_attn.qkv_proj.weight); found {shown}, ... Use a published checkpoint of "
-        "an ERNIE 4.5 model, or one that this toolkit saved."
+        f"{source}: names of {'both' if is_pt else 'neither'} the -PT (model.layers.0.self_attn.q_proj.weight) "
+        f"{'and' if is_pt else 'nor'} the -Paddle layout (ernie.layers.0.self_attn.qkv_proj.weight); found {shown}, "
+        "... Use a published checkpoint of an ERNIE 4.5 model, or one that this toolkit saved."
     )
 
 

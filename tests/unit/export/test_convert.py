@@ -11,6 +11,7 @@ from safetensors.numpy import load_file
 
 from erniekit.checkpoint import safetensors_write
 from erniekit.checkpoint.dtypes import convert as to_dtype
+from erniekit.checkpoint.model_reader import ModelReader
 from erniekit.checkpoint.safetensors_read import Reader
 from erniekit.checkpoint.safetensors_write import Writer
 from erniekit.export import convert as module
@@ -51,8 +52,9 @@ def source(tmp_path, case, dtype="F32", change=None, max_shard_size="5GB", to_pa
         change(tensors)
     tmp_path.mkdir(exist_ok=True)
     directory = write(tmp_path / "source", tensors, fixture.config, max_shard_size)
-    for name in ("tokenizer.model", "tokenizer_config.json", "chat_template.jinja", "generation_config.json"):
+    for name in ("tokenizer.model", "tokenizer_config.json", "chat_template.jinja"):
         (directory / name).write_text(name)
+    (directory / "generation_config.json").write_text('{"max_new_tokens": 7}')
     return directory
 
 
@@ -112,7 +114,7 @@ def test_config_and_companions(tmp_path, monkeypatch):
     convert(directory, tmp_path / "out", "paddle")
     out = tmp_path / "out"
     for name in ("tokenizer.model", "tokenizer_config.json", "chat_template.jinja", "generation_config.json"):
-        assert (out / name).read_text() == name
+        assert (out / name).read_text() == (directory / name).read_text()
     assert not (out / "modeling_ernie4_5.py").exists() and any("modeling_ernie4_5.py" in line for line in said)
     assert ModelConfig.from_dir(out).num_nextn_predict_layers == 1
     assert json.loads((out / "config.json").read_text())["dtype"] == "float32"
@@ -127,6 +129,16 @@ def test_a_key_that_is_not_known_is_named_once(tmp_path, caplog):
     convert(directory, tmp_path / "out", "paddle")
     assert caplog.text.count("my_note") == 1
     assert json.loads((tmp_path / "out" / "config.json").read_text())["my_note"] == 1
+
+
+@pytest.mark.parametrize("text", ["{", '{"eos_token_id": 999999}'])
+def test_a_wrong_generation_config_is_refused_before_weights_are_read(tmp_path, text, monkeypatch):
+    directory = source(tmp_path, "dense_tied")
+    (directory / "generation_config.json").write_text(text)
+    monkeypatch.setattr(ModelReader, "read", None)
+    with pytest.raises(CheckpointError, match=r"source/generation_config\.json: "):
+        convert(directory, tmp_path / "out", "paddle")
+    assert not (tmp_path / "out").exists()
 
 
 def test_another_dtype(tmp_path):
