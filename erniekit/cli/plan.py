@@ -277,9 +277,13 @@ def _assumptions(job: Job, card: Hardware, plan_options: PlanOptions) -> list[st
             "a CPU, not from this machine. `erniekit plan calibrate FILE` measures it, hardware=FILE uses the result"
         )
     if job.cfg.matmul_precision != "fp32":
+        from erniekit.precision import policy
+
+        key, missing = f"matmul_precision: {job.cfg.matmul_precision}", policy.products_missing(CPU)
+        if missing:
+            lines.append(f"{key}: training on this machine would be refused: {missing}")
         lines.append(
-            f"matmul_precision: {job.cfg.matmul_precision}: memory and time are planned as for fp32; activations take "
-            "up to 15 % less, and a step is faster"
+            f"{key}: memory and time are planned as for fp32; activations take up to 15 % less, and a step is faster"
         )
     if not job.on_cpu:
         lines.append(

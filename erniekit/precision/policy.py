@@ -75,20 +75,32 @@ def products(matmul_precision: str, device: str) -> Iterator[None]:
     if matmul_precision == "fp32":
         yield
         return
-    problem = f"matmul_precision: {matmul_precision}: "
-    if device != "cpu":
-        raise ConfigError(
-            f"{problem}it is for products of float32 tensors on a CPU, and this run is on {device}. Remove it; "
-            "compute_type: bf16 multiplies in bf16 there"
-        )
-    if not onednn.multiplies_bf16():
-        raise ConfigError(
-            f"{problem}this processor has no bf16 products (avx512_bf16, which AMD has since Zen 4 and Intel since "
-            "Cooper Lake), or Paddle's oneDNN has none. Remove it to multiply in fp32"
-        )
-    log.info(f"{problem}products of projections, experts, adapters and the head round their factors to bf16")
+    reason = products_missing(device)
+    if reason:
+        raise ConfigError(f"matmul_precision: {matmul_precision}: {reason}")
+    log.info(
+        f"matmul_precision: {matmul_precision}: products of projections, experts, adapters and the head round their "
+        "factors to bf16"
+    )
     with factors.rounded():
         yield
+
+
+def products_missing(device: str) -> str:
+    """Why a device does not round the factors of its products (`matmul_precision: bf16`), and what to do; empty if it
+    does.
+    """
+    if device != "cpu":
+        return (
+            f"it is for products of float32 tensors on a CPU, and this run is on {device}. Remove it; compute_type: "
+            "bf16 multiplies in bf16 there"
+        )
+    if not onednn.multiplies_bf16():
+        return (
+            "this processor has no bf16 products (avx512_bf16, which AMD has since Zen 4 and Intel since Cooper Lake), "
+            "or Paddle's oneDNN has none. Remove it to multiply in fp32"
+        )
+    return ""
 
 
 def of_weights(dtype: str, device: str, product: ProductFactory | None = None) -> Policy:

@@ -6,7 +6,7 @@ from typing import Any
 
 from erniekit import config
 from erniekit.cli import launch, options
-from erniekit.cli.check import data, model, output, settings
+from erniekit.cli.check import data, device, model, output, settings
 from erniekit.cli.check.report import Report
 from erniekit.config import Config
 from erniekit.config.values import to_bool
@@ -74,6 +74,8 @@ def inspect(args: list[str], command: str = "train", options: data.CheckOptions 
     cfg = _load(report, args, command)
     if cfg is None:
         return report
+    if command == "train":
+        device.inspect(report, cfg)
     facts = model.inspect(report, cfg, command)
     steps = data.inspect(report, cfg, command, facts, options)
     if command == "train":

@@ -8,6 +8,7 @@ from support.source_tree import REPOSITORY
 
 from erniekit.cli import plan
 from erniekit.config import load
+from erniekit.nn import onednn
 from erniekit.plan.calibrate import Measured, calibrate
 from erniekit.plan.hardware import load_hardware
 from erniekit.utils.errors import ConfigError
@@ -60,6 +61,18 @@ def test_a_plan_for_a_cpu_says_where_its_numbers_come_from(tmp_path: Path, capsy
     assert "are placeholders" in text and "0.86 M parameters" in text
     plan.run([*tiny, f"hardware={tmp_path / 'mine.yaml'}"])
     assert "are placeholders" not in capsys.readouterr().out
+
+
+def test_a_plan_for_this_processor_says_that_it_has_no_products_in_bf16(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    tiny = [str(CONFIGS / "tiny" / "sft" / "run_sft_dense.yaml"), "gpu=cpu", "matmul_precision=bf16"]
+    for multiplies in (True, False):
+        monkeypatch.setattr(onednn, "multiplies_bf16", lambda answer=multiplies: answer)
+        plan.run(tiny)
+        said = capsys.readouterr().out
+        assert "matmul_precision: bf16: memory and time are planned as for fp32" in said
+        assert ("matmul_precision: bf16: training on this machine would be refused" in said) == (not multiplies)
 
 
 def test_a_published_text_model_gets_the_vision_part_that_is_added_to_it():
