@@ -14,7 +14,7 @@ from erniekit.checkpoint.model_reader import ModelReader
 from erniekit.config import Config
 from erniekit.evaluate.run import measure
 from erniekit.export.convert import Report
-from erniekit.export.export import check_quantised_export, checkpoint_of, export, output_of
+from erniekit.export.export import check_export, checkpoint_of, export, output_of
 from erniekit.export.quantise import QuantisedReport
 from erniekit.models.decoder import CausalLM
 from erniekit.moe.layer import MoELayer, Routed
@@ -31,7 +31,7 @@ def export_and_report(cfg: Config) -> Report:
     target, before = output_of(cfg) / "export", RouterWatch()
     evaluates = cfg.quantization_eval and cfg.quantization != "none"
     if evaluates:
-        check_quantised_export(cfg)  # before minutes or hours of evaluation
+        check_export(cfg)  # before minutes or hours of evaluation
     first = _evaluate(cfg, checkpoint_of(cfg), before) if evaluates else {}
     written = export(cfg)
     if not isinstance(written, QuantisedReport):

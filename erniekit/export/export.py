@@ -70,16 +70,16 @@ def export(cfg: Config) -> Report:
     )
 
 
-def check_quantised_export(cfg: Config) -> None:
-    """Raise what `export` of a quantised model raises before it reads a weight: a scheme that does not fit, a model
-    that is quantised already, a target with another model, calibration data that is not there.
+def check_export(cfg: Config) -> None:
+    """Raise what `export` raises before it reads a weight: a target with another model, and of a quantised model a
+    scheme that does not fit, a model that is quantised already, calibration data that is not there.
     """
     checkpoint, adapter = _with_base(checkpoint_of(cfg), cfg)
+    sources = [checkpoint] if adapter is None else [checkpoint, adapter]
+    check_target(output_of(cfg) / "export", "export", sources, cfg.overwrite_output_dir, OVERWRITE)
     quantisation = quantisation_of(cfg, checkpoint, adapter)
     if quantisation is None:
         return
-    sources = [checkpoint] if adapter is None else [checkpoint, adapter]
-    check_target(output_of(cfg) / "export", "export", sources, cfg.overwrite_output_dir, OVERWRITE)
     calibrates = needs_calibration(cfg)
     overrides = None if adapter is None else overrides_of(cfg)
     check_quantised(checkpoint, _format_of(cfg), quantisation, calibrates, overrides)

@@ -6,7 +6,7 @@ from typing import Any
 
 from erniekit import config
 from erniekit.cli import launch, options
-from erniekit.cli.check import data, device, model, output, settings
+from erniekit.cli.check import data, device, exported, model, output, settings
 from erniekit.cli.check.report import Report
 from erniekit.config import Config
 from erniekit.config.values import to_bool
@@ -80,6 +80,8 @@ def inspect(args: list[str], command: str = "train", options: data.CheckOptions 
     steps = data.inspect(report, cfg, command, facts, options)
     if command == "train":
         output.inspect(report, cfg, facts, steps)
+    elif command == "export" and not report.count("error"):
+        exported.inspect(report, cfg)
     return report
 
 
