@@ -11,7 +11,8 @@ import yaml
 
 from erniekit.checkpoint.product_state import DIRECTORY
 from erniekit.checkpoint.stored_state import StoredState
-from erniekit.models.config import ModelConfig
+from erniekit.config.schema_qat import STATIC
+from erniekit.models.config import Format, ModelConfig
 from erniekit.quantize.quantiser import RoundToNearest
 from erniekit.quantize.schemes import Matrix, Options, Scheme, scheme_for
 from erniekit.utils import log
@@ -19,6 +20,8 @@ from erniekit.utils.errors import ConfigError, UserError
 from erniekit.utils.user_files import read_text
 
 _ENDING = ".product.range"
+# The export that writes the codes of a training: `quantization` and `format`, where they are not its own name and pt.
+_EXPORTS: dict[str, tuple[str, Format]] = {STATIC: ("fp8", "paddle"), "w4a8": ("w4a8", "paddle")}
 
 
 @dataclass(frozen=True)
@@ -37,6 +40,22 @@ class AsTrained(RoundToNearest):
             return None
         own = float(found[matrix.logical.index or 0])
         return own or float(found.max()) or None
+
+
+def warn_if_not_exported(qat: str, config: ModelConfig, group: int | None) -> None:
+    """Log a warning if `erniekit export` will refuse to write a model that is trained for `qat`: engines want other
+    sizes, or read no such model. Training itself can be done for every size.
+    """
+    if qat == "none":
+        return
+    name, format = _EXPORTS.get(qat, (qat, "pt"))
+    try:
+        scheme_for(name, format, config, Options(group))
+    except ConfigError as error:
+        log.warning(
+            f"qat: {qat}: `erniekit export quantization={name} format={format}` will refuse what this run trains: "
+            f"{error}"
+        )
 
 
 def say_if_qat_differs(directory: Path, qat: str) -> None:
