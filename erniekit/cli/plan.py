@@ -85,6 +85,11 @@ def job_of(cfg: Config, plan_options: PlanOptions, card: Hardware) -> Job:
             f"{gpus / per_node:.2f}). Give a multiple of {per_node}, or another gpus_per_node."
         )
     _check_precision(cfg, card)
+    if gpu != CPU and cfg.context_parallel_degree > 1 and cfg.cp_comm_type == "p2p":
+        raise ConfigError(
+            f"cp_comm_type: p2p: the ring of context_parallel_degree: {cfg.context_parallel_degree} is for CPUs; "
+            f"training on {card.name} would be refused. Set cp_comm_type: a2a, or plan gpu=cpu"
+        )
     pictures = _picture_tokens(cfg, model, plan_options)
     return make_job(cfg, model, Cluster(gpus, gpu, per_node), plan_options.document_tokens, pictures)
 

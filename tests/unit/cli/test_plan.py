@@ -92,6 +92,13 @@ def test_a_cpu_runs_all_processes_of_the_degrees_on_one_host(capsys: pytest.Capt
     assert "9 x cpu: 1 pipeline stages x 9 data ranks" in capsys.readouterr().out
 
 
+def test_context_ranks_are_planned_as_each_device_has_them(capsys: pytest.CaptureFixture[str]):
+    tiny = [str(CONFIGS / "tiny" / "sft" / "run_sft_dense.yaml"), "gpus=2", "context_parallel_degree=2"]
+    assert plan.run([*tiny, "gpu=cpu"]) == 0
+    assert plan.run([*tiny, "gpu=H800", "cp_comm_type=a2a"]) == 0
+    assert "rows shared by 2 data ranks" in capsys.readouterr().out
+
+
 def test_inputs_of_recomputed_layers_leave_the_device(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     stages = []
     for offloads in ("false", "true"):
@@ -173,6 +180,7 @@ def test_a_search_lists_the_fastest_layouts_that_fit(capsys: pytest.CaptureFixtu
         (["json=/nowhere/at/all.json"], "a directory that exists"),
         (["model_name_or_path=baidu/ERNIE-4.5-0.4B"], "nearest name is baidu/ERNIE-4.5-0.3B"),
         (["gpuz=8"], "gpuz=8: the options of `erniekit plan` are gpus, .*; did you mean gpu?"),
+        (["gpus=2", "context_parallel_degree=2"], "cp_comm_type: p2p: .* for CPUs; training on H800 would be refused"),
         (["matmul_precision=bf16"], "matmul_precision: bf16: it is for a CPU; training on H800 would be refused"),
     ],
 )
