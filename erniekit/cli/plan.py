@@ -124,9 +124,20 @@ def _check_precision(cfg: Config, card: Hardware) -> None:
             f"matmul_precision: {cfg.matmul_precision}: it is for a CPU; training on {card.name} would be refused. "
             "Remove the key, or plan gpu=cpu"
         )
-    if cfg.compute_type == "bf16" and not card.bf16:
-        raise ConfigError(f"compute_type: bf16: {card.name} has no bf16 units. Plan compute_type=fp16 or another card.")
-    if cfg.fp8 == "none" or card.name.lower() == CPU:
+    if cfg.compute_type not in ("fp16", "fp32") and not card.bf16:
+        computes = "" if cfg.compute_type == "bf16" else "it computes in bf16, and "
+        raise ConfigError(
+            f"compute_type: {cfg.compute_type}: {computes}{card.name} has no bf16 units. Plan compute_type=fp16 or "
+            "another card."
+        )
+    if card.name.lower() == CPU:
+        return
+    if cfg.fp8 == "none" and cfg.emulate_precision:
+        raise ConfigError(
+            f"emulate_precision: it is for a CPU; training on {card.name}, which has {cfg.compute_type} itself, would "
+            "be refused. Remove the key, or plan gpu=cpu"
+        )
+    if cfg.fp8 == "none":
         return
     card.peak("fp8")  # refuses a card without it, by its name
     if cfg.emulate_precision:

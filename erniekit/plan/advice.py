@@ -40,7 +40,7 @@ def changes(plan: MemoryPlan, capacity: float, outline: Outline, card: Hardware 
     step where they are planned, that is for changes that make the run fit on a known card, else in the order below.
     """
     found = []
-    for keys in _candidates(plan.job):
+    for keys in _candidates(plan.job, card):
         try:
             job = plan.job.changed(**keys)
         except UserError:  # the degrees do not fit the cluster or the model
@@ -62,7 +62,7 @@ def cheapest_fit(found: list[Change]) -> Change | None:
     return next((change for change in found if change.plan.fits), None)
 
 
-def _candidates(job: Job) -> Iterator[dict[str, Any]]:
+def _candidates(job: Job, card: Hardware | None) -> Iterator[dict[str, Any]]:
     """Keys that may save memory, with the global batch as it is, roughly by what they cost."""
     cfg, degrees = job.cfg, job.degrees
     smaller = next((rows for rows in range(cfg.batch_size // 2, 0, -1) if cfg.batch_size % rows == 0), 1)
@@ -81,7 +81,7 @@ def _candidates(job: Job) -> Iterator[dict[str, Any]]:
             {"recompute": True, "recompute_granularity": "full", "offload_activations": True},
         ),
         (degrees.data > 1 and job.zero_stage < 3, {"sharding": "stage3"}),
-        *_of_weights(job),
+        *_of_weights(job, card),
         (cfg.batch_size > 1, {"batch_size": smaller, **_accumulated(job, cfg.batch_size // smaller)}),
         (job.model.moe_num_experts > 0, {"expert_parallel_degree": 2 * degrees.expert}),
         (True, {"pipeline_parallel_degree": 2 * degrees.pipeline, **_accumulated(job, 2)}),
@@ -99,10 +99,12 @@ def _accumulated(job: Job, times: int) -> dict[str, Any]:
     return {"gradient_accumulation_steps": times * job.cfg.gradient_accumulation_steps}
 
 
-def _of_weights(job: Job) -> list[tuple[bool, dict[str, Any]]]:
+def _of_weights(job: Job, card: Hardware | None) -> list[tuple[bool, dict[str, Any]]]:
     """Keys for what weights and optimizer take, each with whether it applies."""
     if job.is_lora:
-        return [(not job.quantized_base and job.cfg.qat == "none", {"compute_type": "wint8"})]
+        # The base in 8 bits is multiplied in bf16. A run in fp16 is mostly one on a GPU that has none.
+        has_bf16 = job.cfg.compute_type != "fp16" if card is None else bool(card.bf16)
+        return [(has_bf16 and not job.quantized_base and job.cfg.qat == "none", {"compute_type": "wint8"})]
     return [
         (job.cfg.moment_dtype == "fp32", {"moment_dtype": "bf16"}),
         (not job.on_cpu and not job.offloads_state, {"offload_optim": True}),

@@ -167,6 +167,8 @@ def test_a_search_lists_the_fastest_layouts_that_fit(capsys: pytest.CaptureFixtu
         (["picture_tokens=100"], "the model has no vision"),
         (["document_tokens=100000"], "is more than a row"),
         (["gpu=V100", "compute_type=bf16"], "V100 has no bf16 units"),
+        (["gpu=V100", "compute_type=wint8", "fine_tuning=LoRA"], "wint8: it computes in bf16, and V100 has no bf16"),
+        (["emulate_precision=true"], "emulate_precision: it is for a CPU; training on H800, which has bf16 itself"),
         (["gpu=A100", "fp8=blockwise"], "A100 has no FP8 units"),
         (["stage=VL-SFT"], "is a model of text alone"),
         (["frozen_parameters=nothing"], "nothing means no parameter of this model"),

@@ -49,3 +49,13 @@ def test_a_change_keeps_the_tokens_of_a_step(batch_size: int):
     found = changes(plan_memory(given, 1e9, outline_stage), 1e9, outline_stage, load_hardware("cpu"))
     assert {key for change in found for key in change.keys} >= {"tensor_parallel_degree", "batch_size"}
     assert {change.plan.job.step_tokens for change in found} == {given.step_tokens}
+
+
+@pytest.mark.parametrize(("card", "compute_type", "proposed"), [("V100", "fp16", False), ("A100", "fp16", True)])
+def test_a_base_in_8_bits_is_not_proposed_for_a_gpu_without_bf16(card: str, compute_type: str, proposed: bool):
+    cfg = config.load(None, [*GIVEN[:3], f"compute_type={compute_type}", "max_seq_len=64", "fine_tuning=LoRA"], "train")
+    given = make_job(cfg, ModelConfig.from_dict(DENSE), Cluster(1, card, 1))
+    plan = plan_memory(given, 1e9, outline_stage)
+    keys = [change.keys for change in changes(plan, 1e9, outline_stage, load_hardware(card))]
+    assert keys and ({"compute_type": "wint8"} in keys) == proposed
+    assert {"compute_type": "wint8"} not in [change.keys for change in changes(plan, 1e9, outline_stage)]
