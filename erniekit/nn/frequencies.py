@@ -88,7 +88,7 @@ def _yarn(head_dim: int, theta: float, scaling: RopeScaling) -> np.ndarray:
     if scaling.truncate:
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, head_dim - 1)
-    ramp = (np.arange(head_dim // 2, dtype=np.float32) - np.float32(low)) / np.float32(max(high - low, 0.001))
+    ramp = (np.arange(head_dim // 2, dtype=np.float32) - np.float32(low)) / np.float32(high - low or 0.001)
     divided = np.clip(ramp, 0, 1)
     plain = inverse_frequencies(head_dim, theta)
     slow = np.float32(1.0) / (np.float32(scaling.factor) * _powers(head_dim, np.float64(np.float32(theta))))

@@ -40,6 +40,12 @@ def test_yarn_keeps_fast_frequencies_and_divides_slow_ones(truncate: bool):
     np.testing.assert_allclose(found[turns < 1 / slack], PLAIN[turns < 1 / slack] / 8, rtol=1e-5)
 
 
+def test_yarn_with_a_small_base_is_that_of_transformers():
+    """There the ramp may fall: the index of the fast border is 16, that of the slow one is cut to the last, 9."""
+    found = scaled_frequencies(10, 2.0, RopeScaling("yarn", 4.0, 2048), np.arange(4))
+    np.testing.assert_allclose(found, inverse_frequencies(10, 2.0) / 4, rtol=1e-6)
+
+
 def test_dynamic_raises_the_base_with_the_length_of_each_text():
     """Texts of 10 and 100 tokens in one row, and of 80; only those beyond the original length change, as they do by
     themselves.
