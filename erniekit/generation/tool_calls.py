@@ -7,6 +7,7 @@ import re
 from typing import Any, NamedTuple, NoReturn
 
 from erniekit.generation.thinking import num_unsure
+from erniekit.utils.user_files import unique_keys
 
 OPEN, CLOSE = "<tool_call>", "</tool_call>"
 
@@ -212,4 +213,4 @@ def _refuse(text: str) -> NoReturn:
 
 
 _STRINGS, _STRING_BEGINS = re.compile(r'"(?:[^"\\]|\\.)*"', re.DOTALL), re.compile('"')
-_DECODER = json.JSONDecoder(parse_constant=_refuse)
+_DECODER = json.JSONDecoder(object_pairs_hook=unique_keys, parse_constant=_refuse)

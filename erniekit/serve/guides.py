@@ -9,6 +9,7 @@ from erniekit.serve.server_errors import ApiError
 from erniekit.serve.server_fields import type_name
 from erniekit.serve.server_messages import called_tools
 from erniekit.utils.errors import UserError
+from erniekit.utils.user_files import parse_json
 
 MAX_CHOICES = 1024
 _NAMES = {"json": "json", "regex": "regex", "choice": "choice", "grammar": "grammar"}  # of structured_outputs
@@ -79,7 +80,12 @@ def _response_format(given: dict[str, Any]) -> Guide | None:
 
 def _guide(name: str, kind: str, what: Any) -> Guide:
     if kind == "json":
-        if not isinstance(what, dict | str):
+        if isinstance(what, str):
+            try:
+                what = parse_json(what, name, UserError)
+            except UserError as error:
+                raise ApiError(400, str(error), name, "invalid_grammar") from None
+        if not isinstance(what, dict):
             raise _wrong(name, f"expected a JSON schema, got {type_name(what)}")
         return Guide("json", what)
     if kind == "choice":

@@ -1,4 +1,4 @@
-"""Reads the body of a request: bounded in bytes and depth, strict JSON, valid Unicode."""
+"""Reads the body of a request: bounded in bytes and depth, strict JSON with each name once, valid Unicode."""
 
 import json
 from typing import Any, NoReturn
@@ -6,6 +6,7 @@ from typing import Any, NoReturn
 from starlette.requests import ClientDisconnect, Request
 
 from erniekit.serve.server_errors import ApiError
+from erniekit.utils.user_files import unique_keys
 
 MAX_DEPTH = 64  # of lists and objects inside one another
 
@@ -33,7 +34,7 @@ async def read_body(request: Request, max_bytes: int) -> dict[str, Any]:
 def parse_body(data: bytes) -> dict[str, Any]:
     """The JSON object that `data` holds. Raises ApiError for anything else."""
     try:
-        body = json.loads(data.decode(), parse_constant=_refuse, parse_float=_finite)
+        body = json.loads(data.decode(), object_pairs_hook=unique_keys, parse_constant=_refuse, parse_float=_finite)
     except UnicodeDecodeError:
         raise ApiError(400, "the body is not UTF-8.", code="invalid_json") from None
     except (ValueError, RecursionError) as error:

@@ -3,7 +3,7 @@
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 from urllib.parse import unquote, urlsplit
 
 from PIL import Image
@@ -18,7 +18,8 @@ from erniekit.serve.server_errors import ApiError
 from erniekit.serve.server_fields import type_name
 from erniekit.serve.server_video import uri_content, video_content
 from erniekit.utils import log
-from erniekit.utils.errors import DataError
+from erniekit.utils.errors import DataError, UserError
+from erniekit.utils.user_files import parse_json
 
 MAX_MESSAGES = 10_000
 MAX_IMAGE_PIXELS = 50_000_000
@@ -33,6 +34,8 @@ _FIELDS = {
     ).split(),
     "tool": ("role", "content", "tool_call_id", "name"),
 }
+_CALL_FIELDS = ("id", "type", "function", "index")  # `index`: of a call that was put together from a stream
+_FUNCTION_FIELDS = ("name", "arguments", "parsed_arguments")  # the last one as `parsed` above
 _UNSHOWN = ("name", "annotations")  # accepted, and not part of a prompt; the name of a tool is
 _OPTIONS = frozenset(
     "detail min_pixels max_pixels fps video_fps min_frames max_frames target_frames num_frames time_stamps "
@@ -125,13 +128,18 @@ class Messages:
         function = call.get("function") if isinstance(call, dict) else None
         if not isinstance(function, dict) or not isinstance(function.get("name"), str) or not function["name"]:
             raise _wrong(name, 'expected {"id", "type": "function", "function": {"name", "arguments"}}')
+        if call.get("type") not in (None, "function"):
+            raise _wrong(f"{name}.type", f"expected function, got {str(call['type'])[:40]!r}")
+        _refuse_unknown(call, _CALL_FIELDS, name)
+        _refuse_unknown(function, _FUNCTION_FIELDS, f"{name}.function")
         arguments = function.get("arguments")
         parsed = arguments
         if isinstance(arguments, str):
+            place = f"{name}.function.arguments"
             try:
-                parsed = json.loads(arguments or "{}", parse_constant=_no_constant)
-            except (ValueError, RecursionError) as error:
-                raise _wrong(f"{name}.function.arguments", f"not valid JSON: {error}") from None
+                parsed = parse_json(arguments or "{}", place, UserError)
+            except UserError as error:
+                raise ApiError(400, str(error), place, "invalid_value") from None
         parsed = {} if parsed is None else parsed
         if not isinstance(parsed, dict):
             raise _wrong(f"{name}.function.arguments", f"expected an object as JSON text, got {type_name(parsed)}")
@@ -309,8 +317,11 @@ def _text(value: Any, name: str, required: bool = False) -> str:
     return value
 
 
-def _no_constant(word: str) -> NoReturn:
-    raise ValueError(f"{word} is not a number of JSON")
+def _refuse_unknown(given: dict[str, Any], known: Sequence[str], name: str) -> None:
+    """Raises ApiError for a field that would change nothing, such as `parameters` in the place of `arguments`."""
+    for field, value in given.items():
+        if field not in known and value is not None:
+            raise _wrong(f"{name}.{field[:40]}", f"unknown field, expected {', '.join(known)}")
 
 
 def _wrong(name: str, what: str) -> ApiError:

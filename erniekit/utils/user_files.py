@@ -127,7 +127,8 @@ class _Refused(ValueError):
     """A text that Python's parser accepts and this module refuses."""
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """The object of a JSON parser's pairs (`object_pairs_hook`). Raises ValueError for a key that stands twice."""
     content = dict(pairs)
     if len(content) != len(pairs):
         keys: set[str] = set()
@@ -150,7 +151,7 @@ def _finite(text: str) -> float:
 def _decoder(number: Callable[[str], Any] | None, strict: bool) -> json.JSONDecoder:
     return json.JSONDecoder(
         strict=strict,
-        object_pairs_hook=_unique,
+        object_pairs_hook=unique_keys,
         parse_constant=_no_constant,
         parse_int=number,
         parse_float=number or _finite,

@@ -38,6 +38,8 @@ def test_calls_and_the_text_around_them():
         '{"name": "add", "arguments": {}} {}',
         '{"name": "add", "arguments": {"a": "\\ud83d"}}',
         '{"name": "add", "arguments": {"a": [1e999]}}',
+        '{"name": "add", "arguments": {"a": 1, "a": 2}}',
+        '{"name": "add", "arguments": {"a": 1}, "arguments": {"a": 2}}',
         "",
     ],
 )

@@ -195,7 +195,8 @@ def test_alternatives_are_told_apart_by_their_discriminator(server: Asking):
     }
     tools = [{"type": "function", "function": {"name": "f", "parameters": union}}]
     for seed in range(4):
-        answer = json.loads(server.chat(guided_json=union, seed=seed, **LONG)["choices"][0]["message"]["content"])
+        form = union if seed % 2 else json.dumps(union)
+        answer = json.loads(server.chat(guided_json=form, seed=seed, **LONG)["choices"][0]["message"]["content"])
         message = server.chat(tools=tools, tool_choice="required", parallel_tool_calls=False, seed=seed, **LONG)
         call = json.loads(message["choices"][0]["message"]["tool_calls"][0]["function"]["arguments"])
         for found in (answer, call):
@@ -233,7 +234,9 @@ def test_from_python(model_dir: Path):
             "ipv6, uuid and uri; leave another one out",
         ),
         ({"guided_json": {"$ref": "http://example.org/a"}}, "guided_json", "not fetch"),
-        ({"guided_json": "{"}, "guided_json", "cannot be used"),
+        ({"guided_json": "{"}, "guided_json", "not JSON"),
+        ({"guided_json": '{"type": "integer", "type": "boolean"}'}, "guided_json", "'type' stands twice"),
+        ({"guided_json": "true"}, "guided_json", "expected a JSON schema, got boolean"),
         ({"guided_regex": "[a-"}, "guided_regex", "unclosed"),
         ({"guided_regex": "(" * 200_000}, "guided_regex", "cannot be used"),
         ({"guided_grammar": "start: foo"}, "guided_grammar", "unknown name"),

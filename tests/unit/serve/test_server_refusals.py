@@ -47,6 +47,11 @@ def server(model_dir: Path, model: ChatModel):
         assert asking.served.thread.num_running == asking.served.thread.num_waiting == 0
 
 
+def calling(**function: object) -> dict:
+    """A conversation with a call of a function."""
+    return {"messages": [{"role": "assistant", "tool_calls": [{"function": {"name": "f"} | function}]}]}
+
+
 @pytest.mark.parametrize(
     ("fields", "param", "said"),
     [
@@ -85,7 +90,15 @@ def server(model_dir: Path, model: ChatModel):
          'expected object, got "array"'),
         ({"tools": [{"type": "custom", "function": {"name": "f"}}]}, "tools[0]", '"type": "function"'),
         ({"messages": [{"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": '{"a": NaN}'}}]}]},
-         "messages[0].tool_calls[0].function.arguments", "NaN is not a number"),
+         "messages[0].tool_calls[0].function.arguments", "NaN is not a JSON number"),
+        (calling(arguments='{"a": 1, "a": 2}'), "messages[0].tool_calls[0].function.arguments", "'a' stands twice"),
+        (calling(arguments='{"a": 1e999}'), "messages[0].tool_calls[0].function.arguments", "too large"),
+        (calling(arguments='{"a": "\\ud800"}'), "messages[0].tool_calls[0].function.arguments", "half of a pair"),
+        (calling(parameters={"a": 1}), "messages[0].tool_calls[0].function.parameters", "unknown field"),
+        ({"messages": [{"role": "assistant", "tool_calls": [{"function": {"name": "f"}, "arguments": "{}"}]}]},
+         "messages[0].tool_calls[0].arguments", "unknown field"),
+        ({"messages": [{"role": "assistant", "tool_calls": [{"type": "custom", "function": {"name": "f"}}]}]},
+         "messages[0].tool_calls[0].type", "expected function"),
         ({"enable_thinking": True}, "enable_thinking", "never thinks"),
         ({"chat_template_kwargs": {"tokenize": False}}, "chat_template_kwargs.tokenize", "unknown field"),
         ({"chat_template": "{{ 1 }}"}, "chat_template", "unknown field"),
@@ -129,6 +142,8 @@ def test_fields_of_completions(server: Asking, fields: dict, said: str):
         (b"\xff\xfe", "not UTF-8"),
         (b'{"temperature": NaN}', "NaN"),
         (b'{"temperature": 1e999}', "too large"),
+        (b'{"max_tokens": 1, "max_tokens": 3}', "'max_tokens' stands twice"),
+        (b'{"messages": [{"role": "user", "content": "a", "content": "b"}]}', "'content' stands twice"),
         (b'{"seed": ' + b"9" * 5000 + b"}", "not valid JSON"),
         (b'{"messages": ' + b"[" * 100 + b"]" * 100 + b"}", "64 levels"),
         (b'{"messages": ' + b"[" * 100_000, "nested too deeply"),
