@@ -46,29 +46,31 @@ def plan(
     name: str,
     grammar: Compiled | None = None,
     owner: str = "",
+    is_answered: bool = True,
 ) -> Plan:
     """The requests to the engine for the fields of a client's request. `name`: the field that has the prompts.
-    `grammar`: what the answers have to follow. `owner`: whose request it is.
+    `grammar`: what the answers have to follow. `owner`: whose request it is. `is_answered`: whether the prompts get
+    answers; where they are scored alone they may fill the context.
     """
     n = values.get("n", 1)
     if n * len(prompts) > MAX_ANSWERS:
         raise ApiError(400, f"n: at most {MAX_ANSWERS} answers to a request.", "n", "invalid_value")
     lengths = [len(_ids(prompt)) for prompt in prompts]
     for length in lengths:
-        served.check_length(length, name)
+        served.check_length(length, name, is_answered)
     sampling = _sampling(values, served)
     adapter = served.adapter_of(values.get("model"))
     requests, least_room = [], served.context - max(lengths)
     asked = values.get("max_completion_tokens", values.get("max_tokens"))
     headers = {}
-    if asked is not None and asked > least_room:
+    if is_answered and asked is not None and asked > least_room:
         headers["x-erniekit-max-tokens"] = str(least_room)
         log.info(
             f"max_tokens: {asked} is more than the {least_room} tokens that the context has left"
             f"{' behind the longest prompt' if len(prompts) > 1 else ''}, which are used"
         )
     for row, prompt in enumerate(prompts):
-        limits = _limits(values, served, served.context - lengths[row])
+        limits = _limits(values, served, max(1, served.context - lengths[row]))
         limits = limits if grammar is None else replace(limits, min_new_tokens=0)
         for number in range(n):
             draw = row * n + number

@@ -52,15 +52,17 @@ class ServedModel:
             raise ApiError(404, f"model: {name[:80]!r} is not served here; {known} {verb}.", "model", "model_not_found")
         return name
 
-    def check_length(self, num_tokens: int, name: str) -> None:
-        """Raises ApiError for a prompt without tokens, or one that leaves no room for an answer."""
+    def check_length(self, num_tokens: int, name: str, is_answered: bool = True) -> None:
+        """Raises ApiError for a prompt without tokens, or one that leaves no room for an answer; one that is scored
+        alone (not `is_answered`) needs none.
+        """
         if not num_tokens:
             raise ApiError(400, f"{name}: the prompt has no tokens.", name, "invalid_value")
-        if num_tokens >= self.context:
+        if num_tokens + is_answered > self.context:
+            what = " and leaves no room for an answer" if is_answered else ""
             raise ApiError(
                 400,
-                f"{name}: the prompt has {num_tokens} tokens and leaves no room for an answer: the context is "
-                f"{self.context} tokens. Shorten it.",
+                f"{name}: the prompt has {num_tokens} tokens{what}: the context is {self.context} tokens. Shorten it.",
                 name,
                 "context_length_exceeded",
             )

@@ -5,11 +5,13 @@ import uuid
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import accumulate
 from typing import Any
 
 from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 
+from erniekit.data.chat.tokenizer import StreamDecoder
 from erniekit.generation.prompt_scores import score_prompt
 from erniekit.generation.request import TokenScore
 from erniekit.serve import server_fields as fields
@@ -54,6 +56,11 @@ class _Completion:
         """The text of the prompt of a choice, if it is part of the answer."""
         return self.served.chat_model.tokenizer.decode(self.prompts[index // n]) if self.echoes else ""
 
+    def prompt_ends(self, row: int) -> list[int]:
+        """The number of characters up to each token of a prompt; a part of a character has none."""
+        decoder = StreamDecoder(self.served.chat_model.tokenizer)
+        return list(accumulate(len(decoder.push(number)) for number in self.prompts[row]))
+
 
 async def complete(request: HttpRequest, served: Served) -> Response:
     """Continue prompts, whole or in pieces."""
@@ -75,7 +82,8 @@ async def complete(request: HttpRequest, served: Served) -> Response:
         grammar = await served.in_pool(lambda: compiled_guide(values, served))
         ask = _Completion(values, served, prompts)
         asked = values | ({"max_tokens": 1} if only_scores else {})
-        wanted = plan(asked, prompts, served, ask.num_scores, "prompt", grammar, request.scope["owner"])
+        owner = request.scope["owner"]
+        wanted = plan(asked, prompts, served, ask.num_scores, "prompt", grammar, owner, is_answered=not only_scores)
         how = reading(values, served, grammar, opened=False, has_thoughts=False, has_calls=False)
         scored = await unless_client_leaves(request, _scores_of_prompts(ask))
         if only_scores:
@@ -133,8 +141,11 @@ def _only_scores(ask: _Completion, scored: list[list[TokenScore | None]]) -> dic
     """The response to a request that echoes its prompts and continues none."""
     choices = []
     for index, ids in enumerate(ask.prompts):
-        logprobs = _logprobs(ask, list(zip(ids, scored[index], strict=True)), 0) if scored else None
-        choices.append({"index": index, "text": ask.echoed(index, 1), "logprobs": logprobs, "finish_reason": "length"})
+        logprobs = (
+            _logprobs(ask, list(zip(ids, scored[index], strict=True)), ask.prompt_ends(index)) if scored else None
+        )
+        choice = {"index": index, "text": ask.echoed(index, 1), "logprobs": logprobs, "finish_reason": "length"}
+        choices.append(choice | ({"prompt_token_ids": ids, "token_ids": []} if ask.returns_ids else {}))
     return {**ask.head, "choices": choices, "usage": ask.served.usage(sum(map(len, ask.prompts)), 0, 0)}
 
 
@@ -146,10 +157,12 @@ async def _whole(ask: _Completion, wanted: Plan, run: Run, scored: list[list[Tok
     choices = []
     for index, reader in enumerate(run.readers):
         tokens: list[tuple[int, TokenScore | None]] = list(reader.tokens)
+        ends = [len(ask.echoed(index, wanted.n)) + end for end in reader.ends]
         if scored:
             row = index // wanted.n
             tokens = [*zip(ask.prompts[row], scored[row], strict=True), *tokens]
-        logprobs = None if ask.num_scores is None else _logprobs(ask, tokens, 0)
+            ends = [*ask.prompt_ends(row), *ends]
+        logprobs = None if ask.num_scores is None else _logprobs(ask, tokens, ends)
         ids = {"prompt_token_ids": ask.prompts[index // wanted.n], "token_ids": reader.ids} if ask.returns_ids else {}
         choices.append({"index": index, "text": texts[index], "logprobs": logprobs, **_end(reader), **ids})
     return {**ask.head, "choices": choices, "usage": _usage(ask, wanted, run)}
@@ -161,28 +174,31 @@ class _CompletionChunks:
     def __init__(self, ask: _Completion, wanted: Plan, run: Run, scored: list[list[TokenScore | None]]) -> None:
         self._ask, self._n, self._readers, self._scored = ask, wanted.n, run.readers, scored
         count = len(run.readers)
-        self._num_scored, self._num_ids, self._lengths = [0] * count, [0] * count, [0] * count
+        self._num_scored, self._num_ids, self._num_echoed = [0] * count, [0] * count, [0] * count
 
     def begin(self, index: int) -> dict[str, Any]:
         """See Chunks."""
         row = index // self._n
-        prompt = self._ask.prompts[row]
+        prompt, echoed = self._ask.prompts[row], self._ask.echoed(index, self._n)
+        self._num_echoed[index] = len(echoed)
         tokens = list(zip(prompt, self._scored[row], strict=True)) if self._scored else []
-        choice = self._choice(index, self._ask.echoed(index, self._n), tokens) | {"finish_reason": None}
+        ends = self._ask.prompt_ends(row) if self._scored else []
+        choice = self._choice(index, echoed, tokens, ends, 0) | {"finish_reason": None}
         return {"choices": [choice | ({"prompt_token_ids": prompt} if self._ask.returns_ids else {})]}
 
     def said(self, index: int, pieces: list[Piece]) -> Iterator[dict[str, Any]]:
         """See Chunks."""
         reader, text = self._readers[index], "".join(piece.text for piece in pieces)
         if text or reader.is_over:
-            new = reader.tokens[self._num_scored[index] :]
+            first, echoed = self._num_scored[index], self._num_echoed[index]
+            ends = [echoed + end for end in reader.ends[first:]]
+            begin = echoed + (reader.ends[first - 1] if first else 0)
             self._num_scored[index] = len(reader.tokens)
             end = _end(reader) if reader.is_over else {"finish_reason": None}
-            yield {"choices": [self._choice(index, text, new) | end]}
+            yield {"choices": [self._choice(index, text, reader.tokens[first:], ends, begin) | end]}
 
-    def _choice(self, index: int, text: str, tokens: Scored) -> dict[str, Any]:
-        logprobs = None if self._ask.num_scores is None else _logprobs(self._ask, tokens, self._lengths[index])
-        self._lengths[index] += len(text)
+    def _choice(self, index: int, text: str, tokens: Scored, ends: Sequence[int], begin: int) -> dict[str, Any]:
+        logprobs = None if self._ask.num_scores is None else _logprobs(self._ask, tokens, ends, begin)
         choice: dict[str, Any] = {"index": index, "text": text, "logprobs": logprobs}
         if self._ask.returns_ids:
             ids = self._readers[index].ids
@@ -200,13 +216,15 @@ def _usage(ask: _Completion, wanted: Plan, run: Run) -> dict[str, Any]:
     return ask.served.usage(wanted.num_prompt_tokens, answer, run.num_cached(wanted.n))
 
 
-def _logprobs(ask: _Completion, tokens: Scored, offset: int) -> dict[str, Any]:
-    """The scores of tokens, in the older form. `offset`: where the first one's text begins."""
+def _logprobs(ask: _Completion, tokens: Scored, ends: Sequence[int], begin: int = 0) -> dict[str, Any]:
+    """The scores of tokens, in the older form. `ends`: the number of characters up to each of them; `begin`: up to the
+    first one. A token that is a part of a character begins where that character does.
+    """
     texts, offsets, tops = [], [], []
-    for number, score in tokens:
+    for (number, score), end in zip(tokens, ends, strict=True):
         texts.append(_shown(ask, number))
-        offsets.append(offset)
-        offset += len(ask.served.token(number)[0])
+        offsets.append(max(begin, end - len(ask.served.token(number)[0])))
+        begin = end
         tops.append(None if score is None else _top(ask, number, score))
     return {
         "tokens": texts,

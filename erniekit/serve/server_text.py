@@ -88,7 +88,8 @@ class AnswerReader:
     """Reads the events of one answer. After its end `finish_reason` and `stop_reason` (the stop text or id) are set.
 
     num_tokens: tokens so far, the end token included; num_thought_tokens: those of the thought. ids: the tokens, with
-    the end token. num_calls: calls so far.
+    the end token. num_calls: calls so far. tokens: those that have a score; ends: characters of the answer that are
+    certain behind each of them.
     """
 
     tokenizer: Tokenizer
@@ -99,10 +100,12 @@ class AnswerReader:
     num_thought_tokens: int = 0
     num_calls: int = 0
     tokens: list[tuple[int, TokenScore]] = field(default_factory=list)
+    ends: list[int] = field(default_factory=list)
     ids: list[int] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self._decoder = StreamDecoder(self.tokenizer)
+        self._num_characters = 0
         self._thoughts = ThoughtParser(self.reading.opened)
         self._stops = StopTexts(self.reading.stops, self.reading.includes_stop)
         self._calls = CallSplitter()
@@ -131,6 +134,8 @@ class AnswerReader:
             self.ids.append(event.stop_id)
             if event.score is not None and self.reading.scores_end:
                 self.tokens.append((event.stop_id, event.score))
+        self._num_characters += len(text)
+        self.ends += [self._num_characters] * (len(self.tokens) - len(self.ends))
         if event.stop:
             text += self._decoder.flush()
         pieces = self._parted(text, is_last=bool(event.stop))

@@ -134,6 +134,39 @@ def test_the_log_likelihood_of_a_prompt_as_lm_eval_asks_for_it(server: Asking, m
             assert max(top.values()) == pytest.approx(row.max(), abs=1e-5)
 
 
+def test_a_prompt_that_is_scored_alone_may_fill_the_context(model_dir: Path, model: ChatModel):
+    with client(model_dir, model, max_model_len=16) as asking:
+        ask = {"echo": True, "logprobs": 0, "max_tokens": 0, "return_token_ids": True}
+        (choice,) = asking.complete(prompt=[5] * 16, **ask)["choices"]
+        assert len(choice["logprobs"]["token_logprobs"]) == 16
+        assert (choice["prompt_token_ids"], choice["token_ids"]) == ([5] * 16, [])
+        assert "17 tokens: the context is 16" in asking.bad(COMPLETIONS, prompt=[5] * 17, **ask)["message"]
+        assert "no room for an answer" in asking.bad(COMPLETIONS, prompt=[5] * 16)["message"]
+
+
+@pytest.mark.parametrize("echo", [True, False])
+def test_offsets_are_places_in_the_text(server: Asking, echo: bool):
+    """Characters of several tokens count once, and the text that a stop text holds back counts where it stands."""
+    ask = {
+        "prompt": "龘a😀 b",
+        "echo": echo,
+        "logprobs": 0,
+        "temperature": 2,
+        "max_tokens": 24,
+        "stop": ["nez", "\ufffdq"],
+    }
+    for seed in range(4):
+        (choice,) = server.complete(**ask, seed=seed)["choices"]
+        found = choice["logprobs"]
+        for token, offset in zip(found["tokens"], found["text_offset"], strict=True):
+            is_cut = offset + len(token) > len(choice["text"])  # by a stop text
+            if len(token) > 1 and not token.startswith("<") and not is_cut:  # no byte, and no special token
+                assert choice["text"].startswith(token, offset), (token, offset)
+        streamed = [chunk["choices"][0]["logprobs"] for chunk in server.stream(COMPLETIONS, **ask, seed=seed)]
+        assert [offset for part in streamed for offset in part["text_offset"]] == found["text_offset"]
+        assert [token for part in streamed for token in part["tokens"]] == found["tokens"]
+
+
 def test_biases_and_ids_of_tokens(server: Asking, model: ChatModel):
     forced = model.tokenizer.encode("数")[0]
     biased = {"logit_bias": {str(forced): 100}, "return_token_ids": True, "max_tokens": 3}
