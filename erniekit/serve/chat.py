@@ -1,9 +1,10 @@
 """`erniekit chat`: talk to a model in the terminal, or through pipes.
 
 In a terminal, `User: ` asks and the answer follows `Assistant: ` as it is generated; `clear` forgets the conversation,
-`exit` or Ctrl-D leaves, Ctrl-C stops an answer, and pressed twice leaves. Through a pipe each line is a question;
-standard output gets the answers and nothing else. A vision-language model is shown the files of `<image>path</image>`
-and `<video>path</video>` in a question, and of lines `/image path` and `/video path` before it.
+`exit` or Ctrl-D leaves, Ctrl-C stops an answer, and pressed twice leaves. Through a pipe each line is a question,
+standard output gets the answers and nothing else, and Ctrl-C ends the command. A vision-language model is shown the
+files of `<image>path</image>` and `<video>path</video>` in a question, and of lines `/image path` and `/video path`
+before it.
 
 Where several ranks hold the model, rank 0 has the terminal and the conversation, and the others follow it.
 """
@@ -67,7 +68,9 @@ def _talk(conversation: Conversation, screen: "Screen") -> None:
             try:
                 question = screen.ask()
             except KeyboardInterrupt:
-                if interrupted or not screen.interactive:
+                if not screen.interactive:
+                    raise
+                if interrupted:
                     return
                 interrupted = True
                 screen.note(f"Ctrl-C again or {EXIT} leaves")
@@ -110,6 +113,8 @@ def _answer(conversation: Conversation, screen: "Screen", question: str) -> bool
         with closing(conversation.ask(question)) as pieces:
             screen.show(pieces)
     except KeyboardInterrupt:
+        if not screen.interactive:  # what reads the answers has to learn that this one was cut off
+            raise
         screen.note("stopped")
         return True
     except UserError as error:

@@ -188,6 +188,19 @@ class TestPipe:
         with pytest.raises(UserError, match=r"is not text in .*PYTHONIOENCODING"):
             through_a_pipe(settings(model_dir), "你好\n".encode("gbk"))
 
+    def test_an_interrupt_ends_the_command(
+        self, model_dir: Path, through_a_pipe: Callable[[Config, bytes], None], monkeypatch: pytest.MonkeyPatch
+    ):
+        """The answers after one that was cut off would look as if all was well."""
+
+        def answer(_: Conversation, question: str) -> Iterator[tuple[str, str]]:
+            yield "answer", "so"
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(Conversation, "ask", answer)
+        with pytest.raises(KeyboardInterrupt):
+            through_a_pipe(settings(model_dir), b"1?\n2?\n")
+
     def test_calls_are_shown_readably_beside_the_answer(
         self,
         model_dir: Path,
