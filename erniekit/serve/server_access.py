@@ -118,6 +118,8 @@ class Gate:
 def _without_port(host: str) -> str:
     """The name in a Host header; an IPv6 address has brackets."""
     if host.startswith("["):
-        return host[: host.find("]") + 1]
+        end = host.find("]") + 1
+        rest = host[end:]
+        return host[:end] if not rest or (rest[0] == ":" and rest[1:].isdigit()) else ""
     name, colon, port = host.rpartition(":")
     return name if colon and port.isdigit() else host

@@ -1,7 +1,7 @@
 """The messages of a request in the form that chat templates take."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
@@ -36,6 +36,7 @@ _FIELDS = {
 }
 _CALL_FIELDS = ("id", "type", "function", "index")  # `index`: of a call that was put together from a stream
 _FUNCTION_FIELDS = ("name", "arguments", "parsed_arguments")  # the last one as `parsed` above
+_TEXT_FIELDS = ("type", "text", "id", "index", "annotations", "cache_control")  # the last four say nothing to the model
 _UNSHOWN = ("name", "annotations")  # accepted, and not part of a prompt; the name of a tool is
 _OPTIONS = frozenset(
     "detail min_pixels max_pixels fps video_fps min_frames max_frames target_frames num_frames time_stamps "
@@ -162,6 +163,7 @@ class Messages:
     def _part(self, part: Any, name: str) -> dict[str, Any]:
         kind: Any = part.get("type") if isinstance(part, dict) else None
         if kind == "text":
+            _refuse_unknown(part, _TEXT_FIELDS, name)
             return {"type": "text", "text": _text(part.get("text"), f"{name}.text", required=True)}
         kinds = ("image_url", "video_url", "image_pil") if self._is_local else ("image_url", "video_url")
         if kind not in kinds:
@@ -294,19 +296,34 @@ def called_tools(tools: Sequence[dict[str, Any]] | None, choice: Any) -> list[di
 
 
 def _in_order_of_calls(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Neighbouring results of tools, sorted as the calls before them; results without an id stay where they are."""
+    """Neighbouring results of tools, sorted as the calls before them; results without an id stay where they are. Raises
+    ApiError for a result of no call, or of one that has a result: templates show no ids, so the model would take it for
+    that of another call.
+    """
     result: list[dict[str, Any]] = []
     order: dict[str, int] = {}
     start = 0
-    for message in messages:
+    for place, message in enumerate(messages):
         if message["role"] != "tool":
             start = len(result) + 1
-            order = {call["id"]: i for i, call in enumerate(message.get("tool_calls", ()))}
+            calls = message.get("tool_calls", ())
+            order = {call["id"]: i for i, call in enumerate(calls)}
+            order = order if len(order) == len(calls) else {}  # equal ids tell nothing
+        elif message["tool_call_id"] and any(order):
+            _check_id(message["tool_call_id"], order, result[start:], f"messages[{place}].tool_call_id")
         result.append(message)
         ids = [item["tool_call_id"] for item in result[start:]] if message["role"] == "tool" else []
         if len(ids) > 1 and all(item in order for item in ids):
             result[start:] = sorted(result[start:], key=lambda item: order[item["tool_call_id"]])
     return result
+
+
+def _check_id(call_id: str, calls: Iterable[str], results: Sequence[dict[str, Any]], name: str) -> None:
+    """Raises ApiError for the id of a result that none of the `calls` has, or one of the earlier `results`."""
+    if call_id not in calls:
+        raise _wrong(name, f"no call of the message before has the id {call_id[:40]!r}; {', '.join(calls)[:200]} have")
+    if any(result["tool_call_id"] == call_id for result in results):
+        raise _wrong(name, f"the call {call_id[:40]!r} has a result already")
 
 
 def _text(value: Any, name: str, required: bool = False) -> str:

@@ -21,6 +21,9 @@ async def tokenize(request: HttpRequest, served: Served) -> Response:
     served.adapter_of(values.get("model"))
     if ("prompt" in values) == ("messages" in values):
         raise ApiError(400, "prompt: give either prompt or messages.", "prompt", "invalid_value")
+    for name in ("tools", "chat_template_kwargs"):
+        if "prompt" in values and values.get(name):
+            raise ApiError(400, f"{name}: it is part of a conversation; give messages.", name, "invalid_value")
 
     def encode() -> list[int]:
         if "messages" not in values:

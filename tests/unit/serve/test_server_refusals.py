@@ -52,6 +52,13 @@ def calling(**function: object) -> dict:
     return {"messages": [{"role": "assistant", "tool_calls": [{"function": {"name": "f"} | function}]}]}
 
 
+def answered(*ids: str) -> dict:
+    """A conversation with the calls a and b, and results with these ids."""
+    calls = [{"id": name, "function": {"name": "f"}} for name in "ab"]
+    results = [{"role": "tool", "tool_call_id": name, "content": "1"} for name in ids]
+    return {"messages": [{"role": "assistant", "tool_calls": calls}, *results]}
+
+
 @pytest.mark.parametrize(
     ("fields", "param", "said"),
     [
@@ -78,6 +85,7 @@ def calling(**function: object) -> dict:
         ({"stream": True, "stream_options": {"use": 1}}, "stream_options.use", "unknown field"),
         ({"logit_bias": {"5": 101}}, "logit_bias", "-100 to 100"),
         ({"logit_bias": {"five": 1}}, "logit_bias", "no token id"),
+        ({"logit_bias": {"5": 1, "05": 1}}, "logit_bias", "'05' is no token id"),
         ({"logit_bias": {"99999999": 1}}, "logit_bias", "no token id"),
         ({"logit_bias": {"5": "a"}}, "logit_bias", "expected numbers"),
         ({"min_p": 2}, "min_p", "at most 1"),
@@ -97,6 +105,10 @@ def calling(**function: object) -> dict:
         (calling(parameters={"a": 1}), "messages[0].tool_calls[0].function.parameters", "unknown field"),
         ({"messages": [{"role": "assistant", "tool_calls": [{"function": {"name": "f"}, "arguments": "{}"}]}]},
          "messages[0].tool_calls[0].arguments", "unknown field"),
+        (answered("a", "c"), "messages[2].tool_call_id", "no call of the message before has the id 'c'; a, b have"),
+        (answered("b", "b"), "messages[2].tool_call_id", "has a result already"),
+        ({"messages": [{"role": "user", "content": [{"type": "text", "text": "a", "image_url": {"url": "data:"}}]}]},
+         "messages[0].content[0].image_url", "unknown field"),
         ({"messages": [{"role": "assistant", "tool_calls": [{"type": "custom", "function": {"name": "f"}}]}]},
          "messages[0].tool_calls[0].type", "expected function"),
         ({"enable_thinking": True}, "enable_thinking", "never thinks"),
@@ -131,6 +143,12 @@ def test_fields(server: Asking, fields: dict, param: str, said: str):
 )
 def test_fields_of_completions(server: Asking, fields: dict, said: str):
     assert said in server.bad(COMPLETIONS, **fields)["message"]
+
+
+@pytest.mark.parametrize("field", [{"tools": [{"function": {"name": "f"}}]}, {"chat_template_kwargs": {"a": 1}}])
+def test_parts_of_a_conversation_beside_a_text_to_tokenize(server: Asking, field: dict):
+    answer = server.http.post("/tokenize", json={"prompt": "a"} | field)
+    assert error_of(answer, 400)["message"].endswith("it is part of a conversation; give messages.")
 
 
 @pytest.mark.parametrize(
@@ -173,7 +191,17 @@ def test_other_paths_methods_kinds_and_sizes(server: Asking):
 
 
 @pytest.mark.parametrize(
-    "host", ["evil.example", "127.0.0.1.evil.example", "localhost.evil:80", "[::1", "2130706433", ""]
+    "host",
+    [
+        "evil.example",
+        "127.0.0.1.evil.example",
+        "localhost.evil:80",
+        "[::1",
+        "[::1]evil.example",
+        "[::1].evil.example:80",
+        "2130706433",
+        "",
+    ],
 )
 def test_a_page_whose_name_points_here_is_refused(server: Asking, host: str):
     for path in ("/v1/models", "/health"):
