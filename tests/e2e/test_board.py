@@ -205,9 +205,12 @@ class Upstream(BaseHTTPRequestHandler):
             "index": 0,
             "id": "c1",
             "type": "function",
-            "function": {"name": "price", "arguments": '{"item": "K37"}'},
+            "function": {"name": "price"},
         }
-        deltas = [{"reasoning": "Let me "}, {"reasoning": "look."}, {"tool_calls": [call]}]
+        # As some servers send them: the thought by its older name, and the arguments of a call in pieces.
+        more = [{"index": 0, "function": {"arguments": text}} for text in ('{"item": ', '"K37"}')]
+        deltas = [{"reasoning": "Let me "}, {"reasoning_content": "look."}]
+        deltas += [{"tool_calls": [piece]} for piece in (call, *more)]
         if body["messages"][-1]["role"] == "tool":
             deltas = [{"content": "<b>58</b>"}, {"content": f" yuan, {body['messages'][-1]['content']}"}]
         if self.headers["authorization"]:

@@ -426,10 +426,12 @@ class Pane {
 
   take(chunk, answer, view, start) {
     if (chunk.error) throw new Error(chunk.error.message);
-    const delta = chunk.choices[0]?.delta ?? {};
-    if (delta.reasoning) view.think(answer.reasoning_content = (answer.reasoning_content ?? "") + delta.reasoning);
-    if (delta.content) view.text.textContent = answer.content += delta.content;
-    for (const { index, ...call } of delta.tool_calls ?? []) (answer.tool_calls ??= []).push(call);
+    const { content, reasoning_content, reasoning = reasoning_content, tool_calls } = chunk.choices?.[0]?.delta ?? {};
+    if (reasoning) view.think(answer.reasoning_content = (answer.reasoning_content ?? "") + reasoning);
+    if (content) view.text.textContent = answer.content += content;
+    for (const { index, function: part, ...call } of tool_calls ?? []) // other servers send a call in pieces
+      ((answer.tool_calls ??= [])[index] ??= { ...call, function: { ...part, arguments: "" } })
+        .function.arguments += part.arguments ?? "";
     if (!chunk.usage) return;
     const [count, seconds] = [chunk.usage.completion_tokens, (performance.now() - start) / 1000];
     view.foot.textContent = `${count} tokens, ${(count / seconds).toFixed(1)} ${T.tokens_per_second}`;
@@ -457,8 +459,7 @@ class Pane {
       view.foot.before(div("call", h("b", {}, call.name), h("pre", {}, call.arguments), result));
       return () => ({ role: "tool", tool_call_id: id, content: result.value });
     });
-    const answered = () => [send.remove(), this.ask(results.map((result) => result()))];
-    const send = button(T.send_results, "quiet small", answered);
+    const send = button(T.send_results, "quiet small", () => [send.remove(), this.ask(results.map((each) => each()))]);
     if (results.length) view.foot.before(send);
     const messages = [...system(), ...this.messages];
     view.foot.append(" ", button(T.save_sample, "quiet small", async () => {
