@@ -9,15 +9,22 @@ _UP_TO_9999 = re.compile(
     rf"(?:(?P<thousands>{_DIGITS})千)?零?(?:(?P<hundreds>{_DIGITS})百)?零?(?:(?P<tens>{_DIGITS})?(?P<ten>十))?零?"
     rf"(?P<ones>{_DIGITS})?"
 )
+_SIZES = {"百": 100, "千": 1000, "万": 10**4, "亿": 10**8}
+# A last digit without its unit is of the next smaller one: 一百二 is 120, and 102 is 一百零二.
+_COLLOQUIAL = re.compile("(?P<before>.+[百千万亿])(?P<last>[一二三四五六七八九])")
 
 
 def chinese_integer(text: str) -> int | None:
-    """The value of 十二, 一百零五, 三万两千, 壹佰零伍 or 二〇二五 (digits one by one); None for a text that is no such
-    number.
+    """The value of 十二, 一百零五, 一百二 (120), 三万两千, 壹佰零伍 or 二〇二五 (digits one by one); None for a text
+    that is no such number.
     """
     text = text.translate(_FINANCIAL)
     if re.fullmatch(f"{_DIGITS}+", text):
         return int("".join(str(_digit(char)) for char in text))
+    colloquial = _COLLOQUIAL.fullmatch(text)
+    if colloquial is not None:
+        before = chinese_integer(colloquial["before"])
+        return None if before is None else before + _digit(colloquial["last"]) * _SIZES[colloquial["before"][-1]] // 10
     total = 0
     for unit, size in (("亿", 10**8), ("万", 10**4), ("", 1)):
         section, found, rest = text.rpartition(unit) if unit else (text, "", "")

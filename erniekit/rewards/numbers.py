@@ -7,7 +7,14 @@ from fractions import Fraction
 
 from erniekit.config.schema_rewards import RewardArgs
 from erniekit.rewards.chinese_numbers import chinese_integer
-from erniekit.rewards.right_answer import compatible, final_answer, normalised, right_answers, with_minus_signs
+from erniekit.rewards.right_answer import (
+    compatible,
+    final_answer,
+    last_boxed,
+    normalised,
+    right_answers,
+    with_minus_signs,
+)
 from erniekit.rewards.sample import Sample
 
 _MAX_DIGITS = 400  # of a number; a longer one is none
@@ -31,8 +38,8 @@ def _exponent(name: str) -> str:
 
 
 _NUMBER = re.compile(
-    r"(?P<sign>[-+]?)\s*(?:(?P<whole>\d+)(?:\s*(?=\\[dt]?frac)|\s+(?=\d+\s*/\s*\d)))?"  # of 3 1/2
-    rf"(?:\\[dt]?frac\s*(?:\{{\s*(?P<over>[-+]?\s*(?:{_PLAIN}))\s*\}}|(?P<over_digit>\d))"
+    r"(?P<sign>[-+]?)\s*(?:(?P<whole>\d+)(?:\s*(?=\\[dtc]?frac)|\s+(?=\d+\s*/\s*\d)))?"  # of 3 1/2
+    rf"(?:\\[dtc]?frac\s*(?:\{{\s*(?P<over>[-+]?\s*(?:{_PLAIN}))\s*\}}|(?P<over_digit>\d))"
     rf"\s*(?:\{{\s*(?P<under>[-+]?\s*(?:{_PLAIN}))\s*\}}|(?P<under_digit>\d))"
     rf"|(?P<plain>{_PLAIN})(?:{_exponent('power')}|\s*/\s*(?P<divisor>{_PLAIN}))?)"
     rf"(?:\s*(?:[x*]|\\times|\\cdot)\s*10{_exponent('tens')})?"
@@ -42,34 +49,80 @@ _NUMBER = re.compile(
 )
 _SCALES = {"thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12}
 _CHINESE_SCALES = {"百": 10**2, "千": 10**3, "万": 10**4, "亿": 10**8}
-# A letter that usually is a variable is no unit: 2x, 3i.
-_WORD = r"(?!(?:or|and|to|not|no|[einpqrxyz])\b)[A-Za-z°$€£¥\u4e00-\u9fff]+(?:\^\{?\d\}?)?"
+# Letters that usually are variables, which are no units: 2x, 3i.
+_VARIABLE = "(?:ab|ac|bc|xy|xz|yz|[a-cefi-kn-rv-z])"
+# Words behind a number that make another one of it: 5 dozen, 5 squared, 5的平方, 5余2.
+_CHANGES = (
+    r"(?:squared|cubed|factorial|dozens?|plus|minus|times\s*[\d\\(]|divided|over\s+\d|(?:less|more|fewer)\s+than"
+    r"|to\s+the\s+(?:power|\d)|mod|modulo|remainder)(?![A-Za-z])|的?(?:[平立]方(?![米分厘千公英毫尺寸单])|阶乘|倒数)"
+    r"|的[一二两三四五六七八九十\d]*[倍次因约]|[余乘减除]|加(?!仑)|分之"
+)
+_WORD = rf"(?!(?:or|and|to|not|no|{_VARIABLE})\b|{_CHANGES})[A-Za-z°$€£¥\u4e00-\u9fff]+(?:\^\{{?\d\}}?)?"
 _UNIT = re.compile(rf"{_WORD}(?:\s?/\s?{_WORD}|\s{_WORD})?")
-_OPERATION = r"\\(?:sqrt|pi|times|cdot|div|pm|log|ln|sin|cos|tan|[dt]?frac)(?![A-Za-z])"
+_OPERATION = (
+    r"\\(?:sqrt|pi|times|cdot|div|pm|log|ln|sin|cos|tan|[dtc]?frac|overline|dot|alpha|beta|gamma|theta|lambda|phi"
+    r"|omega|[pb]?mod|choose)(?![A-Za-z])"
+)
+# A larger unit with a number of a smaller one behind it: 3 hours 20 minutes, 12元5角, 30° 15'.
+_AND_SMALLER = (
+    r"(?:hours?|hrs?|h|minutes?|mins?|years?|months?|weeks?|days?|feet|foot|ft|yards?|yd|pounds?|lbs?|dollars?"
+    r"|met(?:er|re)s?|m|km|kg|degrees?|°|'|年|月|[天日]|小?时|点|分钟?|[元角米尺度]|千克|公斤)\s*(?:,|and\b)?\s*\d[\d.]*\s*"
+    r"(?:(?:minutes?|mins?|m|seconds?|secs?|s|months?|days?|hours?|inch(?:es)?|in|feet|ounces?|oz|cents?|cm|g|grams?"
+    r"|centimet(?:er|re)s?|met(?:er|re)s?)\b|[分秒月日号天时寸角厘克米'\"]|小时)"
+)
+_COMPOUND = re.compile(rf"\d\s*{_AND_SMALLER}")
 # What makes the number before or behind it a part of a formula, a pair or a time, which has another value.
 _GOES_ON = re.compile(
-    rf"\s*{_OPERATION}|\s*[\^_]|\s*[+*]\s*[\w\\(]|\s*/\s*[\d\\(]|\s*-\s*\d|[:.,]\d|[xyzi](?![A-Za-z])|\s*[)\]}}]\s*\^"
-    r"|\s*(?:\b(?:or|and|to)\b|[~或和至到])\s*\d"  # of several numbers, or a range
+    rf"\s*{_OPERATION}|\s*[\^_‰]|\s*[+*]\s*[\w\\(]|\s*/\s*(?:[\d\\(]|{_VARIABLE}(?![A-Za-z]))|\s*-\s*\d|[:.,]\d"
+    rf"|(?<!\s)-?{_VARIABLE}(?![A-Za-z])|[xyzi](?![A-Za-z])|\s*[)\]}}]\s*\^|\s*(?:{_CHANGES}|{_AND_SMALLER})|(?<!\s)\(\d"
+    # of several numbers, or a range
+    r"|\s*(?:\b(?:or|and|to)\b|[~或和至到])\s*-?\d|\s*[,;、]\s*-?\d|(?<=\s)(?::\s*)?\d"
+)
+# What a box holds beside a number and its unit: m^2 and s^{-1} are parts of units.
+_IN_THE_BOX = re.compile(
+    rf"(?<![\^_{{A-Za-z-])\d|[=<>≤≥≠+!|]|\\(?:leq?|geq?|lt|gt|neq?)(?![A-Za-z])|(?<=\s)(?!a\s){_VARIABLE}(?![A-Za-z])"
 )
 _BEGAN = re.compile(
     rf"(?:[\^_{{*/±≤≥≠]|{_OPERATION}|\\(?:leq?|geq?|neq?|lt|gt)|\w\s*[<>]|\bnot|不是|\d[百千万亿]"
-    rf"|(?<![A-Za-z])[A-Za-z]\s+-|[\w)}}]\s*\+|[\d)}}]\s+-)\s*$|\d[,.:]$"
+    rf"|(?<![A-Za-z])[A-Za-z]\s+-|[\w)}}]\s*\+|[\d)}}]\s+-|分之|\d[余乘加减除]以?)\s*$|\d[,.:]$"
 )
 # What may stand before the only number of an announced answer: "therefore 5", "she has 5 apples".
 _WORDS = re.compile(r"(?:[A-Za-z']{2,}|\b[AaI]\b|[\u4e00-\u9fff]|[\s,，:：])+[$€£¥]?")
 _OTHER_VALUE = re.compile(
-    r"\b(?:not|no|never|than|least|most|above|below|twice|half|double|square|root|cube|log|sqrt|sin|cos|tan)\b|n't\b"
-    "|[不非]|[小大少多低高]于|超过|至[少多]|[根平立]方|根号"
+    r"\b(?:not|no|none|never|than|least|most|above|below|twice|times|half|double|square|root|cube|log|sqrt|sin|cos|tan"
+    r"|plus|minus|between)\b|n't\b|[不非或]|[小大少多低高]于|超过|至[少多]|[根平立]方|根号"
 )
+_ADDED = re.compile(r"[A-Za-z](?:\s*\+|-)$")
+_BRACKETED = re.compile(r"^[({\"'“‘]\s*([^(){}\"'“”‘’]*?)\s*[)}\"'”’]$")
 _IN_A_LIST = re.compile(r"[(\[{][^()\[\]{}]*,\s*$")
-_SEVERAL = re.compile(r"=[^=]*(?:[,;，；、或和]|\bor\b|\band\b)")
+_SEVERAL = re.compile(r"=[^=]*(?:[,;，；、或和]|\bor\b|\band\b|\d\s+[A-Za-z]\s*$)")
 _LATEX = re.compile(
-    r"\\(?:text|textbf|textit|mathrm|mathbf|mathit|boldsymbol|mbox)\s*\{([^{}]*)\}|\\[,;:!\s$]|\\left(?![A-Za-z])"
-    r"|\\right(?![A-Za-z])|</?[A-Za-z]+[1-6]?>"
+    r"\\(?:text|textbf|textit|mathrm|mathbf|mathit|boldsymbol|mbox)\s*\{([^{}]*)\}|(?<!\\)\\[,;:!\s$]|\\(?:left|right|q?quad)(?![A-Za-z])"
+    r"|</?[A-Za-z]+[1-6]?>"
     r"|\\\(|\\\)|\\\[|\\\]|[$`]|\*(?!(?:(?<=[\d)]\*)|(?<=[\d)] \*))\s?[\d(])"  # not 2*3
 )
 _BLANKS = re.compile(r"\s+")  # long runs would take the square of their length
 _DEGREES = re.compile(r"\^\s*(?:\{\s*\\circ\s*\}|\\circ|°)|\\degree")
+
+
+_FACTORIAL = re.compile(r"(?:\d|\)|\b[A-Za-z])\s*![\s.$]*$")
+# Ways to write the same formula, each replaced by one of them.
+_SPELLINGS = [
+    (re.compile(pattern), plain)
+    for pattern, plain in (
+        (r"\s*([^\w\s])\s*", r"\1"),
+        (r"(\\[a-z]+) (?=\d)", r"\1"),
+        (r"([\^_]|\\sqrt)\{(\w)\}", r"\1\2"),
+        (r"\\[dtc]frac(?![a-z])", r"\\frac"),
+        (r"\\frac(\w)(?=[\w{])", r"\\frac{\1}"),
+        (r"(\\frac\{[^{}]*\})(\w)", r"\1{\2}"),
+        (r"^(-?)\\frac\{(\\?\w+)\}\{(\\?\w+)\}$", r"\1\2/\3"),
+        (r"\\leq?(?![a-z])|<=", "≤"),
+        (r"\\geq?(?![a-z])|>=", "≥"),
+        (r"\\neq?(?![a-z])|!=", "≠"),
+        (r"^\(([a-z])\)$", r"\1"),
+    )
+]
 
 
 @dataclass(frozen=True)
@@ -86,25 +139,32 @@ def accuracy(sample: Sample, cfg: RewardArgs) -> float:
     A right answer that is a number is compared by value with the final answer, or with the last number of a text
     that has no \\boxed{} and does not announce its answer. Another right answer is compared as text.
     """
-    final, whole = final_answer(sample.answer), sample.answer.strip()
     for right in right_answers(sample, cfg):
         value = number_of(right)
-        if value is None:
-            if _same_text(final, right):
-                return 1.0
-        elif same_number(_stated(final, final == whole), value):
+        if _same_text(final_answer(sample.answer), right) if value is None else states(sample.answer, value):
             return 1.0
     return 0.0
 
 
+def states(text: str, value: Number) -> bool:
+    """Whether a text answers with this number."""
+    final, is_boxed = final_answer(text), last_boxed(text) is not None
+    is_whole = not is_boxed and final == text.strip()
+    return same_number(_stated(final, is_whole, is_boxed), value)
+
+
 def _same_text(found: str, right: str) -> bool:
+    if bool(_FACTORIAL.search(found)) != bool(_FACTORIAL.search(right)):
+        return False
     return normalised(found) == normalised(right) or _compact(found) == _compact(right)
 
 
 def _compact(formula: str) -> str:
     """A formula without the spaces and braces that mean nothing: (1, 2) and (1,2), 2 \\pi and 2\\pi, x^{2} and x^2."""
-    text = normalised(as_typed(formula)).replace("\\dfrac", "\\frac").replace("\\tfrac", "\\frac")
-    return re.sub(r"([\^_])\{(\w)\}", r"\1\2", re.sub(r"\s*([^\w\s])\s*", r"\1", text))
+    text = normalised(as_typed(formula))
+    for pattern, plain in _SPELLINGS:
+        text = pattern.sub(plain, text)
+    return text
 
 
 def same_number(found: Number | None, right: Number) -> bool:
@@ -133,16 +193,20 @@ def number_of(text: str) -> Number | None:
     "1.5×10^3", "12 %", "5 km", "三分之一". None for any other text.
     """
     text = as_typed(text[: 4 * _MAX_DIGITS]).strip().rstrip(" \t\n.。,，;；")
+    if text.count("≈") == 1:
+        exact, rounded = text.split("≈")
+        return number_of(exact) or number_of(rounded)
     name, equals, rest = text.rpartition("=")
     if equals and len(name) <= 40 and not _SEVERAL.search(name):  # x = 5
         text = rest.strip()
+    text = _BRACKETED.sub(r"\1", text)
     match = _NUMBER.search(text)
     if match is None:
         return _in_chinese(text)
     around = (text[: match.start()].strip(), text[match.end() :].strip())
     if any(part and not _UNIT.fullmatch(part) for part in around) or len(around[0]) > 3:
         return None
-    return _value(match)
+    return None if _OTHER_VALUE.search(around[0]) or _is_term(text, match) else _value(match)
 
 
 def last_number(text: str) -> Number | None:
@@ -164,12 +228,12 @@ def as_typed(text: str) -> str:
     """A text as a keyboard has it (right_answer.compatible), without LaTeX's spaces and fonts, with 1{,}000 as 1,000
     degrees as ° and a minus sign in words as a sign.
     """
-    text = _LATEX.sub(r"\1", _DEGREES.sub("°", compatible(text))).replace("{,}", ",")
+    text = _LATEX.sub(r"\1", _DEGREES.sub("°", compatible(text))).replace("{,}", ",").replace("\\approx", "≈")
     text = _BLANKS.sub(lambda match: "\n" if "\n" in match.group() else " ", text)
     return with_minus_signs(text)
 
 
-def _stated(final: str, is_whole: bool) -> Number | None:
+def _stated(final: str, is_whole: bool, is_boxed: bool) -> Number | None:
     value = number_of(final)
     if value is not None:
         return value
@@ -178,7 +242,9 @@ def _stated(final: str, is_whole: bool) -> Number | None:
     # "The answer is 5 because ..." announces it at the beginning of what follows.
     text = as_typed(final[: 4 * _MAX_DIGITS]).lstrip("$€£¥ ")
     matches = list(_NUMBER.finditer(text))
-    if not matches or _GOES_ON.match(text, matches[0].end()):
+    if not matches or _GOES_ON.match(text, matches[0].end()) or _is_term(text, matches[0]):
+        return None
+    if is_boxed and _IN_THE_BOX.search(text, matches[0].end()):
         return None
     before = text[: matches[0].start()]
     if before and (len(matches) > 1 or not _WORDS.fullmatch(before) or _OTHER_VALUE.search(before)):
@@ -186,8 +252,16 @@ def _stated(final: str, is_whole: bool) -> Number | None:
     return _value(matches[0])
 
 
+def _is_term(text: str, match: "re.Match[str]") -> bool:
+    """Whether a letter is added before a number: a+5, h-5."""
+    return bool(match["sign"] and _ADDED.search(text[: match.start() + 1]))
+
+
 def _is_part(text: str, match: "re.Match[str]") -> bool:
-    before = text[max(0, match.start() - 200) : match.start() + len(match["sign"])]
+    begin = max(0, match.start() - 200)
+    before = text[begin : match.start() + len(match["sign"])]
+    if any(found.start() < match.start() < found.end() for found in _COMPOUND.finditer(text, begin)):
+        return True
     listed = _IN_A_LIST.search(before) and text[match.end() :].lstrip()[:1] in (")", "]", "}")
     return bool(_BEGAN.search(before) or listed or _GOES_ON.match(text, match.end()))
 

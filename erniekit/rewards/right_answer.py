@@ -44,14 +44,14 @@ def final_answer(text: str) -> str:
     """The answer at the end of a text: the content of the last \\boxed{}, what stands behind the last "answer is",
     "answer:", "答案是" or "####" in its line, or the whole text.
     """
-    boxed = _last_boxed(text)
+    boxed = last_boxed(text)
     if boxed is not None:
         return boxed
     lines = (text[match.end() :].split("\n", 1)[0].strip() for match in reversed(list(_ANNOUNCED.finditer(text))))
     return next(filter(None, lines), text.strip())
 
 
-def _last_boxed(text: str) -> str | None:
+def last_boxed(text: str) -> str | None:
     """The content of the last \\boxed{} whose bracket is closed."""
     starts = {match.end() for match in _BOXED.finditer(text)}
     opened: list[int] = []  # where the content of each open bracket begins
