@@ -220,6 +220,7 @@ def preference_loss(
     kl: tuple[paddle.Tensor, paddle.Tensor] | None = None,
 ) -> tuple[paddle.Tensor, paddle.Tensor, paddle.Tensor]:
     """(loss, chosen reward, rejected reward) of each pair, all fp32 [pairs]; the rewards b c and b r have no gradient.
+    Those of simpo and or are per token, as in TRL; those of ipo are sums, though its loss is per token.
 
     The four log-probabilities [pairs] are sums over each answer's tokens, natural logarithms; the reference's may be
     None where none is needed (reference_free, simpo, or). `loss_type` is a key of VARIANTS (each documents its paper
@@ -235,16 +236,15 @@ def preference_loss(
     lengths = None
     if chosen_lengths is not None and rejected_lengths is not None:
         lengths = chosen_lengths.astype("float32"), rejected_lengths.astype("float32")
+    given = (policy_chosen, policy_rejected, ref_chosen, ref_rejected)
     pairs = log_ratios(
-        policy_chosen,
-        policy_rejected,
-        ref_chosen,
-        ref_rejected,
+        *given,
         loss_type=loss_type,
         reference_free=reference_free,
         normalize_logps=normalize_logps,
         lengths=lengths,
     )
+    shown = log_ratios(*given, loss_type=loss_type, reference_free=reference_free) if loss_type == "ipo" else pairs
     pairs.score_deltas = score_deltas
     pairs.kl = kl or (relu(pairs.c.detach().mean()), relu(pairs.r.detach().mean()))
     loss = pref_loss_ratio * VARIANTS[ALIASES.get(loss_type, loss_type)](pairs, options)
@@ -252,7 +252,7 @@ def preference_loss(
         if lengths is None:
             raise ValueError("sft_loss_ratio needs chosen_lengths and rejected_lengths")
         loss = loss - sft_loss_ratio * policy_chosen.astype("float32") / lengths[0].mean()
-    return loss, (beta * pairs.c).detach(), (beta * pairs.r).detach()
+    return loss, (beta * shown.c).detach(), (beta * shown.r).detach()
 
 
 def pair_metrics(

@@ -167,6 +167,17 @@ def test_the_parts_add_up_and_rewards_are_beta_times_the_ratios():
     np.testing.assert_allclose(free_rewards[0], BETA * values[0], rtol=1e-6)
 
 
+def test_the_rewards_of_ipo_are_sums_and_those_of_simpo_and_or_per_token():
+    """As TRL's metrics: the answer with the higher reward is not the one with the higher mean over tokens."""
+    values = [np.array(x) for x in ([-4.0], [-6.0], [-6.0], [-7.0])]  # log(policy / reference): 2 of 8 tokens, 1 of 2
+    lengths = {"chosen_lengths": paddle.to_tensor([8]), "rejected_lengths": paddle.to_tensor([2])}
+    _, rewards, _ = run(values, loss_type="ipo", **lengths)
+    np.testing.assert_allclose(np.ravel(rewards), [BETA * 2, BETA * 1], rtol=1e-6)
+    for name in ("simpo", "or"):
+        _, rewards, _ = run(values, loss_type=name, **lengths)
+        np.testing.assert_allclose(np.ravel(rewards), [BETA * -4 / 8, BETA * -6 / 2], rtol=1e-6)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
