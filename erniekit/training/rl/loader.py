@@ -37,7 +37,7 @@ from erniekit.training.rl.prompts import check_records, known_pass_rates, prompt
 from erniekit.training.rl.reference import PolicyReference
 from erniekit.training.rl.remote import RemoteGenerator, WeightExport, require_same_weights
 from erniekit.training.rl.reward_model import reward_models
-from erniekit.training.rl.rollout_metrics import length_metrics, mean, sampled_kl, std
+from erniekit.training.rl.rollout_metrics import length_metrics, mean, note_if_all_masked, sampled_kl, std
 from erniekit.training.rl.rollout_server import RolloutServer
 from erniekit.training.rl.scoring import reward_table, score_groups
 from erniekit.training.rl.token_scores import TokenScorer, score_completions
@@ -192,6 +192,7 @@ class RolloutLoader:
             self._add_log_probs(completions)
             self._add_advantages(groups, filled.num_padded)
             pairs = self._drawn_pairs()
+        note_if_all_masked(cfg, completions)
         metrics = self._metrics(groups, completions, filled)
         metrics["time/rollout"] = time.perf_counter() - started
         metrics |= {f"time/{name}": seconds for name, seconds in self._seconds.items()}
@@ -311,7 +312,7 @@ class RolloutLoader:
         stds = [std(np.array([c.reward for c in group.completions])) for group in groups]
         result = {
             "reward": mean(rewards),
-            "reward_std": float(np.mean(stds)),
+            "reward_std": std(rewards),
             "frac_reward_zero_std": float(np.mean([each == 0 for each in stds])),
             "reward_generated": mean(np.concatenate(self._all_rewards)),
             "rollout/generated_tokens": float(self._num_tokens),

@@ -4,7 +4,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from erniekit.config.schema import Config
 from erniekit.training.rl.completions import Completion
+from erniekit.utils import log
 
 
 def sampled_kl(completion: Completion) -> float:
@@ -26,6 +28,16 @@ def length_metrics(completions: Sequence[Completion]) -> dict[str, float]:
     if has_ended.any():
         result["completions/mean_terminated_length"] = float(lengths[has_ended].mean())
     return result
+
+
+def note_if_all_masked(cfg: Config, completions: Sequence[Completion]) -> None:
+    """Log that mask_truncated_completions leaves a rollout without a loss."""
+    if cfg.mask_truncated_completions and all(completion.is_truncated for completion in completions):
+        log.once(
+            f"mask_truncated_completions: all {len(completions)} completions of a rollout were cut at "
+            f"max_completion_length ({cfg.max_completion_length}), so none of them is trained on. Raise it, or start "
+            "from a model that ends its answers"
+        )
 
 
 def mean(values: np.ndarray) -> float:

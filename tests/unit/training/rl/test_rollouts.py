@@ -76,6 +76,24 @@ def test_a_rollout_without_any_reward_is_said(keys, tmp_path: Path):
     ]
 
 
+def test_a_rollout_of_masked_completions_is_said(keys):
+    with log.captured() as lines:
+        (step,) = run(keys, mask_truncated_completions=True, max_completion_length=1, max_steps=1, seed=3)
+    assert step["loss"] == 0 and step["completions/clipped_ratio"] == 1
+    (line,) = [line for is_warning, line in lines if is_warning]
+    assert line.startswith("mask_truncated_completions: all 16 completions of a rollout were cut at max_completion")
+
+
+def test_the_deviation_of_rewards_is_that_of_all_completions(keys):
+    """As TRL's reward_std; with groups of equal rewards, the mean over groups would be 0."""
+    path = Path(keys["train_dataset_path"]).parent / "by_prompt.py"
+    path.write_text("def by_prompt(completions, answer):\n    return [float(int(text) % 4) for text in answer]\n")
+    step = run(keys, reward_funcs=f"{path}:by_prompt", max_steps=1)[0]
+    assert step["frac_reward_zero_std"] == 1
+    assert step["reward_std"] == pytest.approx(step["rewards/by_prompt/std"])
+    assert step["reward_std"] > 0
+
+
 def test_pass_rates_that_are_none_are_counted(keys):
     path = Path(keys["train_dataset_path"])
     records = [json.loads(line) for line in path.read_text().splitlines()]
