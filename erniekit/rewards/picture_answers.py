@@ -29,15 +29,21 @@ _SAID = (
     re.compile(r"\\boxed\{\s*(?:\\text\{)?\s*\(?([A-H])\)?\s*\}"),
     re.compile(r"(?i:answer)\s*(?i:is|:|：)?\s*\**\s*[(（]?([A-H])(?![A-Za-z'])"),
     re.compile(r"(?:答案|应选|选择|选)\s*(?:是|为|:|：)?\s*\**\s*[(（]?([A-H])(?![A-Za-z])"),
+    re.compile(r"(?i:answer)\s*(?i:is|:|：)\s*\**\s*[(（]?([a-h])[)）]?[.。*\s]*$"),
 )
+_LETTER = "[(（]?[A-H][)）]?"
 # Letters that an answer rules out; they are taken out of it first.
 _NOT = re.compile(
     r"(?i:\b(?:not|isn't|neither|nor)\s+(?:(?:option|choice)\s+)?)[(（]?[A-H][)）]?(?![A-Za-z'])"
     r"|(?:不是|不为|不选|不应选|而非|并非|排除)\s*[(（]?[A-H][)）]?(?![A-Za-z])"
+    rf"|(?i:\b(?:option|choice)s?\s+)?(?<![A-Za-z]){_LETTER}(?:\s*(?:(?i:and|or)\s|[、和与])\s*{_LETTER}){{0,6}}\s*"
+    r"(?:\*\*)?(?:选?项)?\s*(?:(?i:(?:is|are)\s+(?:\w+ly\s+)?(?:wrong|incorrect|false|not)\b|(?:isn|aren)'t\b)"
+    "|[都均也]?(?:是?错|不正确|不对|不符|有误))"
 )
 _LEADING = re.compile(r"\s*\**[(（]?([A-H])(?:[)）.．:：、,，]|\s*$|\s*\n)")
 _STANDING = re.compile(
-    r"(?<![A-Za-z'])([B-H])(?![A-Za-z'])|[(（]([A-H])[)）]|(?i:option|choice)\s+(A)\b|(?<![A-Za-z'])(A)(?=[.．:：、)）]|\s*$)"
+    r"(?<![A-Za-z'])([B-H])(?![A-Za-z'\d])|[(（]([A-H])[)）]|(?i:option|choice)\s+(A)\b"
+    r"|(?<![A-Za-z'])(A)(?=[.．:：、)）]|\s*$|\s+or\s+[B-H]\b)"
 )
 
 
@@ -132,7 +138,8 @@ def option_of(text: str) -> str | None:
 
     An answer may be the letter alone, also a small one or one of full width, begin with it ("B. a cup"), or say "the
     answer is B" or "答案是 B" somewhere; else the one letter that stands by itself counts, unless there are several
-    different ones. "A" before another word is the article. A letter behind a "not" does not count.
+    different ones. "A" before another word is the article. A letter behind a "not", or that is said to be wrong, does
+    not count.
     """
     text = unicodedata.normalize("NFKC", text)
     whole = _OPTION_ALONE.fullmatch(text.strip().strip("*"))
@@ -142,7 +149,7 @@ def option_of(text: str) -> str | None:
     for pattern in _SAID:
         found = pattern.findall(text)
         if found:
-            return found[-1]
+            return found[-1].upper()
     leading = _LEADING.match(text)
     if leading:
         return leading[1]

@@ -21,7 +21,7 @@ _WORDS = re.compile(r"[\u3400-\u4dbf\u4e00-\u9fff]|[^\W\d_\u3400-\u4dbf\u4e00-\u
 _CHINESE, _LATIN = re.compile(r"[\u3400-\u4dbf\u4e00-\u9fff]"), re.compile(r"[A-Za-zÀ-ɏ]+")
 # Code, formulas and tags are in no language.
 _NO_LANGUAGE = re.compile(r"```.*?(?:```|$)|`[^`\n]*`|\$\$.*?\$\$|\$[^$\n]*\$|\\[A-Za-z]+|</?[A-Za-z_]+>", re.DOTALL)
-_LETTERS = re.compile(r"[A-H](?:\s*(?:[,，、;；&/+]|and|or|和|与|或)?\s*[A-H])*")
+_LETTERS = re.compile(r"[A-H](?:\s*[,，、;；&/+]?\s*(?:and|or|和|与|或)?\s*[A-H])*")
 _AROUND_LETTERS = re.compile(r"[()\[\].。*]")
 _CHOSEN = re.compile(r"选[择项]?\s*[是为:：]?")
 _FENCE = re.compile(r"^\s*```[A-Za-z0-9]*\s*\n?|\s*```\s*$")

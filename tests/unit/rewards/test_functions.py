@@ -337,6 +337,8 @@ def test_our_numbers_agree_with_math_verify():
         ("choice", "(A), (B)", "AB", 1.0),
         ("choice", "\\boxed{\\text{A and B}}", "AB", 1.0),
         ("choice", "The correct answers are A and B.", "AB", 1.0),
+        ("choice", "The answers are A, C, and D.", "ACD", 1.0),
+        ("choice", "B is wrong.", "B", 0.0),
     ],
 )
 def test_texts_and_choices(name: str, completion: str, answer: Any, expected: float):
