@@ -19,6 +19,10 @@ NGRAM, MAX_REPETITION_PENALTY = 3, -1.0  # the values of arXiv 2502.03373, appen
 RANGE_WRONG, RANGE_RIGHT = (-1.0, -0.5), (0.5, 1.0)
 _WORDS = re.compile(r"[\u3400-\u4dbf\u4e00-\u9fff]|[^\W\d_\u3400-\u4dbf\u4e00-\u9fff]+|\d+")
 _CHINESE, _LATIN = re.compile(r"[\u3400-\u4dbf\u4e00-\u9fff]"), re.compile(r"[A-Za-zÀ-ɏ]+")
+# Kana, Hangul and words of other scripts; Greek letters are signs of formulas.
+_OTHER = re.compile(
+    r"[\u3040-\u30ff\uac00-\ud7af]|[^\W\d_A-Za-zÀ-ɏ\u0370-\u03ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uac00-\ud7af]+"
+)
 # Code, formulas and tags are in no language.
 _NO_LANGUAGE = re.compile(r"```.*?(?:```|$)|`[^`\n]*`|\$\$.*?\$\$|\$[^$\n]*\$|\\[A-Za-z]+|</?[A-Za-z_]+>", re.DOTALL)
 _LETTERS = re.compile(r"[A-H](?:\s*[,，、;；&/+]?\s*(?:and|or|和|与|或)?\s*[A-H])*")
@@ -136,21 +140,23 @@ def repetition(sample: Sample, cfg: RewardArgs) -> float:
 
 
 def language(sample: Sample, cfg: RewardArgs) -> float | None:
-    """The share of words that are in the wanted language, a Chinese character counting as one; code, formulas and tags
-    do not count. 1.0 without any word; None if the prompt is to decide and has none.
+    """The share of words that are in the wanted language, a Chinese character counting as one; words in other scripts
+    are in another language, and code, formulas and tags do not count. 1.0 without any word; None if the prompt is to
+    decide and has none in either language.
     """
     wanted = cfg.reward_language
     if wanted == "prompt":
         text = " ".join(text_of(message.get("content")) for message in sample.prompt if message["role"] == "user")
-        chinese, latin = _counts(text)
+        chinese, latin, _ = _counts(text)
         if not chinese + latin:
             return None
         wanted = "zh" if chinese >= latin else "en"
-    chinese, latin = _counts(sample.completion)
-    total = chinese + latin
+    chinese, latin, other = _counts(sample.completion)
+    total = chinese + latin + other
     return (chinese if wanted == "zh" else latin) / total if total else 1.0
 
 
-def _counts(text: str) -> tuple[int, int]:
+def _counts(text: str) -> tuple[int, int, int]:
+    """Chinese characters, words in Latin letters, words in other scripts."""
     text = _NO_LANGUAGE.sub(" ", text)
-    return len(_CHINESE.findall(text)), len(_LATIN.findall(text))
+    return len(_CHINESE.findall(text)), len(_LATIN.findall(text)), len(_OTHER.findall(text))

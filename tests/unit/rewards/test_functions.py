@@ -421,6 +421,9 @@ def test_language():
     assert score("language", "42", cfg=en) == 1.0
     assert score("language", "", cfg=en) == 1.0
     assert score("language", "hello", prompt="你好吗") == 0.0
+    assert score("language", "Привет, мир", cfg=en) == score("language", "안녕", cfg=zh) == 0.0
+    assert score("language", "こんにちは世界", cfg=zh) == pytest.approx(2 / 7)
+    assert score("language", "the angle α is small", cfg=en) == 1.0
     assert score("language", "你好", prompt="12 + 3 = ?") is None
 
 
