@@ -96,6 +96,10 @@ _ADDED = re.compile(r"[A-Za-z](?:\s*\+|-)$")
 _BRACKETED = re.compile(r"^[({\"'“‘]\s*([^(){}\"'“”‘’]*?)\s*[)}\"'”’]$")
 _IN_A_LIST = re.compile(r"[(\[{][^()\[\]{}]*,\s*$")
 _SEVERAL = re.compile(r"=[^=]*(?:[,;，；、或和]|\bor\b|\band\b|\d\s+[A-Za-z]\s*$)")
+# A number that stands before its reason: "12, since 3 * 4 = 12".
+_REASON = re.compile(r"\d[^=(]*(?:[;，；]|,\s|\b(?:because|since|as|for)\b|因为|由于)")
+# What stands before the exponent of a unit: 25 cm^, 25 m/s^.
+_EXPONENT = re.compile(rf"[\d}}]\s*(?:[A-Za-z]+\s*/\s*)?(?!{_VARIABLE}(?![A-Za-z]))[A-Za-z]+\s*\^\s*\{{?\s*$")
 _LATEX = re.compile(
     r"\\(?:text|textbf|textit|mathrm|mathbf|mathit|boldsymbol|mbox)\s*\{([^{}]*)\}|(?<!\\)\\[,;:!\s$]|\\(?:left|right|q?quad)(?![A-Za-z])"
     r"|</?[A-Za-z]+[1-6]?>"
@@ -197,7 +201,7 @@ def number_of(text: str) -> Number | None:
         exact, rounded = text.split("≈")
         return number_of(exact) or number_of(rounded)
     name, equals, rest = text.rpartition("=")
-    if equals and len(name) <= 40 and not _SEVERAL.search(name):  # x = 5
+    if equals and len(name) <= 40 and not _SEVERAL.search(name) and not _REASON.search(name):  # x = 5
         text = rest.strip()
     text = _BRACKETED.sub(r"\1", text)
     match = _NUMBER.search(text)
@@ -213,13 +217,14 @@ def last_number(text: str) -> Number | None:
     """The last number in a text. None where it is part of a formula, a pair or a time: 2\\pi, (1, 2), 5:30."""
     text = as_typed(text[-100 * _MAX_DIGITS :])
     matches = list(_NUMBER.finditer(text))
+    if len(matches) > 1 and _EXPONENT.search(text[max(0, matches[-1].start() - 40) : matches[-1].start()]):
+        exponent = matches.pop()
+        matches = [] if _GOES_ON.match(text, exponent.end()) else matches
     if not matches or _is_part(text, matches[-1]):
         return None
     last = matches[-1]
-    # In "10-5" and "a-5" the sign is a minus between two terms, or a hyphen.
-    joined = (
-        last["sign"] and last.start() and not text[last.start() - 1].isspace() and text[last.start() - 1] not in "=(:："
-    )
+    # In "10-5" and "a-5" the sign is a minus between two terms, or a hyphen; in "是-5" it is a sign.
+    joined = last["sign"] and re.match(r"[A-Za-z\d)\]}%]", text[max(0, last.start() - 1) :]) and last.start()
     number = _value(last)
     return Number(abs(number.value), number.percent) if joined and number is not None else number
 

@@ -105,6 +105,9 @@ RIGHT = [
         for text in ('"5".', "5 (2+3).", "5 to the nearest ten", "5 times as many", "5 a day")
     ),
     ("After 3 days, 5 apples are left.", "5"),
+    *((f"The answer is {text}", "12") for text in ("12, since 2 + 3 = 5.", "12 km because 2 + 3 = 5")),
+    ("所以一共是-5个。", "-5"),
+    *((text, "25") for text in ("The area is 25 cm².", "It is 25\\text{ m/s}^2.", "It is 25 s^{-1}")),
     *((text, "\\frac{\\sqrt{3}}{2}") for text in ("\\frac{\\sqrt3}{2}", "\\dfrac{\\sqrt 3}2")),
     ("\\pi/2", "\\frac{\\pi}{2}"),
     *((text, "x \\leq 5") for text in ("x \\le 5", "x≤5", "x <= 5")),
@@ -153,6 +156,9 @@ WRONG_PARTS = [
     *((text, "20") for text in ("3 hours 20 minutes", "It takes 3小时20分钟。")),
     ("The answer is three times 3.", "3"),
     ("The answer is none of 3", "3"),
+    ("The answer is 12, since 2 + 3 = 5.", "5"),
+    ("所以一共是-5个。", "5"),
+    *((text, "5") for text in ("5x^2", "5 + x^2", "It is 5 xy^2", "It is 5m^2 + x")),
     ("\\boxed{5}", "5!"),
 ]
 WRONG = [
