@@ -63,6 +63,13 @@ DECISIVE_IN_MESSAGES = {
     **dict.fromkeys(("image", "images", "video", "videos"), _MEDIA),
     **dict.fromkeys(("audio", "audios"), _SOUND),
 }
+_PART_OF_ITS_OWN = "write it as a part of its own, or remove it"
+# the same for fields of a text part
+_DECISIVE_IN_TEXT_PARTS = {
+    **dict.fromkeys(("weight", "loss", "loss_weight", "loss_mask", "train", "mask", "label"), _SHOWN_OR_NOT),
+    **dict.fromkeys(("image", "image_url", "images", "video", "video_url", "videos"), _PART_OF_ITS_OWN),
+    **dict.fromkeys(("audio", "audios", "input_audio"), _SOUND),
+}
 
 
 MESSAGE = "a message"
@@ -100,6 +107,13 @@ def check_fields(
             )
         if has_content(value):
             notes.unused.add(repr(name) if owner.startswith("type ") else f"{name!r} of {owner}")
+
+
+def check_text_parts(content: Any, notes: Notes) -> None:
+    """`check_fields` for the text parts (OpenAI's form) of a message's content, if it is a list."""
+    for part in content if isinstance(content, list) else ():
+        if isinstance(part, dict) and part.get("type") == "text":
+            check_fields(part, ("type", "text"), "a text part", _DECISIVE_IN_TEXT_PARTS, notes)
 
 
 @lru_cache(maxsize=4096)

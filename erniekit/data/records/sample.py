@@ -7,7 +7,14 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from erniekit.data.records.errors import BadRecord
-from erniekit.data.records.fields import DECISIVE_IN_MESSAGES, MESSAGE, Notes, check_fields, has_content
+from erniekit.data.records.fields import (
+    DECISIVE_IN_MESSAGES,
+    MESSAGE,
+    Notes,
+    check_fields,
+    check_text_parts,
+    has_content,
+)
 from erniekit.data.records.tool_calls import match_calls, result_text, tool_calls_of, tools_of
 from erniekit.data.records.values import content_of, json_of, kind_of, list_of, text_of
 
@@ -122,6 +129,7 @@ def turn_of(turn: Any, name: str, keys: tuple[str, str], notes: Notes) -> dict[s
     role = _role(turn, name, keys, notes)
     place = f"{name}.{keys[1]}"
     content, thought = turn.get(keys[1]), turn.get("reasoning_content")
+    check_text_parts(content, notes)
     calls = json_of(turn.get("tool_calls"), f"{name}.tool_calls", notes)
     if role == "function":
         if has_content(calls):

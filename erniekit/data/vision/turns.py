@@ -3,7 +3,7 @@
 from typing import Any
 
 from erniekit.data.records.errors import BadRecord
-from erniekit.data.records.fields import Notes, has_content
+from erniekit.data.records.fields import Notes, check_text_parts, has_content
 from erniekit.data.records.sample import turn_of
 from erniekit.data.vision.parts import content_parts, merged, text_in
 
@@ -21,6 +21,7 @@ def read_turn(turn: Any, name: str, keys: tuple[str, str], notes: Notes) -> dict
             )
     if not isinstance(content, list) or not any(_is_medium(part) for part in content):
         return turn_of(turn, name, keys, notes)
+    check_text_parts(content, notes)
     parts = content_parts(content, f"{name}.{keys[1]}")
     checked = turn_of({**turn, keys[1]: text_in(parts).strip() or _STAND_IN}, name, keys, notes)
     if checked["role"] == "assistant":

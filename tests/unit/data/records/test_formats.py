@@ -331,6 +331,21 @@ def test_fields_of_messages_are_passed_over_or_refused_by_the_same_rule():
             parse_record({"messages": [user("q"), assistant("a") | {field: value}]}, "messages")
 
 
+def test_fields_of_text_parts_are_passed_over_or_refused_too():
+    def read(part):
+        notes = Notes()
+        content = [{"type": "text", "text": "q"} | part]
+        messages = parse_record({"messages": [user(content), assistant("a")]}, "messages", notes=notes).messages
+        assert messages == [user("q"), assistant("a")]
+        return notes.unused
+
+    assert read({"annotations": [], "image": None}) == set()
+    assert read({"citations": [1]}) == {"'citations' of a text part"}
+    for field, value in (("weight", 0), ("image_url", {"url": "a.png"})):
+        with pytest.raises(DataError, match=f"field {field!r} does not belong to a text part"):
+            read({field: value})
+
+
 def test_fields_of_sharegpt_messages_that_are_read_are_not_said_to_be_unused():
     notes = Notes()
     answer = {"from": "gpt", "value": "a", "reasoning_content": "hm", "tool_calls": [call(x=1)]}

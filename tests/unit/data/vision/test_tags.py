@@ -35,6 +35,13 @@ def test_options_in_the_object_of_an_address_are_those_of_the_part(tmp_path):
     assert picture["max_pixels"] == 1568
 
 
+def test_a_picture_in_a_text_part_is_refused(tmp_path):
+    write_picture(tmp_path / "a.png")
+    parts = [{"type": "image", "image": "a.png"}, {"type": "text", "text": "And this?", "image": "a.png"}]
+    with pytest.raises(BadLine, match="field 'image' does not belong to a text part"):
+        parts_of({"messages": [{"role": "user", "content": parts}]}, tmp_path)
+
+
 def test_unknown_fields_of_objects_and_boxes_that_look_like_fractions_are_named(tmp_path):
     write_picture(tmp_path / "a.png")
 
