@@ -159,7 +159,15 @@ def unusable_weights(directory: Path) -> str | None:
     other = sorted(file.name for file in directory.glob("*") if file.suffix in (".pdparams", ".bin", ".safetensors"))
     if not other:
         return None
+    if "adapter_model.safetensors" in other:
+        return (
+            f"{directory} holds a LoRA adapter and no model: name its base model there, and the adapter as lora_path "
+            "(in Python adapter=)."
+        )
+    cure = "Convert them to safetensors (docs/weights.md)"
+    if all(name.endswith(".safetensors") for name in other):
+        cure = f"Rename the file of a whole model to {SINGLE_FILE}"
     return (
         f"no weights in {directory}: expected {SINGLE_FILE} or {INDEX_FILE}. It has {', '.join(other[:3])}, which this "
-        "toolkit does not read as a model. Convert them to safetensors (docs/weights.md), or check the path."
+        f"toolkit does not read as a model. {cure}, or check the path."
     )

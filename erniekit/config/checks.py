@@ -7,7 +7,7 @@ import dataclasses
 import re
 from collections.abc import Iterator
 
-from erniekit.config import context_keys, precision_keys, rl_keys, value_synonyms
+from erniekit.config import context_keys, fields, precision_keys, rl_keys
 from erniekit.config.compat import DATA, RUN
 from erniekit.config.evaluation_metrics import metrics_of
 from erniekit.config.methods import METHODS, Records
@@ -75,9 +75,10 @@ def _one_process(cfg: Config) -> Iterator[str]:
 def _schedule(cfg: Config) -> Iterator[str]:
     name, colon, steps = cfg.lr_scheduler_type.partition(":")
     if name not in SCHEDULES or (colon and name != "wsd"):
-        hint = value_synonyms.hint("lr_scheduler_type", name)
-        named = f"{cfg.lr_scheduler_type!r}{'; ' if hint else ''}{hint}"
-        yield f"lr_scheduler_type: expected one of {', '.join(SCHEDULES)} (wsd:N), got {named}"
+        meant = fields.hint("lr_scheduler_type", name, SCHEDULES)
+        yield (
+            f"lr_scheduler_type: expected one of {', '.join(SCHEDULES)} (wsd:N), got {cfg.lr_scheduler_type!r}{meant}"
+        )
     elif colon and not (steps.isascii() and steps.isdigit()):
         yield (
             "lr_scheduler_type: wsd takes the step up to which the rate is steady, as in wsd:1000, got "

@@ -157,11 +157,16 @@ def _chosen(field: "dataclasses.Field[Any]", text: str) -> str:
             return choice
     if not choices:
         return text
-    hint = value_synonyms.hint(field.name, text)
-    if not hint:
+    raise ValueError(f"expected one of {_named(choices)}, got {shown(text)}{hint(field.name, text, choices)}")
+
+
+def hint(key: str, text: str, choices: Sequence[str]) -> str:
+    """What was probably meant by a wrong value, for the end of a message: "; did you mean cosine?", or ""."""
+    meant = value_synonyms.hint(key, text)
+    if not meant:
         near = difflib.get_close_matches(text.lower(), [choice.lower() for choice in choices], n=1, cutoff=_CLOSE)
-        hint = "".join(f"did you mean {choice}?" for choice in choices if choice.lower() in near)
-    raise ValueError(f"expected one of {_named(choices)}, got {shown(text)}{'; ' if hint else ''}{hint}")
+        meant = "".join(f"did you mean {choice}?" for choice in choices if choice.lower() in near)
+    return meant and f"; {meant}"
 
 
 def _only(value: Any) -> Any:

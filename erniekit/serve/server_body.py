@@ -16,6 +16,9 @@ async def read_body(request: Request, max_bytes: int) -> dict[str, Any]:
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind != "application/json":
         raise ApiError(400, f"Content-Type is {kind[:80] or 'missing'!r}; send the body as application/json.")
+    coding = request.headers.get("content-encoding", "identity").strip().lower()
+    if coding != "identity":
+        raise ApiError(415, f"Content-Encoding is {coding[:80]!r}; send the body uncompressed.")
     too_large = ApiError(413, f"the body has more than {max_bytes} bytes (max_request_mb in the server's YAML).")
     length = request.headers.get("content-length", "")
     if length.isdigit() and len(length) < 20 and int(length) > max_bytes:

@@ -11,6 +11,7 @@ _TYPES = {
     405: "MethodNotAllowedError",
     408: "TimeoutError",
     413: "RequestTooLargeError",
+    415: "UnsupportedMediaTypeError",
     429: "RateLimitError",
     501: "NotImplementedError",
     503: "ServiceUnavailableError",

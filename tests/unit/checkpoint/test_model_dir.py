@@ -25,7 +25,9 @@ def make_model(directory, single=True):
     ("name", "expected"),
     [
         ("model-00001-of-00002.safetensors", "1 weight shards but no model.safetensors.index.json"),
-        ("pytorch_model.bin", "It has pytorch_model.bin, which this toolkit does not read"),
+        ("pytorch_model.bin", "It has pytorch_model.bin, which this toolkit does not read as a model. Convert them"),
+        ("pytorch_model.safetensors", "It has pytorch_model.safetensors, .* Rename the file of a whole model to model"),
+        ("adapter_model.safetensors", "holds a LoRA adapter and no model: name its base model there, and the adapter"),
         ("notes.txt", "holds no weights. Set continue_training: false"),
     ],
 )

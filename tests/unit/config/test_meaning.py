@@ -75,7 +75,7 @@ def test_evaluation_follows_from_its_strategy():
         ({"loss_type": "apo_zero", "stage": "KTO"}, "kto_loss_type: expected one of kto, apo_zero_unpaired"),
         ({"lr_scheduler_type": "cosine:5"}, "lr_scheduler_type: expected one of"),
         ({"lr_scheduler_type": "cosine:5"}, "lr_scheduler_type: expected one of linear, cosine"),
-        ({"lr_scheduler": "cosin"}, "lr_scheduler_type: expected one of"),
+        ({"lr_scheduler": "cosin"}, "wsd (wsd:N), got 'cosin'; did you mean cosine?"),
         ({"min_lr": 0.1}, "min_lr: 0.1 is more than learning_rate: 5e-05"),
         (
             {"lr_scheduler_type": "polynomial", "learning_rate": 1e-8},

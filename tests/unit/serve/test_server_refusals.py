@@ -1,6 +1,7 @@
 """What a server refuses, with which status and words; nothing reaches the engine that could end it."""
 
 import asyncio
+import gzip
 import hashlib
 import json
 import threading
@@ -170,6 +171,11 @@ def test_parts_of_a_conversation_beside_a_text_to_tokenize(server: Asking, field
 )
 def test_bodies(server: Asking, body: bytes, said: str):
     assert said in error_of(server.http.post(CHAT, content=body, headers=JSON), 400)["message"]
+
+
+def test_a_compressed_body(server: Asking):
+    answer = server.http.post(CHAT, content=gzip.compress(b"{}"), headers=JSON | {"Content-Encoding": "gzip"})
+    assert "send the body uncompressed" in error_of(answer, 415)["message"]
 
 
 def test_other_paths_methods_kinds_and_sizes(server: Asking):
