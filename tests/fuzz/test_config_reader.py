@@ -57,7 +57,7 @@ KEYS = [*schema.fields(), *RULES, "lora_config", "r", "bias", "lr", "dataset", "
 
 def outcome(path: str | None, words: list[str] | dict[str, object] | None) -> str:
     """What loading comes to; anything but a Config and a ConfigError fails the test by itself."""
-    started = time.monotonic()
+    started = time.process_time()
     try:
         cfg = load(path, words, "version")
         assert isinstance(cfg, Config)
@@ -67,7 +67,7 @@ def outcome(path: str | None, words: list[str] | dict[str, object] | None) -> st
         assert message and "\nTraceback" not in message
         message.encode("utf-8", "backslashreplace")
         found = "refused"
-    assert time.monotonic() - started < 5
+    assert time.process_time() - started < 5
     return found
 
 

@@ -17,10 +17,10 @@ def message(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
 
     def read(content: str | bytes, name: str = "x.yaml") -> str:
         Path(name).write_bytes(content if isinstance(content, bytes) else content.encode())
-        started = time.monotonic()
+        started = time.process_time()
         with pytest.raises(ConfigError) as caught:
             load(name, None, "version")
-        assert time.monotonic() - started < 5 and len(str(caught.value)) < 600
+        assert time.process_time() - started < 5 and len(str(caught.value)) < 600
         return str(caught.value)
 
     return read

@@ -59,12 +59,12 @@ def test_arithmetic(expression, value):
     ],
 )
 def test_what_is_no_bounded_arithmetic_is_refused_quickly(expression):
-    started = time.monotonic()
+    started = time.process_time()
     try:
         assert calculate(expression) == "249"  # a long sum may also be computed
     except BadCall as error:
         assert str(error)
-    assert time.monotonic() - started < 5.0
+    assert time.process_time() - started < 5.0
 
 
 def test_documents_are_found_by_their_rarest_words(tmp_path):

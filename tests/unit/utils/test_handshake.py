@@ -93,7 +93,7 @@ class _Recording:
 
 
 def test_the_silent_and_the_slow_hold_up_nobody(listener, monkeypatch, capfd):
-    monkeypatch.setattr(handshake, "PROOF_SECONDS", 0.5)
+    monkeypatch.setattr(handshake, "PROOF_SECONDS", 2.0)
     with closing(Authenticator(listener, TOKEN, "test")) as authenticator, ExitStack() as stack:
         strangers = [stack.enter_context(caller(listener)) for _ in range(20)]
         strangers[0].sendall(b"slow")
@@ -102,9 +102,9 @@ def test_the_silent_and_the_slow_hold_up_nobody(listener, monkeypatch, capfd):
         with caller(listener) as sock:
             prove(sock, TOKEN, "test")
         thread.join()
-        assert time.monotonic() - began < 0.4
+        assert time.monotonic() - began < 1.8
         found[0].close()
-        assert authenticator.accept(0.8) is None
+        assert authenticator.accept(2.5) is None
         for stranger in strangers:  # all of them have been hung up on
             assert len(stranger.recv(100)) == 64 and stranger.recv(100) == b""
     assert "refused 20 connections" in capfd.readouterr().err
