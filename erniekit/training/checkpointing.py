@@ -119,11 +119,12 @@ class Saver:
             load_trained(run.model, source)
             if run.average is not None:
                 self._load_average(run.average, state.identity.get("ema_decay") is not None, source)
+            moved = state.identity.get("ref_model_update_steps", -1) != -1 or state.identity.get("sync_ref_model")
             for directory, tensors in run.recipe.extra_weights().items():
-                if _holds(source, directory, state.identity.get("ref_model_update_steps", -1) != -1):
+                if _holds(source, directory, bool(moved)):
                     load_trained(run.model, source / directory, into=tensors)
                 else:
-                    log.info(f"ref_model_update_steps: {source.name} was trained with the reference of the beginning")
+                    log.info(f"{directory}: {source.name} was trained with that of the beginning, which moves from now")
         log.info(f"resuming after step {state.step} from {source}")
         self._set_position(state, source)
         run.plan_steps(state.step)

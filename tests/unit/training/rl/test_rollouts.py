@@ -1,6 +1,7 @@
 """Runs of stage RL by the real trainer: what a step is made of, resuming at any step, equality of all divisions."""
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -231,6 +232,22 @@ def test_a_missing_or_damaged_rollout_is_named(keys):
     (there / "rollout.npz").unlink()
     with pytest.raises(CheckpointError, match=r"rollout\.npz is missing"):
         run(keys, resume_from_checkpoint=str(there))
+
+
+def test_a_reference_that_moved_and_is_gone_is_an_error(keys, tmp_path):
+    moving = keys | {"kl_coef": 0.1, "sync_ref_model": True, "ref_model_sync_steps": 1}
+    run(moving, max_steps=1)
+    shutil.rmtree(tmp_path / "out" / "checkpoint-1" / "reference")
+    with pytest.raises(CheckpointError, match="reference/ was saved with it and is gone"):
+        run(moving, max_steps=2)
+
+
+def test_a_reference_may_begin_to_move_later(keys):
+    run(keys | {"kl_coef": 0.1}, max_steps=1)
+    with log.captured() as lines:
+        run(keys | {"kl_coef": 0.1, "sync_ref_model": True, "ref_model_sync_steps": 1}, max_steps=2)
+    said = "reference: checkpoint-1 was trained with that of the beginning, which moves from now"
+    assert (False, said) in lines
 
 
 def test_prompts_that_teach_nothing_end_the_run(keys, tmp_path):
