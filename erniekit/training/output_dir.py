@@ -43,6 +43,8 @@ _REPORTS = (
     "expert_load.png",
     METRICS_FILE,
 )
+# Reports whose names other programs use, too: no sign that a directory is a run's.
+_ALSO_REMOVED = ("trackers.json", "profile.json", "profile.png", "profile.txt")
 
 
 @dataclass(frozen=True)
@@ -354,10 +356,10 @@ class OutputDir:
         """
         if not self.path.is_dir() or not self._holds_run():
             return []
-        reports, metrics = _REPORTS[:-1], _REPORTS[-1]
+        reports, metrics = (*_ALSO_REMOVED, *_REPORTS[:-1]), _REPORTS[-1]
         ema = [self.path / EMA] if (self.path / EMA).is_dir() else []
         aside = sorted(path for path in self.path.glob(f"{ABANDONED}*") if path.name[len(ABANDONED) :].isdigit())
-        there = [self.path / name for name in reports if (self.path / name).exists()]
+        there = [self.path / name for name in reports if (self.path / name).is_file()]
         end = [self.path / name for name in (metrics, RUN_FILE) if (self.path / name).exists()]
         return [*model_files(self.path), *ema, *there, *aside, *list_checkpoints(self.path), *end]
 

@@ -105,7 +105,7 @@ class Board(Callback):
         if self._tracker.run_id is not None:
             if run.start_step and tracked.run_id is None:
                 log.info(f"report_to: {self._name}: no id of the resumed run in {IDS_FILE}: a new run begins there")
-            _keep_id(run.output_dir, self._name, self._tracker.run_id, ids)
+            _keep_id(run.output_dir, self._name, self._tracker.run_id)
 
     def on_step(self, metrics: StepMetrics) -> None:
         """Write the step's numbers under train/."""
@@ -170,8 +170,6 @@ def _ids(output_dir: Path) -> dict[str, str]:
         return {}
 
 
-def _keep_id(output_dir: Path, name: str, run_id: str, ids: dict[str, str]) -> None:
-    """Remember the id of the run in a tracker, beside those of the others of this start."""
-    present = _ids(output_dir)
-    others = {other: value for other, value in present.items() if other != name}
-    atomic.write_text(output_dir / IDS_FILE, json.dumps({**others, name: run_id}, indent=1) + "\n")
+def _keep_id(output_dir: Path, name: str, run_id: str) -> None:
+    """Remember the id of the run in a tracker, beside those in the others."""
+    atomic.write_text(output_dir / IDS_FILE, json.dumps({**_ids(output_dir), name: run_id}, indent=1) + "\n")

@@ -364,11 +364,12 @@ def test_overwriting_removes_the_run_and_nothing_else(cfg_of, monkeypatch):
     for name in ("notes.txt", "README.md", "checkpoint-best"):
         (out / name).write_text("mine")
     old = read_record(out).id
-    for name in ("samples.jsonl", "reward.png"):
+    for name in ("samples.jsonl", "reward.png", "profile.json", "trackers.json"):
         (out / name).write_text("of the old run")
+    put_model(out / "profile.txt")  # a directory of that name is the user's
     start(cfg_of(seed=7, overwrite_output_dir=True))
     left = sorted(path.name for path in out.iterdir())
-    assert left == ["README.md", "checkpoint-best", "config.yaml", "notes.txt", "run.json"]
+    assert left == ["README.md", "checkpoint-best", "config.yaml", "notes.txt", "profile.txt", "run.json"]
     assert read_record(out).id != old and read_record(out).final_model is None
     assert "removed 2 checkpoints, the final model, what was set aside" in said[-1]
 
