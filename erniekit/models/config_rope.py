@@ -1,6 +1,5 @@
 """The rotary positions of a config.json: their base, and how they are scaled for longer texts."""
 
-import functools
 import math
 from typing import Any
 
@@ -39,11 +38,11 @@ def read_rope(config: JsonObject, length: int) -> tuple[float, RopeScaling | Non
     key = "rope_scaling" if config.values.get("rope_scaling") else "rope_parameters"
     inner = config.get_object(key)
     if key == "rope_scaling" and _kind(config.get_object("rope_parameters")) not in (None, _kind(inner)):
-        _warn_once(f"{config.where}: rope_parameters and rope_scaling are of different types: the latter counts")
+        log.once(f"{config.where}: rope_parameters and rope_scaling are of different types: the latter counts")
     own = config.get_number("rope_theta", _DEFAULT_ROPE_THETA, 1, _MAX_ROPE_THETA)
     theta = float(inner.get_number("rope_theta", own, 1, _MAX_ROPE_THETA))
     if theta != own and "rope_theta" in config:
-        _warn_once(f"{config.where}: rope_theta: {own:g} at the top level, {theta:g} in {key}: the latter counts")
+        log.once(f"{config.where}: rope_theta: {own:g} at the top level, {theta:g} in {key}: the latter counts")
     kind = _kind(inner) or "default"
     if kind not in _KEYS:
         raise refusal(config, key, f"rope_type {kind!r:.40}: one of {', '.join(_KEYS)} is supported")
@@ -123,9 +122,3 @@ def _attention_factor(inner: JsonObject, factor: float) -> float:
         return float(own)
     mscale, of_all = (inner.get_number(name, 0, 0, 1e3) for name in ("mscale", "mscale_all_dim"))
     return grown(mscale) / grown(of_all) if mscale and of_all else grown(1.0)
-
-
-@functools.cache
-def _warn_once(message: str) -> None:
-    """A configuration is read several times in a run."""
-    log.warning(message)

@@ -5,8 +5,8 @@ import json
 
 import pytest
 
-from erniekit.models import config_rope
 from erniekit.models.config import ModelConfig
+from erniekit.utils import log
 from erniekit.utils.errors import CheckpointError
 
 DENSE = {
@@ -102,13 +102,13 @@ def test_scaling_of_positions_is_read_and_written(scaling, format):
     assert ModelConfig.from_dict({**DENSE, "rope_parameters": old}).rope_scaling == config.rope_scaling
 
 
-def test_two_values_of_theta_are_said(monkeypatch):
-    said: list[str] = []
-    monkeypatch.setattr(config_rope.log, "warning", said.append)
-    config_rope._warn_once.cache_clear()
-    for inner in (10000, 9.5):
-        ModelConfig.from_dict({**DENSE, "rope_parameters": {"rope_theta": inner}})
-    assert len(said) == 1 and "10000 at the top level, 9.5 in rope_parameters" in said[0]
+def test_two_values_of_theta_are_said_once_to_each_reader():
+    for _ in range(2):
+        with log.captured() as said:
+            for inner in (10000, 9.5, 9.5):
+                ModelConfig.from_dict({**DENSE, "rope_parameters": {"rope_theta": inner}})
+        ((is_warning, text),) = said
+        assert is_warning and "10000 at the top level, 9.5 in rope_parameters" in text
 
 
 def test_moe_layers():
