@@ -198,7 +198,7 @@ def choose_saved(names: Iterable[str], entries: Sequence[str], tied: bool) -> tu
         ]
         if not hits:
             near = difflib.get_close_matches(leaf, SAVEABLE, n=1, cutoff=0.4)
-            hint = f"; did you mean {near[0]}?" if near and near[0] != entry else ""
+            hint = f"; did you mean {near[0]}?" if near and near[0] != entry else "."
             raise ConfigError(
                 f"modules_to_save: {entry}: not a module of this model that can be trained whole{hint} There are "
                 f"{', '.join(SAVEABLE)}; projections are adapted (lora_target_modules)."
