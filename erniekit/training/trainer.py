@@ -1,5 +1,6 @@
 """The trainer of all methods: the training loop and the optimizer step."""
 
+import contextlib
 import math
 import signal
 import time
@@ -75,7 +76,7 @@ class Trainer:
 
         A run that has ended is not changed at all.
         """
-        with self.saver.output:
+        with contextlib.closing(self.run), self.saver.output:
             self.state = self.saver.resume()
             if self.scaler is not None:
                 self.scaler.load(self.state)
@@ -86,7 +87,8 @@ class Trainer:
             return self._fit()
 
     def _fit(self) -> dict[str, Any]:
-        info = self._info()
+        run, number = self.run, num_parameters(self.run.model.config)
+        info = RunInfo(run.output_dir, run.max_steps, self.state.step, number, self.cfg)
         summary: dict[str, Any] = {"steps": self.state.step}
         try:
             with stop_signals.deferred():
@@ -99,11 +101,12 @@ class Trainer:
             summary = {"steps": self.state.step, "error": f"{type(error).__name__}: {error}"}
             raise
         finally:
+            if self.profiler is not None:
+                self.profiler.stop()
             with heartbeat.phase("the end of the run"):  # a plot takes seconds
                 for callback in self.callbacks:
                     callback.on_end(summary)
                 self.saver.manager.join()
-            self.run.close()
         if self._stopped_by is not None:
             by = "interrupted by Ctrl-C" if self._stopped_by == signal.SIGINT else f"stopped by {self._stopped_by.name}"
             log.info(f"{by} after step {self.state.step}; {what_is_saved(self.cfg)}")
@@ -111,7 +114,6 @@ class Trainer:
 
     def _leave_as_it_is(self) -> dict[str, Any]:
         """End without changing any file of the finished run; its summary is returned."""
-        self.run.close()
         out = self.run.output_dir
         log.info(f"no step is left to train: the final model and the records in {out} stay as they are")
         try:
@@ -126,16 +128,6 @@ class Trainer:
                 break
         if self.profiler is not None:
             self.profiler.finish()
-
-    def _info(self) -> RunInfo:
-        return RunInfo(
-            self.run.output_dir,
-            self.run.max_steps,
-            self.state.step,
-            num_parameters(self.run.model.config),
-            self.cfg,
-            not self.cfg.disable_tqdm,
-        )
 
     def _advance(self) -> bool:
         """Run one step and what it triggers: callbacks, an evaluation, a checkpoint. False when the data has ended."""
@@ -352,12 +344,17 @@ class Trainer:
     def _evaluate(self) -> bool:
         """Evaluate the model. Returns whether this is the best evaluation so far, which is to be saved."""
         with heartbeat.phase("an evaluation"):
-            metrics = evaluate(self.run, self.state.step)
+            metrics = self._metrics()
+        assert self.run.best is not None
+        return self.run.best.note(self.state, metrics) and self.cfg.save_strategy != "no"
+
+    def _metrics(self) -> dict[str, float]:
+        """An evaluation's numbers, which are reported."""
+        metrics = evaluate(self.run, self.state.step)
         self._evaluated_step = self.state.step
         for callback in self.callbacks:
             callback.on_evaluate(self.state.step, metrics)
-        assert self.run.best is not None
-        return self.run.best.note(self.state, metrics) and self.cfg.save_strategy != "no"
+        return metrics
 
     def _stopped_early(self) -> bool:
         return self.run.best is not None and self.run.best.stops_early(self.state)
@@ -406,10 +403,7 @@ class Trainer:
         if self.cfg.save_strategy != "no" and self._saved_step != done:
             self._save()  # saved first, since an evaluation may fail
         if self.run.eval_loader is not None and (self.cfg.evaluation_strategy == "no" or self.state.best_step is None):
-            metrics = evaluate(self.run, done)
-            self._evaluated_step = done
-            for callback in self.callbacks:
-                callback.on_evaluate(done, metrics)
+            metrics = self._metrics()
             if self._must_stop():
                 return self._pause()
             summary |= metrics

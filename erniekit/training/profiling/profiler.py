@@ -54,7 +54,7 @@ class Profiler:
                 log.warning(f"profile: the run ended before step {self._cfg.profile_step_start}: nothing was measured")
             return
         intervals = self._recorder.end()
-        self._stop()
+        self.stop()
         rank, world = self._run.mesh.rank, self._run.mesh.world_group
         mine = RankTimes(rank, self._recorder.origin, intervals, self._peak_bytes(), self._sent)
         # Every rank receives what all send.
@@ -73,10 +73,13 @@ class Profiler:
         spans.listen(self._recorder)
         self._recorder.begin()
 
-    def _stop(self) -> None:
+    def stop(self) -> None:
+        """Stop listening, if that was not done before."""
+        if self._hooks is None:
+            return
         spans.listen(None)
         backend.init(on_wait=heartbeat.waiting)
-        for hook in self._hooks or ():
+        for hook in self._hooks:
             hook.remove()
         self._hooks = None
 

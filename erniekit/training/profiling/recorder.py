@@ -136,8 +136,10 @@ class Recorder(Listener):
             self.enter(HEAD, phase=name)  # it begins there
         else:
             self.enter(OUTSIDE if name in (FORWARD, BACKWARD) else name, phase=name)
-        yield
-        self.leave()
+        try:
+            yield
+        finally:
+            self.leave()
 
     def waiting(self, what: str | None) -> None:
         """A collective begins ("all_reduce of 12 bytes with ranks 0, 1"), or has ended (None)."""

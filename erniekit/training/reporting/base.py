@@ -20,7 +20,6 @@ class RunInfo:
     start_step: int
     num_parameters: int
     config: Config
-    show_progress: bool
 
 
 @dataclass(frozen=True)
@@ -89,7 +88,7 @@ class StepMetrics:
 
 
 class Callback:
-    """Receives the events of a run. The methods here do nothing; only the first rank of a run has callbacks."""
+    """Receives the events of a run. The methods here do nothing. Reports are those of the first rank alone."""
 
     def on_start(self, run: RunInfo) -> None:
         """The run begins, or resumes after `run.start_step`."""

@@ -88,7 +88,7 @@ class ProgressReport(Callback):
             what = f"no step is left after step {run.start_step}; what belongs to the end of the run is written"
         log.info(f"{what}: {run.max_steps} steps, {_count(run.num_parameters)} parameters, into {run.output_dir}")
         console = self._console or Console(stderr=True)
-        if run.show_progress and not self._disable_bar and console.is_terminal:
+        if not self._disable_bar and console.is_terminal:
             self._bar = Progress(
                 TextColumn("step"),
                 MofNCompleteColumn(),

@@ -25,8 +25,8 @@ from erniekit.training.reporting.summary import Summary
 from erniekit.utils.errors import TrainError
 
 
-def run_info(directory: Path, start_step: int = 0, max_steps: int = 10, show_progress: bool = False) -> RunInfo:
-    return RunInfo(directory, max_steps, start_step, 1_234_567, Config(), show_progress)
+def run_info(directory: Path, start_step: int = 0, max_steps: int = 10) -> RunInfo:
+    return RunInfo(directory, max_steps, start_step, 1_234_567, Config())
 
 
 def step_metrics(step: int, **changes: Any) -> StepMetrics:
@@ -139,7 +139,7 @@ from erniekit.config.schema import Config
 from erniekit.training.callbacks import RunInfo, StepMetrics, build_callbacks
 callbacks = build_callbacks(Config())
 for callback in callbacks:
-    callback.on_start(RunInfo(Path(sys.argv[1]), 10, 0, 1, Config(), False))
+    callback.on_start(RunInfo(Path(sys.argv[1]), 10, 0, 1, Config()))
 for step in (1, 2, 3):
     for callback in callbacks:
         callback.on_step(StepMetrics(step, 1.0, 1.0, 1.0, 1, 1, 1.0))
@@ -261,7 +261,7 @@ def test_the_end_of_a_run_that_never_began_raises_nothing(tmp_path: Path):
 
 
 def test_plain_lines_come_every_logging_steps_and_for_the_first_and_last_step(tmp_path: Path, messages: list[str]):
-    play([ProgressReport(4, disable_bar=False)], run_info(tmp_path, show_progress=True), range(1, 11))
+    play([ProgressReport(4, disable_bar=False)], run_info(tmp_path), range(1, 11))
     assert messages[0].startswith("training begins: 10 steps, 1.23M parameters")
     assert [message.split()[1] for message in messages[1:]] == ["1/10", "4/10", "8/10", "10/10"]
     assert "loss 1.2500  lr 1.00e-03  200 tokens/s  left 0:00:0" in messages[2]
@@ -270,7 +270,7 @@ def test_plain_lines_come_every_logging_steps_and_for_the_first_and_last_step(tm
 def test_a_terminal_gets_a_bar_with_loss_rate_and_speed_and_no_lines(tmp_path: Path, messages: list[str]):
     screen = io.StringIO()
     console = Console(file=screen, force_terminal=True, width=120)
-    run = run_info(tmp_path, start_step=2, show_progress=True)
+    run = run_info(tmp_path, start_step=2)
     play([ProgressReport(1, disable_bar=False, console=console)], run, range(3, 11))
     assert "10/10" in screen.getvalue() and "loss 0.5000  lr 1.00e-03  200 tokens/s" in screen.getvalue()
     assert messages == ["training continues after step 2: 10 steps, 1.23M parameters, into " + str(tmp_path)]
@@ -290,7 +290,7 @@ from erniekit.training.reporting.progress import ProgressReport
 from erniekit.utils import log
 screen = io.StringIO()
 report = ProgressReport(1, False, Console(file=screen, force_terminal=True, width=100))
-report.on_start(RunInfo(Path("out"), 10, 0, 1, Config(), True))
+report.on_start(RunInfo(Path("out"), 10, 0, 1, Config()))
 log.info("a line between")
 report.on_end({})
 print("a line between" in screen.getvalue())

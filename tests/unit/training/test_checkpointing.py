@@ -70,6 +70,16 @@ def test_a_16_bit_base_that_is_saved_as_float32_is_said(directory, tmp_path, mon
     assert Reader(out).info("model.norm.weight").dtype == "F32"
 
 
+def test_a_run_that_cannot_be_resumed_leaves_no_workers(directory, monkeypatch):
+    checkpoint = fit(directory, "damaged", max_steps=1) / "checkpoint-1"
+    (checkpoint / "model.safetensors").write_bytes(b"half")
+    closed = []
+    monkeypatch.setattr(build.Run, "close", lambda run: closed.append(run))
+    with pytest.raises(CheckpointError, match=r"model\.safetensors"):
+        fit(directory, "damaged", resume_from_checkpoint=str(checkpoint))
+    assert len(closed) == 1
+
+
 def test_saving_beside_the_training_changes_no_bit(directory):
     at_once, beside = (
         fit(directory, "once", ema_decay=0.9),

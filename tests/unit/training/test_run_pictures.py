@@ -18,7 +18,7 @@ from erniekit.training.reporting.routers import RouterLog
 
 
 def run_info(directory: Path, start_step: int = 0) -> RunInfo:
-    return RunInfo(directory, 10, start_step, 1_234_567, Config(), False)
+    return RunInfo(directory, 10, start_step, 1_234_567, Config())
 
 
 @pytest.mark.parametrize("picture", [LossPlot(), RouterLog(), CompletionLog(True, 0, 1)], ids=lambda each: each.name)

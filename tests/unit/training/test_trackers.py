@@ -27,7 +27,7 @@ PACKAGES = dict(zip(BOARDS, BOARDS, strict=True)) | {"tensorboard": "tensorboard
 
 
 def run_info(directory: Path, start_step: int = 0, cfg: Config | None = None) -> RunInfo:
-    return RunInfo(directory, 10, start_step, 1_234_567, cfg or Config(), False)
+    return RunInfo(directory, 10, start_step, 1_234_567, cfg or Config())
 
 
 def step_metrics(step: int, **parts: float) -> StepMetrics:

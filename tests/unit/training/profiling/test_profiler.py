@@ -1,5 +1,6 @@
 """`profile: true`, as a user has it: the files, what is in them, and that it changes no result."""
 
+import contextlib
 import itertools
 import json
 from pathlib import Path
@@ -11,6 +12,7 @@ from support.equality import keys_for, prepare
 from erniekit import config
 from erniekit.models.config import ModelConfig
 from erniekit.training import run as training
+from erniekit.training import trainer
 from erniekit.training.profiling import against_plan, picture, report
 from erniekit.training.profiling.recorder import Interval
 from erniekit.training.profiling.report import KINDS, Profile, RankTimes
@@ -34,6 +36,10 @@ def train(directory: Path, output: Path, **keys: Any) -> list[dict[str, Any]]:
 def events_of(output: Path) -> list[dict[str, Any]]:
     trace = json.loads((output / "profile.json").read_text())
     return [event for event in trace["traceEvents"] if event["ph"] == "X"]
+
+
+def nobody_listens() -> bool:
+    return isinstance(spans.span("any"), contextlib.nullcontext)
 
 
 def test_a_profile_names_the_parts_and_adds_up(directory: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
@@ -63,11 +69,22 @@ def test_a_profile_names_the_parts_and_adds_up(directory: Path, tmp_path: Path, 
 
 def test_a_profile_changes_nothing_and_leaves_nothing(directory: Path, tmp_path: Path):
     with_profile = train(directory, tmp_path / "with")
-    assert spans._listener is None
+    assert nobody_listens()
     without = train(directory, tmp_path / "without", profile=False)
     for one, other in zip(with_profile, without, strict=True):
         assert (one["loss"], one["grad_norm"]) == (other["loss"], other["grad_norm"])
     assert not list((tmp_path / "without").glob("profile.*"))
+
+
+def test_after_an_error_nobody_listens(directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def fail(*_: object) -> None:
+        assert not nobody_listens()
+        raise RuntimeError("in a measured step")
+
+    monkeypatch.setattr(trainer, "clip_", fail)
+    with pytest.raises(RuntimeError, match="in a measured step"):
+        train(directory, tmp_path / "out", profile_step_start=1)
+    assert nobody_listens()
 
 
 def test_a_run_that_ends_too_soon_says_so(directory: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):

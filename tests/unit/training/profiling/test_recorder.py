@@ -55,6 +55,14 @@ def test_time_belongs_to_the_innermost_part():
     ]
 
 
+def test_a_span_that_an_error_ends_is_over():
+    def run(recorder: Recorder) -> None:
+        with pytest.raises(StopIteration), recorder.span("data"):
+            raise StopIteration
+
+    assert recorded(run)[1:] == [("data", -1, "data"), ("between the parts", -1, "host")]
+
+
 def test_the_backward_pass_begins_in_the_head_and_goes_from_part_to_part():
     def run(recorder: Recorder) -> None:
         with recorder.span(FORWARD), recorder.span(HEAD):
