@@ -444,16 +444,16 @@ def place_features(
     return rounded(lambda x, rows: paddle.scatter(x, places, rows), x_TD, features.astype(x_TD.dtype))
 
 
-def embed_ahead(embedding: Embedding, inputs: ModelInputs, step: int) -> tuple[paddle.Tensor, np.ndarray, np.ndarray]:
+def embed_ahead(embedding: Embedding, inputs: ModelInputs, step: int) -> paddle.Tensor:
     """For multi-token prediction: the embedding of the token `step` places after each one, without noise [T or own
-    range, D], that token's number [T], and whether it is in the same document [T].
+    range, D]; of some other token where that is in another document.
     """
     if inputs.shared is None:
         assert isinstance(inputs.attention, PackedAttention), "multi-token prediction is for packed documents"
-        target, valid = next_in_document(inputs.attention.plan.document_of_token, step)
-        return embedding(paddle.gather(inputs.input_ids, paddle.to_tensor(target))), target, valid
+        target, _ = next_in_document(inputs.attention.plan.document_of_token, step)
+        return embedding(paddle.gather(inputs.input_ids, paddle.to_tensor(target)))
     # The token ahead may be on another rank, whose number this one knows.
     whole, own = inputs.shared, inputs.shared.shard.tokens
-    target, valid = (of_all[own] for of_all in next_in_document(whole.documents, step))
-    ids = np.pad(whole.input_ids[target], (0, inputs.input_ids.shape[0] - len(own)))
-    return embedding(paddle.to_tensor(ids)), target, valid
+    target, _ = next_in_document(whole.documents, step)
+    ids = np.pad(whole.input_ids[target[own]], (0, inputs.input_ids.shape[0] - len(own)))
+    return embedding(paddle.to_tensor(ids))

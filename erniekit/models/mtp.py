@@ -6,9 +6,6 @@ final norm; logits through the model's own final norm and head (DeepSeek-V3, arX
 one depth).
 """
 
-from dataclasses import dataclass
-
-import numpy as np
 import paddle
 
 from erniekit.models.decoder import Decoder, Hidden
@@ -18,22 +15,9 @@ from erniekit.nn.attention import AttentionContext
 from erniekit.nn.narrow import concat
 
 
-@dataclass(frozen=True)
-class Depth:
-    """One depth's output: `normed` [T, D], and for each position which main label it predicts: `target` [T] token
-    numbers, `valid` [T] (inside the document).
-    """
-
-    normed: paddle.Tensor
-    target: np.ndarray
-    valid: np.ndarray
-
-
-def predict_ahead(decoder: Decoder, hidden: Hidden, inputs: ModelInputs) -> list[Depth]:
-    """Run every depth. A position whose token t + 1 + d lies in another document, or nowhere, is not valid and stands
-    after all valid ones of its document, so causal attention keeps it from them.
-
-    With labels already shifted (labels[t] = token t + 1), depth d at t is scored against labels[target[t]] where valid.
+def predict_ahead(decoder: Decoder, hidden: Hidden, inputs: ModelInputs) -> list[paddle.Tensor]:
+    """Run every depth; the normed states [T, D] of each. A position whose token t + 1 + d lies in another document, or
+    nowhere, predicts nothing, and stands after all others of its document, so causal attention keeps it from them.
     """
     assert decoder.embed_tokens is not None and decoder.norm is not None, "this process holds no head"
     depths = []
@@ -41,10 +25,10 @@ def predict_ahead(decoder: Decoder, hidden: Hidden, inputs: ModelInputs) -> list
     previous = hidden.last
     first = decoder.config.num_hidden_layers  # the blocks are numbered behind the layers
     for d, block in enumerate(decoder.mtp_block):
-        ahead, target, valid = embed_ahead(decoder.embed_tokens, inputs, 1 + d)
+        ahead = embed_ahead(decoder.embed_tokens, inputs, 1 + d)
         joined = concat([decoder.mtp_emb_norm[d](ahead), decoder.mtp_hidden_norm[d](previous)], axis=-1)
         previous, _ = block(decoder.mtp_linear_proj[d](joined), inputs.attention, dense, first + d)
-        depths.append(Depth(decoder.norm(previous), target, valid))
+        depths.append(decoder.norm(previous))
     return depths
 
 

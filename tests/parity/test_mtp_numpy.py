@@ -22,6 +22,7 @@ import erniekit
 from erniekit.models.inputs import packed_inputs
 from erniekit.models.mtp import predict_ahead
 from erniekit.models.weights import export_tensors
+from erniekit.nn.attention_mask import next_in_document
 
 FACTOR = 0.3
 # Base fixture and number of depths; all but moe_mtp get their prediction tensors here.
@@ -107,9 +108,10 @@ def ours_ahead(model: paddle.nn.Layer, item: Item) -> list[tuple[paddle.Tensor, 
     inputs = packed_inputs(model, ids, segments, positions)
     hidden = model.model(inputs)
     out = [(model.head(hidden.normed).reshape([*ids.shape, -1]), labels)]
-    for depth in predict_ahead(model.model, hidden, inputs):
-        shifted = np.where(depth.valid, labels.reshape(-1)[depth.target], IGNORE)
-        out.append((model.head(depth.normed).reshape([*ids.shape, -1]), shifted.reshape(ids.shape)))
+    for depth, normed_TD in enumerate(predict_ahead(model.model, hidden, inputs)):
+        target, valid = next_in_document(inputs.attention.plan.document_of_token, 1 + depth)
+        shifted = np.where(valid, labels.reshape(-1)[target], IGNORE)
+        out.append((model.head(normed_TD).reshape([*ids.shape, -1]), shifted.reshape(ids.shape)))
     return out
 
 

@@ -125,10 +125,10 @@ class CausalRecipe(Recipe):
 
     def _mtp_terms(self, model: CausalLM, hidden: Hidden, inputs: ModelInputs, batch: PackedBatch) -> dict[str, Term]:
         terms = {}
-        for number, depth in enumerate(predict_ahead(model.model, hidden, inputs)):
+        for number, normed_TD in enumerate(predict_ahead(model.model, hidden, inputs)):
             labels = _labels_ahead(batch, number)
             places = np.flatnonzero(labels != IGNORE)
-            total, _, _ = self._cross_entropy(model, depth.normed, inputs, batch, places, labels)
+            total, _, _ = self._cross_entropy(model, normed_TD, inputs, batch, places, labels)
             weight = self.cfg.multi_token_pred_lambda / self.mtp_depths
             terms[f"mtp_{number}"] = Term(total, f"mtp_{number}", weight)
         return terms

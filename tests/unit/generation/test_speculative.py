@@ -88,9 +88,9 @@ def test_drafts_are_what_the_trained_block_predicts(model: CausalLM):
         ids = np.array([*PROMPTS[2], *generation.answer.ids])
         inputs = packed_inputs(model, ids, np.ones_like(ids))
         with paddle.no_grad():
-            (depth,) = predict_ahead(model.model, model.model(inputs), inputs)
+            (normed_TD,) = predict_ahead(model.model, model.model(inputs), inputs)
             # the last token whose next one is known predicts the one behind the answer
-            assert generation.draft == int(model.head(depth.normed[len(ids) - 2 : len(ids) - 1]).argmax())
+            assert generation.draft == int(model.head(normed_TD[len(ids) - 2 : len(ids) - 1]).argmax())
 
 
 def test_models_that_cannot_draft_are_refused():

@@ -13,6 +13,7 @@ from erniekit.models.config import ModelConfig
 from erniekit.models.decoder import CausalLM
 from erniekit.models.inputs import batch_inputs, embed_ahead, packed_inputs, padded_length
 from erniekit.moe.layer import TEXT, VISION
+from erniekit.nn.attention_mask import next_in_document
 
 SEGMENTS = np.array([1, 1, 1, 1, 1, 2, 2, 3, 3, 3])
 IDS = np.arange(10) + 20
@@ -50,9 +51,10 @@ def test_ranks_that_share_tokens_add_their_own_part_of_the_noise():
 
 def test_the_token_ahead_has_no_noise_and_stays_in_its_document(model: CausalLM):
     inputs = packed_inputs(model, IDS, SEGMENTS, neftune_alpha=5.0)
-    ahead, target, valid = embed_ahead(model.model.embed_tokens, inputs, 2)
+    target, valid = next_in_document(inputs.attention.plan.document_of_token, 2)
     assert target.tolist() == [2, 3, 4, 5, 6, 7, 8, 9, 9, 9]
     assert valid.tolist() == [True, True, True, False, False, False, False, True, False, False]
+    ahead = embed_ahead(model.model.embed_tokens, inputs, 2)
     np.testing.assert_array_equal(ahead.numpy(), model.model.embed_tokens.weight.numpy()[IDS[target]])
 
 
