@@ -8,7 +8,7 @@ import paddle
 
 from erniekit.data.packed_batch import PackedBatch
 from erniekit.losses.lm import chunks_of, label_nll
-from erniekit.losses.log_probs import answer_log_probs
+from erniekit.losses.log_probs import answer_log_probs, token_log_probs
 from erniekit.models.decoder import CausalLM
 from erniekit.models.inputs import ModelInputs
 from erniekit.nn.narrow import gather
@@ -62,18 +62,25 @@ def score_hidden(model: CausalLM, hidden_TD: paddle.Tensor, places: np.ndarray, 
 
 
 def pair_log_probs(
-    model: CausalLM, hidden_TD: paddle.Tensor, inputs: ModelInputs, batch: PackedBatch, most: int
+    model: CausalLM, hidden_TD: paddle.Tensor, inputs: ModelInputs, batch: PackedBatch, max_logit_tokens: int
 ) -> paddle.Tensor:
     """Log-probabilities of the batch's answers (PackedBatch.answers: of pairs [2N], of judged answers [N]), with
-    gradients, from the hidden states of all tokens as the head takes them [T, D]; at most `most` tokens' logits exist
-    at a time. Context ranks call it together, and each gets the sums over all tokens: what a rank makes of them is its
-    share of the loss (`share_of_loss`).
+    gradients, from the hidden states of all tokens as the head takes them [T, D]; at most `max_logit_tokens` tokens'
+    logits exist at a time. Context ranks call it together, and each gets the sums over all tokens: what a rank makes
+    of them is its share of the loss (`share_of_loss`).
     """
     own = None if model.context is None else inputs.select(batch.supervised)
     sums = answer_log_probs(
-        hidden_TD, model.output_head(), batch.labels, batch.segment_ids, batch.answers, most, own=own
+        hidden_TD, model.output_head(), batch.labels, batch.segment_ids, batch.answers, max_logit_tokens, own=own
     )
     return sums if model.context is None else comm.sum_over(sums, model.context.group)
+
+
+def nothing_through_head(model: CausalLM, hidden_TD: paddle.Tensor) -> paddle.Tensor:
+    """0 [1], through the head. A rank without answers runs the same graph as the others, so that it completes its
+    gradients, and starts its collectives, in the same order. hidden: as the head takes it [T, D].
+    """
+    return token_log_probs(hidden_TD[:1], model.output_head(), paddle.zeros([1], dtype="int64"), 1) * 0.0
 
 
 def share_of_loss(model: CausalLM) -> float:

@@ -1,13 +1,13 @@
 """Next-token training that is also distilled from the model before training, unquantised (qat_distill_weight)."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 import paddle
 
 from erniekit.data.packed_batch import PackedBatch
-from erniekit.losses.distillation import linear_divergence
+from erniekit.losses.distillation import FORWARD_KL, Divergence, linear_divergence
 from erniekit.models.decoder import CausalLM
 from erniekit.models.inputs import ModelInputs
 from erniekit.nn.narrow import gather
@@ -18,10 +18,11 @@ from erniekit.utils import log
 
 
 class Teacher:
-    """A frozen model that gives its states in front of the output head where a batch has labels."""
+    """A frozen model that a trained one follows where a batch has labels."""
 
     def __init__(self, model: CausalLM) -> None:
         self.model = model
+        self._states: dict[int, paddle.Tensor] = {}  # of the step's microbatches, on stages with the head
         for parameter in model.parameters():
             parameter.stop_gradient = True
 
@@ -36,35 +37,40 @@ class Teacher:
         return Teacher(second)
 
     @paddle.no_grad()
-    def states(self, microbatches: Sequence[PackedBatch]) -> list[paddle.Tensor | None]:
-        """The states [S, D] after the final norm at the S supervised tokens of each microbatch; None on stages without
-        the head. Every rank calls it at the same time.
-        """
-        found: list[paddle.Tensor | None] = [None] * len(microbatches)
+    def observe(self, microbatches: Sequence[PackedBatch]) -> None:
+        """Keep the teacher's states for a step's microbatches. Every rank calls it at the same time."""
+        self._states = {}
 
         def note(number: int, x_TD: paddle.Tensor, inputs: ModelInputs) -> None:
-            hidden = self.model.enter_head(final_norm(self.model, x_TD))
-            found[number] = gather(hidden, paddle.to_tensor(places_of(microbatches[number]))).detach()
+            batch = microbatches[number]
+            self._states[id(batch)] = _supervised_states(self.model, x_TD, batch).detach()
 
         forward_pass(self.model, microbatches, note)
-        return found
+
+    def divergence(
+        self, model: CausalLM, x_TD: paddle.Tensor, batch: PackedBatch, max_tokens: int, kind: Divergence = FORWARD_KL
+    ) -> paddle.Tensor:
+        """The divergence of `model` from the teacher, summed over the supervised tokens of an observed microbatch, from
+        the last layer's output [T, D]; at most `max_tokens` tokens' logits exist at a time.
+        """
+        hidden = _supervised_states(model, x_TD, batch)
+        weights = paddle.full([hidden.shape[0]], 1.0 if len(batch.supervised) else 0.0)
+        states, head = self._states.pop(id(batch)), self.model.output_head()
+        return linear_divergence(hidden, model.output_head(), states, head, weights, max_tokens, kind)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class DistilledRecipe(CausalRecipe):
     """(1 - d) * cross-entropy + d * KL(teacher || model) over the supervised tokens, each weighing the same in the
     second term; the terms of multi-token prediction are those of CausalRecipe.
     """
 
-    teacher: Teacher | None = None
-    _states: dict[int, paddle.Tensor | None] = field(default_factory=dict)
+    teacher: Teacher
 
     def prepare(self, microbatches: Sequence[PackedBatch]) -> list[PackedBatch]:
         """See Recipe: the teacher's pass over the step's microbatches."""
-        assert self.teacher is not None
-        self._states.clear()
         prepared = super().prepare(microbatches)
-        self._states.update(zip(map(id, prepared), self.teacher.states(prepared), strict=True))
+        self.teacher.observe(prepared)
         return prepared
 
     def counts(self, batch: PackedBatch) -> dict[str, float]:
@@ -78,24 +84,16 @@ class DistilledRecipe(CausalRecipe):
         share = self.cfg.qat_distill_weight
         terms = super().head_terms(model, x_TD, inputs, batch)
         terms["lm"] = replace(terms["lm"], weight=1.0 - share)
-        teacher_states, teacher = self._states.pop(id(batch)), self.teacher
-        assert teacher is not None and teacher_states is not None
-        hidden = gather(model.enter_head(final_norm(model, x_TD)), paddle.to_tensor(places_of(batch)))
-        weights = paddle.full([hidden.shape[0]], 1.0 if len(batch.supervised) else 0.0)
-        total = linear_divergence(
-            hidden,
-            model.output_head(),
-            teacher_states,
-            teacher.model.output_head(),
-            weights,
-            self.cfg.loss_subbatch_seqlen,
-        )
+        total = self.teacher.divergence(model, x_TD, batch, self.cfg.loss_subbatch_seqlen)
         return terms | {"distill": Term(total, "distill", share)}
 
 
-def places_of(batch: PackedBatch) -> np.ndarray:
-    """The supervised tokens, or, where there are none, one that weighs nothing: all ranks run the same graph."""
-    return batch.supervised if len(batch.supervised) else np.zeros(1, np.int64)
+def _supervised_states(model: CausalLM, x_TD: paddle.Tensor, batch: PackedBatch) -> paddle.Tensor:
+    """What the head takes of the supervised tokens [S, D], or, where there are none, of one that weighs nothing: all
+    ranks run the same graph.
+    """
+    places = batch.supervised if len(batch.supervised) else np.zeros(1, np.int64)
+    return gather(model.enter_head(final_norm(model, x_TD)), paddle.to_tensor(places))
 
 
 def causal_recipe(context: RecipeContext) -> Recipe:
@@ -103,4 +101,4 @@ def causal_recipe(context: RecipeContext) -> Recipe:
     plain, cfg = CausalRecipe.build(context), context.cfg
     if cfg.qat == "none" or not cfg.qat_distill_weight:
         return plain
-    return DistilledRecipe(plain.cfg, plain.mtp_depths, plain.by_modality, Teacher.before_training(context))
+    return DistilledRecipe(**vars(plain), teacher=Teacher.before_training(context))

@@ -19,19 +19,17 @@ from erniekit.generation.request import Limits
 from erniekit.generation.sampling import Sampling
 from erniekit.hub import resolve_model
 from erniekit.join import require_same_files
-from erniekit.losses.distillation import Divergence, linear_divergence
+from erniekit.losses.distillation import Divergence
 from erniekit.models.config import ModelConfig
 from erniekit.models.decoder import CausalLM
 from erniekit.models.inputs import ModelInputs
 from erniekit.models.overrides import Overrides
 from erniekit.models.pipeline_layout import assign_layers
 from erniekit.models.sharded_blocks import whole_weights
-from erniekit.nn.narrow import gather
 from erniekit.parallel import comm
 from erniekit.parallel.mesh import ParallelDims, check_model
-from erniekit.training.forward_pass import final_norm
 from erniekit.training.recipes.base import Recipe, RecipeContext, Term
-from erniekit.training.recipes.distilled import Teacher, places_of
+from erniekit.training.recipes.distilled import Teacher
 from erniekit.utils import log
 from erniekit.utils.errors import ConfigError, UserError
 
@@ -116,7 +114,6 @@ class GkdRecipe(Recipe):
         stops = tuple(sorted({*stop_ids, *policy.end_ids}))
         self._limits = Limits(cfg.max_new_tokens, 0, stops)
         self._kind = Divergence(cfg.gkd_beta, cfg.temperature)
-        self._states: dict[int, paddle.Tensor | None] = {}
         self._step = 0
         self._has_full_prompt = False  # a document was seen whose prompt leaves no room for an answer
 
@@ -144,7 +141,7 @@ class GkdRecipe(Recipe):
     def prepare(self, microbatches: Sequence[PackedBatch]) -> list[PackedBatch]:
         """The step's microbatches, or those with the model's own answers; and the teacher's pass over them."""
         prepared = self._answered(microbatches) if self.is_on_policy(self._step) else list(microbatches)
-        self._states = dict(zip(map(id, prepared), self._teacher.states(prepared), strict=True))
+        self._teacher.observe(prepared)
         return prepared
 
     def counts(self, batch: PackedBatch) -> dict[str, float]:
@@ -155,13 +152,7 @@ class GkdRecipe(Recipe):
         self, model: CausalLM, x_TD: paddle.Tensor, inputs: ModelInputs, batch: PackedBatch
     ) -> dict[str, Term]:
         """The term "gkd", and whether the answers are the model's own."""
-        states = self._states.pop(id(batch))
-        assert states is not None
-        hidden = gather(model.enter_head(final_norm(model, x_TD)), paddle.to_tensor(places_of(batch)))
-        weights = paddle.full([hidden.shape[0]], 1.0 if len(batch.supervised) else 0.0)
-        head, max_tokens = model.output_head(), self.cfg.loss_subbatch_seqlen
-        teacher_head = self._teacher.model.output_head()
-        total = linear_divergence(hidden, head, states, teacher_head, weights, max_tokens, self._kind)
+        total = self._teacher.divergence(model, x_TD, batch, self.cfg.loss_subbatch_seqlen, self._kind)
         on_policy = float(self.is_on_policy(self._step)) * len(batch.supervised)
         return {
             "gkd": Term(total, "gkd"),

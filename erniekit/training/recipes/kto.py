@@ -11,10 +11,9 @@ from erniekit.config.judged_steps import lone_answer_line
 from erniekit.config.schema import Config
 from erniekit.data.packed_batch import PackedBatch
 from erniekit.losses.kto import kto_loss
-from erniekit.losses.log_probs import token_log_probs
 from erniekit.models.decoder import CausalLM
 from erniekit.models.inputs import ModelInputs
-from erniekit.models.scoring import pair_log_probs, share_of_loss
+from erniekit.models.scoring import nothing_through_head, pair_log_probs, share_of_loss
 from erniekit.parallel import comm
 from erniekit.training.forward_pass import final_norm
 from erniekit.training.mismatched import mismatched_batches
@@ -83,9 +82,7 @@ class KtoRecipe(Recipe):
         normed_TD = model.enter_head(final_norm(model, x_TD))
         names = ("kto", "kl", "reward_good", "reward_bad")
         if not len(batch.judged):
-            # A rank without answers runs the same graph as the others, so its collectives start in their order.
-            label = paddle.zeros([1], dtype="int64")
-            nothing = token_log_probs(normed_TD[:1], model.output_head(), label, 1).sum() * 0.0
+            nothing = nothing_through_head(model, normed_TD).sum()
             sums = dict.fromkeys(names, paddle.zeros([])) | {"kto": nothing}
         else:
             sums = self._sums(pair_log_probs(model, normed_TD, inputs, batch, self._scorer.max_logit_tokens), batch)

@@ -7,10 +7,10 @@ import paddle
 
 from erniekit.config.schema import Config
 from erniekit.data.packed_batch import CompletionTable, PackedBatch
-from erniekit.losses.log_probs import token_log_probs
 from erniekit.losses.policy import METRIC_DIVISORS, PolicyOptions, pair_loss, policy_loss
 from erniekit.models.decoder import CausalLM
 from erniekit.models.inputs import ModelInputs
+from erniekit.models.scoring import nothing_through_head
 from erniekit.training.forward_pass import final_norm
 from erniekit.training.recipes.base import Recipe, RecipeContext, Term
 from erniekit.training.rl.loader import RolloutLoader
@@ -91,10 +91,7 @@ class PolicyRecipe(Recipe):
         if len(batch.supervised):
             log_probs, entropy = self._scorer.statistics(model, hidden_TD, batch)
         else:
-            # The head runs all the same, so that all ranks complete their gradients in the same order.
-            label = paddle.zeros([1], dtype="int64")
-            log_probs = token_log_probs(hidden_TD[:1], model.output_head(), label, 1) * 0.0
-            entropy = paddle.zeros([1])
+            log_probs, entropy = nothing_through_head(model, hidden_TD), paddle.zeros([1])
         places, mask = _places(batch.completions.lengths, len(log_probs))
         columns = _Columns(places, mask)
         table = batch.completions

@@ -11,7 +11,6 @@ from erniekit import lora
 from erniekit.config.schema import Config
 from erniekit.config.schema_preference import wants_reference
 from erniekit.data.packed_batch import PackedBatch
-from erniekit.losses.log_probs import token_log_probs
 from erniekit.losses.preference import (
     METRICS,
     log_ratios,
@@ -22,7 +21,7 @@ from erniekit.losses.preference import (
 )
 from erniekit.models.decoder import CausalLM
 from erniekit.models.inputs import ModelInputs
-from erniekit.models.scoring import pair_log_probs, share_of_loss
+from erniekit.models.scoring import nothing_through_head, pair_log_probs, share_of_loss
 from erniekit.parallel import comm
 from erniekit.training.forward_pass import final_norm
 from erniekit.training.recipes.base import Recipe, RecipeContext, Term
@@ -122,7 +121,8 @@ class PreferenceRecipe(Recipe):
         if self._sft_ratio:
             weights["sft"] = ("chosen_tokens", self._sft_ratio)
         if not len(batch.pairs):
-            sums = dict.fromkeys(weights, _nothing(model, normed_TD)) | dict.fromkeys(self._metrics, paddle.zeros([]))
+            nothing = nothing_through_head(model, normed_TD).sum()
+            sums = dict.fromkeys(weights, nothing) | dict.fromkeys(self._metrics, paddle.zeros([]))
         else:
             sums = self._sums(pair_log_probs(model, normed_TD, inputs, batch, self._scorer.max_logit_tokens), batch)
         share = share_of_loss(model)
@@ -176,14 +176,6 @@ class PreferenceRecipe(Recipe):
         chosen, rejected, count = comm.sum_floats(totals, self._policy.mesh.data_group).tolist()
         kl_chosen, kl_rejected = (max(total / max(count, 1.0), 0.0) for total in (chosen, rejected))
         return paddle.full([], kl_chosen, "float32"), paddle.full([], kl_rejected, "float32")
-
-
-def _nothing(model: CausalLM, normed_TD: paddle.Tensor) -> paddle.Tensor:
-    """0, through the head. A rank without pairs runs the same graph as the others, so that it completes its gradients,
-    and starts its collectives, in the same order.
-    """
-    label = paddle.zeros([1], dtype="int64")
-    return token_log_probs(normed_TD[:1], model.output_head(), label, 1).sum() * 0.0
 
 
 def _halves(both: paddle.Tensor) -> tuple[paddle.Tensor, paddle.Tensor]:
