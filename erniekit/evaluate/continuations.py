@@ -54,8 +54,7 @@ def log_likelihoods(
         batches = [join_rows([_packed(row) for row in group]) for group in groups]
         forward_pass(model, batches, partial(_add, model, groups, sums))
         on_rows(min(start + step * mesh.degrees.pipeline, len(rows)), len(rows))
-    holds_results = mesh.is_last_stage and mesh.tensor == 0
-    shares = comm.gather_objects(sums.tolist() if holds_results else None, mesh.world_group)
+    shares = comm.gather_objects(sums.tolist() if mesh.holds_results else None, mesh.world_group)
     return np.sum([share for share in shares if share is not None], axis=0).tolist()
 
 

@@ -167,6 +167,13 @@ class Mesh:
         return self.pipe == self.degrees.pipeline - 1
 
     @property
+    def holds_results(self) -> bool:
+        """Whether this is the one rank that reports what the head has made of its rows: tensor and context ranks of the
+        last stage all have the same.
+        """
+        return self.is_last_stage and self.tensor == 0 and self.context_group.index == 0
+
+    @property
     def blocking_sends(self) -> bool:
         """Whether all ranks must start a pipeline's transfers in one order, which NCCL requires of communicators that
         are used at the same time. Over TCP a send never waits.

@@ -188,9 +188,7 @@ def _table_of_all_ranks(evaluated: EvaluatedModel, loader: Loader) -> _PairTable
             if len(batch.pairs):
                 lengths = batch.answer_labels.reshape([2, -1])
                 tables.append(_PairTable(of_policy.numpy(), of_reference.numpy(), lengths, batch.pairs.score_deltas))
-    # Only the stage with the head has log-probabilities, and all its tensor and context ranks have the same ones.
-    holds_results = mesh.is_last_stage and mesh.tensor == 0 and mesh.context_group.index == 0
-    columns = [[column.tolist() for column in vars(table).values()] for table in tables if holds_results]
+    columns = [[column.tolist() for column in vars(table).values()] for table in tables if mesh.holds_results]
     gathered = [table for of_rank in comm.gather_objects(columns, mesh.world_group) for table in of_rank]
     if not gathered:
         raise DataError("eval_dataset_path: no pair of answers is left to evaluate. Hint: raise max_seq_len.")

@@ -27,8 +27,7 @@ def judged_scores(evaluated: EvaluatedModel, loader: Loader) -> Scores:
     columns: list[list[list[float]]] = []
     of_references = [0.0] * len(batches) if reference is None else reference.log_probs(batches)
     for batch, of_policy, of_reference in zip(batches, scorer.log_probs(model, batches), of_references, strict=True):
-        holds_results = mesh.is_last_stage and mesh.tensor == 0 and mesh.context_group.index == 0
-        if len(batch.judged) and holds_results:
+        if len(batch.judged) and mesh.holds_results:
             ratios = (of_policy - of_reference).tolist()
             columns.append([ratios, batch.judged.is_good.tolist(), [kl] * len(ratios)])
     gathered = [table for of_rank in comm.gather_objects(columns, mesh.world_group) for table in of_rank]

@@ -153,7 +153,7 @@ def _compute(microbatches: list[PackedBatch], log_probs: LogProbs, mesh: Mesh, t
     """Add the pairs of these microbatches, of every data rank, to each rank's table."""
     own: Table = {}
     found = log_probs(microbatches)
-    if mesh.pipe == mesh.degrees.pipeline - 1 and mesh.tensor == 0:
+    if mesh.holds_results:
         for batch, numbers in zip(microbatches, found, strict=True):
             for key, chosen, rejected in zip(pair_keys(batch), *numbers.tolist(), strict=True):
                 own[key] = (chosen, rejected)

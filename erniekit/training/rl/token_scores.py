@@ -88,9 +88,7 @@ def score_completions(
         for start in range(mesh.data * size, len(completions), size * world)
         for number in range(start, min(start + size, len(completions)))
     ]
-    # The last stage has the numbers, and all its tensor ranks have the same.
-    holds_results = mesh.is_last_stage and mesh.tensor == 0
-    lines = list(zip(numbers, mine, strict=True)) if holds_results else []
+    lines = list(zip(numbers, mine, strict=True)) if mesh.holds_results else []
     result: list[np.ndarray] = [np.zeros(0, np.float32)] * len(completions)
     for part in comm.gather_objects(lines, mesh.world_group):
         for number, values in part:
