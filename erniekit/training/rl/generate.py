@@ -35,8 +35,12 @@ class Generator:
     else is generated, nor on the layout, as far as the scores that it is drawn from are the same to the last bits.
     """
 
-    def __init__(self, cfg: Config, model: CausalLM, template: Template, tools: ToolLoop | None = None) -> None:
-        """`tools`: what the model may call; None: every completion is one turn."""
+    def __init__(
+        self, cfg: Config, model: CausalLM, template: Template, tools: ToolLoop | None = None, is_greedy: bool = False
+    ) -> None:
+        """`tools`: what the model may call; None: every completion is one turn. `is_greedy`: for the likeliest
+        completions, of which no experts are recorded, instead of samples.
+        """
         self._cfg, self._model, self._tools = cfg, model, tools
         stops = stop_ids(model, template)
         self._limits = Limits(cfg.max_completion_length, 0, stops)
@@ -47,9 +51,10 @@ class Generator:
             repetition_penalty=cfg.repetition_penalty,
             seed=cfg.seed if cfg.rollout_seed is None else cfg.rollout_seed,
         )
-        self._greedy = Sampling(repetition_penalty=cfg.repetition_penalty)
+        if is_greedy:
+            self._sampling = Sampling(repetition_penalty=cfg.repetition_penalty)
         self._never = tuple(sorted(never_sampled(model, template) - set(stops)))
-        self._records_experts = cfg.router_replay != "none"
+        self._records_experts = cfg.router_replay != "none" and not is_greedy
 
     def begin_rollout(self, step: int) -> None:
         """Nothing: the model that generates is the one that is trained."""
@@ -79,15 +84,6 @@ class Generator:
         for number, (i, _) in enumerate(tasks):
             result[i].completions.append(found[number])
         return result
-
-    def greedy(self, prompts: Sequence[Prompt]) -> list[Group]:
-        """The likeliest completion of each prompt, in groups of one."""
-        sampled, recorded = self._sampling, self._records_experts
-        self._sampling, self._records_experts = self._greedy, False
-        try:
-            return self(prompts, [[0]] * len(prompts), range(len(prompts)))
-        finally:
-            self._sampling, self._records_experts = sampled, recorded
 
     def _request(self, track: Track) -> Request:
         """The next turn of a completion."""

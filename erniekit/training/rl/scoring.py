@@ -25,13 +25,12 @@ _TAIL = 16  # last tokens of what comes before a turn, among which it may open a
 @dataclass
 class Scored:
     """What scoring says beside the rewards. texts: of the completions, on the first rank alone. failures: how often
-    each function failed. metrics: means that the user's functions logged. seconds: computing time of each function.
+    each function failed. metrics: means that the user's functions logged.
     """
 
     texts: list[str] = field(default_factory=list)
     failures: dict[str, int] = field(default_factory=dict)
     metrics: dict[str, float] = field(default_factory=dict)
-    seconds: dict[str, float] = field(default_factory=dict)
 
 
 def score_groups(
@@ -62,7 +61,7 @@ def score_groups(
             result = {
                 "values": {name: column.tolist() for name, column in table.values.items()},
                 "total": table.total.tolist(),
-                "rest": [table.failures, table.metrics, table.seconds],
+                "rest": [table.failures, table.metrics],
             }
             if np.isnan(table.total).all():
                 log.once(f"reward_funcs: no function has given any of {len(samples)} completions a reward")
