@@ -70,8 +70,7 @@ class PolicyLoss:
     weights: of each term in the loss.
     counts: "sequences", "tokens" and "clipped_of" of these completions, on the device where they depend on the mask.
     metrics: scalars without gradient; sums over these completions under the names of METRIC_DIVISORS, smallest and
-        largest values under "ratio/min", "ratio/max" and
-        "rollout/logp_difference/max".
+        largest values under "ratio/min", "ratio/max" and "rollout/logp_difference/max".
     loss: the sum of weight * sum / divisor over the terms, with the divisors that were given or, by default, those of
         these completions.
     """

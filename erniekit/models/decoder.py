@@ -63,8 +63,8 @@ Routings = dict[tuple[int, int], Routed]
 
 @dataclass
 class Hidden:
-    """Decoder output: `last` [T, D] before the final norm, `normed` [T, D] after it, and the routing of each sparse
-    layer by layer number.
+    """Decoder output: `last` [T, D] before the final norm, `normed` [T, D] after it, and the routings of the
+    sparse layers.
     """
 
     last: paddle.Tensor

@@ -33,11 +33,6 @@ def take_chunk(array: np.ndarray, index: int, num_ranks: int) -> np.ndarray:
     return np.pad(chunk, (0, size - chunk.size))
 
 
-def join_chunks(chunks: np.ndarray, shape: Sequence[int]) -> np.ndarray:
-    """The array [shape] whose chunks follow one another in `chunks` [S * c]."""
-    return chunks.reshape(-1)[: int(np.prod(shape))].reshape(shape)
-
-
 @dataclass(frozen=True)
 class Entry:
     """One trainable parameter as the plan sees it."""

@@ -10,7 +10,7 @@ import numpy as np
 import paddle
 
 from erniekit.parallel import comm
-from erniekit.parallel.buckets import DEFAULT_LIMIT, Entry, join_chunks, plan_buckets, take_chunk
+from erniekit.parallel.buckets import DEFAULT_LIMIT, Entry, plan_buckets, take_chunk
 from erniekit.parallel.placement import Placement
 from erniekit.parallel.process_group import ALONE
 from erniekit.parallel.sharded_units import ShardedUnits, chunk_of, joined_chunks
@@ -133,10 +133,7 @@ class ShardedParameters:
 
     def gather(self, name: str, chunk: paddle.Tensor) -> np.ndarray:
         """The result of `whole` as an array on the host."""
-        entry = self.entries[name]
-        if entry.placement.shard.size == 1:
-            return chunk.numpy()
-        return join_chunks(comm.all_gather(chunk, entry.placement.shard).numpy(), entry.shape)
+        return self.whole(name, chunk).numpy()
 
     def scatter(self, name: str, whole: np.ndarray) -> np.ndarray:
         """This rank's chunk [c] of a tensor of a parameter's shape; the whole tensor where nothing is divided."""

@@ -48,13 +48,8 @@ def parts_of(model: CausalLM) -> list[tuple[str, int, nn.Layer]]:
     """(name, number of the decoder layer or -1, layer) of each named part of the model."""
     numbers = {id(inner): n for n in model.model.layers.numbers for inner in model.model.layers[n].sublayers()}
     names = _part_names(model)
-    inside = [
-        part
-        for part in model.sublayers()
-        if isinstance(part, VisionTransformer | Resampler)
-        for part in part.sublayers()
-    ]
-    skipped = {id(layer) for layer in inside}
+    whole = (layer for layer in model.sublayers() if isinstance(layer, VisionTransformer | Resampler))
+    skipped = {id(inner) for layer in whole for inner in layer.sublayers()}
     return [
         (names[id(layer)], numbers.get(id(layer), -1), layer)
         for layer in model.sublayers()

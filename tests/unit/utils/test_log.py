@@ -15,7 +15,6 @@ def test_a_capture_inside_another_keeps_its_own_lines(capsys):
 
 
 def test_a_warning_is_logged_once_also_if_a_capture_collects_it_in_between(capsys):
-    log._said.clear()
     log.once("the disk is slow")
     with log.captured() as lines:
         log.once("the disk is slow")
