@@ -3,29 +3,12 @@
 Legend: N completions, G of each prompt in a row; K reward functions.
 """
 
-from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 
 Scaling = Literal["group", "batch", "none", "gdpo", "rloo"]
 _SMALLEST_STD = 1e-4
-
-
-@dataclass(frozen=True)
-class Advantages:
-    """advantages float64 [N], 0 for a completion that no function could score; rewards [N], the weighted sums, NaN
-    there; group_std [N / G], the standard deviation of each group's rewards (0 where fewer than two have one).
-    """
-
-    advantages: np.ndarray
-    rewards: np.ndarray
-    group_std: np.ndarray
-
-    @property
-    def is_dead(self) -> np.ndarray:
-        """[N / G] bool: groups whose rewards are all equal, so that nothing can be learned from them."""
-        return self.group_std == 0
 
 
 def combined(rewards_NK: np.ndarray, weights_K: np.ndarray) -> np.ndarray:
@@ -39,16 +22,16 @@ def combined(rewards_NK: np.ndarray, weights_K: np.ndarray) -> np.ndarray:
 
 def advantages_of(
     rewards_NK: np.ndarray, weights_K: np.ndarray, group_size: int, scaling: Scaling = "group"
-) -> Advantages:
-    """Advantages of N completions, of which each `group_size` in a row answer one prompt.
+) -> np.ndarray:
+    """Advantages float64 [N] of completions, of which each `group_size` in a row answer one prompt.
 
     scaling: "group": (R - mean of the group) / (its standard deviation + 1e-4) (GRPO, arXiv 2402.03300; the deviation
     has the divisor G - 1). "batch": the deviation of all completions instead (arXiv 2508.08221). "none": R - mean
     (Dr. GRPO, arXiv 2503.20783). "rloo": R - the mean of the group's other completions (arXiv 2402.14740). "gdpo":
     each function's rewards are scaled as by "group", summed, and the sums scaled as by "batch" (arXiv 2601.05242).
 
-    A completion without a reward takes part in no mean. Raises ValueError for a group of fewer than two, or for rewards
-    that are infinite.
+    A completion that no function could score takes part in no mean and has 0. Raises ValueError for a group of fewer
+    than two, or for rewards that are infinite.
     """
     rewards_NK, weights_K = np.asarray(rewards_NK, np.float64), np.asarray(weights_K, np.float64)
     if group_size < 2 or len(rewards_NK) % group_size:
@@ -58,14 +41,13 @@ def advantages_of(
     if np.isinf(rewards_NK).any():
         raise ValueError("a reward is infinite")
     rewards = combined(rewards_NK, weights_K)
-    group_std = _std(rewards.reshape(-1, group_size))[:, 0]
     if scaling == "gdpo":
         scaled = [_scaled(column, group_size, "group") for column in rewards_NK.T]
         values = combined(np.stack(scaled, axis=1), weights_K)
         result = (values - _mean(values[None])[0]) / (_std(values[None])[0] + _SMALLEST_STD)
     else:
         result = _scaled(rewards, group_size, scaling)
-    return Advantages(np.where(np.isnan(rewards), 0.0, np.nan_to_num(result)), rewards, group_std)
+    return np.where(np.isnan(rewards), 0.0, np.nan_to_num(result))
 
 
 def _scaled(rewards: np.ndarray, group_size: int, scaling: Scaling) -> np.ndarray:

@@ -297,7 +297,7 @@ class RolloutLoader:
                 completion.reward -= cfg.kl_coef * sampled_kl(completion)
         table, weights = reward_table(cfg, groups)
         scaling: Scaling = cfg.scale_rewards  # type: ignore[assignment]  # its choices are these words
-        result = advantages_of(table, weights, cfg.num_generations, scaling).advantages
+        result = advantages_of(table, weights, cfg.num_generations, scaling)
         for completion, advantage in zip(flat, result.tolist(), strict=True):
             completion.advantage = advantage
         for group in groups[len(groups) - num_padded :]:
