@@ -11,7 +11,6 @@ from erniekit.config.schema import Config, fields
 from erniekit.models.decoder import CausalLM
 from erniekit.parallel.mesh import Mesh, ParallelDims
 from erniekit.plan.job import Job
-from erniekit.plan.tensors import RankTensors, rank_tensors
 from erniekit.training.freezing import freeze, freeze_untrained_mtp
 from erniekit.utils import log
 
@@ -87,9 +86,3 @@ def _outline(job: Job, stage: int, chunks: tuple[tuple[int, ...], ...]) -> tuple
 def drop_outlines() -> None:
     """Forget the outlines made so far: their buffers are real tensors, which a run would keep beside its own."""
     _outline.cache_clear()
-
-
-def stage_tensors(job: Job, stage: int) -> RankTensors:
-    """What each rank of a stage keeps; see plan/tensors.py."""
-    model, mesh = outline_stage(job, stage)
-    return rank_tensors(job, mesh, model)

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from support.memory_truth import _batch, _planned, allocated
+from support.memory_truth import allocated, make_batch, planned_bytes
 
 
 def measure(keys: dict[str, Any]) -> dict[str, float]:
@@ -34,7 +34,7 @@ def measure(keys: dict[str, Any]) -> dict[str, float]:
     before = allocated()
     run = build_run(cfg, mesh)
     trainer = Trainer(run, [])
-    batches = [_batch(cfg, run.model.config, seed) for seed in range(cfg.gradient_accumulation_steps)]
+    batches = [make_batch(cfg, run.model.config, seed) for seed in range(cfg.gradient_accumulation_steps)]
     clock = _Clock()
     try:
         trainer.train_step(batches)
@@ -48,7 +48,7 @@ def measure(keys: dict[str, Any]) -> dict[str, float]:
     finally:
         clock.close()
         run.close()
-    planned = _planned(cfg, run.model.config, mesh)
+    planned = planned_bytes(cfg, run.model.config, mesh)
     return {
         "attention": clock.seconds,
         "rest": spent - clock.seconds,

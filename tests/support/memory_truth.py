@@ -195,7 +195,7 @@ def measure(keys: dict[str, Any]) -> dict[str, dict[str, int]]:
     run = build_run(cfg, mesh)
     trainer = Trainer(run, [])
     built = allocated()
-    batches = [_batch(cfg, run.model.config, seed) for seed in range(cfg.gradient_accumulation_steps)]
+    batches = [make_batch(cfg, run.model.config, seed) for seed in range(cfg.gradient_accumulation_steps)]
     trainer.train_step(batches)  # caches of sizes and of tables are filled
     resident = allocated()
     core.host_memory_stat_reset_peak_value("Allocated", 0)
@@ -219,7 +219,7 @@ def measure(keys: dict[str, Any]) -> dict[str, dict[str, int]]:
         "cached": resident - built,
     }
     run.close()
-    return {"measured": measured, "planned": _planned(cfg, run.model.config, mesh)}
+    return {"measured": measured, "planned": planned_bytes(cfg, run.model.config, mesh)}
 
 
 def _gradient_bytes(trainer: Any, batches: list[Any]) -> int:
@@ -254,7 +254,7 @@ def _gradient_bytes(trainer: Any, batches: list[Any]) -> int:
     return found[0]
 
 
-def _batch(cfg: Any, model: Any, seed: int) -> Any:
+def make_batch(cfg: Any, model: Any, seed: int) -> Any:
     """A microbatch of full rows, one document each: text, text with one image, or a pair of answers."""
     from erniekit.data.packed_batch import join_rows
 
@@ -296,17 +296,17 @@ def _with_picture(row: Any, vision: Any) -> Any:
     return replace(row, input_ids=ids, position_ids=positions, modality=kinds, pictures=table)
 
 
-def _planned(cfg: Any, model: Any, mesh: Any) -> dict[str, int]:
+def planned_bytes(cfg: Any, model: Any, mesh: Any) -> dict[str, int]:
     from erniekit.plan.job import Cluster, make_job
     from erniekit.plan.memory import plan_memory
-    from erniekit.training.outline import outline_stage, stage_tensors
+    from erniekit.training.outline import outline_stage
 
     share = 1 - 1 / cfg.max_seq_len
     pictures = PICTURE_TOKENS if model.vision is not None else 0
     cluster = Cluster(mesh.degrees.world, "cpu", mesh.degrees.world)
     job = make_job(cfg, model, cluster, picture_tokens=pictures, supervised_share=share)
-    tensors = stage_tensors(job, mesh.pipe)
-    parts = dict(plan_memory(job, 0.0, outline_stage, [mesh.pipe]).stages[0].parts)
+    stage = plan_memory(job, 0.0, outline_stage, [mesh.pipe]).stages[0]
+    tensors, parts = stage.tensors, dict(stage.parts)
     # Where weights of blocks are divided, buckets are under way in the backward pass, and not at its peak.
     exchange = 0.0 if job.zero_stage == 3 else parts.get("exchange", 0.0)
     return {

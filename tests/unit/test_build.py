@@ -27,7 +27,7 @@ from erniekit.nn.frequencies import scaled_frequencies
 from erniekit.parallel.mesh import Mesh, ParallelDims
 from erniekit.precision.policy import Policy
 from erniekit.training.build import build_run
-from erniekit.training.recipes.gkd import _chunks_of, _prepared_teacher
+from erniekit.training.recipes.gkd import prepared_teacher, teacher_chunks
 from erniekit.training.reference import SecondModel
 from erniekit.training.run import train
 from erniekit.utils.errors import ConfigError, UserError
@@ -285,12 +285,12 @@ def test_a_teacher_stays_as_its_config_json_has_it(workspace: Path):
     keys = {"stage": "GKD", "teacher_model_name_or_path": workspace / "moe", "rope_theta": 77.0}
     cfg = settings(workspace, "train", **keys, pipeline_parallel_degree=2, pp_seg_method="[0,3,4]")
     student = prepare_model(workspace / "dense", training_options(cfg))
-    teacher = _prepared_teacher(cfg, student)
+    teacher = prepared_teacher(cfg, student)
     assert student.config.rope_theta == 77.0
     assert teacher.config.rope_theta == ModelConfig.from_dir(workspace / "moe").rope_theta != 77.0
-    assert _chunks_of(cfg, teacher.config, ParallelDims(pipeline=2, data=2, expert=2)) == [[(0,)], [(1,)]]
+    assert teacher_chunks(cfg, teacher.config, ParallelDims(pipeline=2, data=2, expert=2)) == [[(0,)], [(1,)]]
     with pytest.raises(ConfigError, match="key-value heads"):
-        _chunks_of(cfg, teacher.config, ParallelDims(pipeline=2, tensor=4))
+        teacher_chunks(cfg, teacher.config, ParallelDims(pipeline=2, tensor=4))
 
 
 def test_overrides_leave_what_they_do_not_name(workspace: Path):

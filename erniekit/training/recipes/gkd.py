@@ -55,7 +55,7 @@ def require_teacher(cfg: Config, prepared: PreparedModel, tokenizer: Tokenizer, 
     except UserError as error:  # these speak of the key of the trained model
         raise type(error)(str(error).replace("model_name_or_path", "teacher_model_name_or_path", 1)) from None
     theirs = load_tokenizer(path)
-    teacher = _prepared_teacher(cfg, prepared)
+    teacher = prepared_teacher(cfg, prepared)
     if not _has_same_tokens(theirs, tokenizer) or teacher.config.vocab_size != prepared.config.vocab_size:
         raise ConfigError(
             f"teacher_model_name_or_path: {path} has another vocabulary ({teacher.config.vocab_size} rows, "
@@ -63,7 +63,7 @@ def require_teacher(cfg: Config, prepared: PreparedModel, tokenizer: Tokenizer, 
             "tokens), so their predictions cannot be compared. Choose a teacher with the same tokenizer."
         )
     try:
-        _chunks_of(cfg, teacher.config, degrees)
+        teacher_chunks(cfg, teacher.config, degrees)
     except ConfigError as error:
         raise ConfigError(f"teacher_model_name_or_path: {path} is divided as the trained model is: {error}") from None
 
@@ -73,7 +73,7 @@ def _name(cfg: Config) -> str:
     return cfg.teacher_model_name_or_path
 
 
-def _chunks_of(cfg: Config, teacher: ModelConfig, degrees: ParallelDims) -> list[list[tuple[int, ...]]]:
+def teacher_chunks(cfg: Config, teacher: ModelConfig, degrees: ParallelDims) -> list[list[tuple[int, ...]]]:
     """The layers of each chunk of each stage of the teacher; ConfigError where the degrees do not divide it. A list in
     pp_seg_method has the numbers of the trained model's layers.
     """
@@ -83,7 +83,7 @@ def _chunks_of(cfg: Config, teacher: ModelConfig, degrees: ParallelDims) -> list
     return assign_layers(cfg if named else replace(cfg, pp_seg_method="balanced"), teacher, degrees.pipeline)
 
 
-def _prepared_teacher(cfg: Config, prepared: PreparedModel) -> PreparedModel:
+def prepared_teacher(cfg: Config, prepared: PreparedModel) -> PreparedModel:
     """The teacher as its config.json has it: keys that change the trained model, such as rope_theta, do not concern
     it, beside the length of rows.
     """
@@ -121,8 +121,8 @@ class GkdRecipe(Recipe):
     def build(cls, context: RecipeContext) -> "GkdRecipe":
         """The recipe of a run, with its teacher."""
         cfg, model = context.cfg, context.model
-        prepared = _prepared_teacher(cfg, context.prepared)
-        chunks = _chunks_of(cfg, prepared.config, model.mesh.degrees)[model.mesh.pipe]
+        prepared = prepared_teacher(cfg, context.prepared)
+        chunks = teacher_chunks(cfg, prepared.config, model.mesh.degrees)[model.mesh.pipe]
         require_same_files(prepared.path, None, {}, model.mesh.world_group, "teacher_model_name_or_path")
         teacher = Teacher(prepared.build(model.mesh, chunks))
         log.info(f"teacher: {prepared.path}")
