@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from erniekit.checkpoint.fingerprint import fingerprint, weights_digest
+from erniekit.checkpoint.fingerprint import adapter_digest, weights_digest
 from erniekit.checkpoint.model_io import WeightSource
 from erniekit.config import Config
 from erniekit.data.packed_batch import Modality
@@ -131,9 +131,9 @@ def calibrated(
     )
     if options.all_experts and not config.moe_num_experts:
         log.info("quantization_calibrate_all_experts: no effect: the model has no experts")
-    identity = calibration.identity | {"weights": fingerprint(model_dir)}
+    identity = calibration.identity | {"weights": weights_digest(model_dir)}
     if adapter_dir is not None:
-        identity["adapter"] = weights_digest(adapter_dir)
+        identity["adapter"] = adapter_digest(adapter_dir)
     work = Path(cfg.output_dir) / WORK_DIRECTORY
     model = calibrate(config, source, calibration.batches, scheme, options, work, identity)
     return CalibratedQuantiser(model, calibration, options.algorithm)

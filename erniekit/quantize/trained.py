@@ -2,22 +2,20 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import yaml
 
 from erniekit.checkpoint.product_state import DIRECTORY
 from erniekit.checkpoint.stored_state import StoredState
 from erniekit.config.schema_qat import STATIC
+from erniekit.config.stored import stored_settings
 from erniekit.models.config import Format, ModelConfig
 from erniekit.quantize.quantiser import RoundToNearest
 from erniekit.quantize.schemes import Matrix, Options, Scheme, scheme_for
 from erniekit.utils import log
-from erniekit.utils.errors import ConfigError, UserError
-from erniekit.utils.user_files import read_text
+from erniekit.utils.errors import ConfigError
 
 _ENDING = ".product.range"
 # The export that writes the codes of a training: `quantization` and `format`, where they are not its own name and pt.
@@ -35,11 +33,20 @@ class AsTrained(RoundToNearest):
 
     def input_range(self, matrix: Matrix) -> float | None:
         """See Quantiser."""
-        found = _ranges(self.directory).get(matrix.logical.param.removesuffix(".weight"))
+        found = self._ranges.get(matrix.logical.param.removesuffix(".weight"))
         if found is None:
             return None
         own = float(found[matrix.logical.index or 0])
         return own or float(found.max()) or None
+
+    @cached_property
+    def _ranges(self) -> Mapping[str, np.ndarray]:
+        """The ranges [E or 1] by projection; none where nothing was trained for a scheme with static inputs."""
+        source = self.directory / DIRECTORY
+        if not source.is_dir():
+            return {}
+        state = StoredState(source)
+        return {name.removesuffix(_ENDING): state.read(name) for name in state.keys() if name.endswith(_ENDING)}  # noqa: SIM118
 
 
 def warn_if_not_exported(qat: str, config: ModelConfig, group: int | None) -> None:
@@ -60,7 +67,7 @@ def warn_if_not_exported(qat: str, config: ModelConfig, group: int | None) -> No
 
 def say_if_qat_differs(directory: Path, qat: str) -> None:
     """Log a warning if config.yaml beside the weights or the adapter says that they were trained with another `qat`."""
-    trained = _settings(directory).get("qat")
+    trained = (stored_settings(directory) or {}).get("qat")
     if isinstance(trained, str) and trained != qat:
         log.warning(
             f"{directory / 'config.yaml'}: trained with qat: {trained}, and exported with qat: {qat}: codes and scales "
@@ -72,7 +79,7 @@ def say_if_groups_differ(directory: Path, qat: str, scheme: Scheme, config: Mode
     """Log a warning if config.yaml beside the weights or the adapter says that they were trained for `qat` with other
     groups of inputs than those of `scheme`.
     """
-    settings = _settings(directory)
+    settings = stored_settings(directory) or {}
     group = settings.get("quantization_group_size")
     if settings.get("qat") != qat or qat != scheme.name or scheme.format != "pt":
         return  # another scheme or layout, of which other lines say so
@@ -88,22 +95,3 @@ def say_if_groups_differ(directory: Path, qat: str, scheme: Scheme, config: Mode
 def _groups(scheme: Scheme, config: ModelConfig) -> list[int]:
     """The numbers of inputs that share a scale, where these are not all of a channel."""
     return sorted({matrix.codec.spec.group for matrix in scheme.every_matrix(config) if matrix.codec.spec.group})
-
-
-def _settings(directory: Path) -> dict[str, Any]:
-    """What config.yaml beside the weights or the adapter says; nothing without one, since it is only a hint."""
-    try:
-        settings = yaml.safe_load(read_text(directory / "config.yaml", ConfigError))
-    except (OSError, UserError, yaml.YAMLError):
-        return {}
-    return settings if isinstance(settings, dict) else {}
-
-
-@lru_cache(maxsize=1)
-def _ranges(directory: Path) -> Mapping[str, np.ndarray]:
-    """The ranges [E or 1] by projection; none where nothing was trained for a scheme with static inputs."""
-    source = directory / DIRECTORY
-    if not source.is_dir():
-        return {}
-    state = StoredState(source)
-    return {name.removesuffix(_ENDING): state.read(name) for name in state.keys() if name.endswith(_ENDING)}  # noqa: SIM118

@@ -14,14 +14,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import yaml
-
+from erniekit.config.stored import stored_settings
 from erniekit.data.chat.jinja_sandbox import BoundedTemplate, TemplateFault
 from erniekit.data.chat.tokenizer import Tokenizer
 from erniekit.data.chat.tokenizer_files import read_chat_template
 from erniekit.data.packed_batch import IGNORE
 from erniekit.utils import log
-from erniekit.utils.errors import ConfigError, DataError, UserError
+from erniekit.utils.errors import ConfigError, DataError
 from erniekit.utils.user_files import read_text
 
 BUILT_IN = Path(__file__).parent / "templates"
@@ -376,11 +375,7 @@ def say_if_trained_otherwise(model_dir: Path, template: Template) -> None:
     """Log a warning if config.yaml in a model directory names another template than `template` and the directory has no
     template file. Checkpoints of early versions have none.
     """
-    try:
-        settings = yaml.safe_load(read_text(model_dir / "config.yaml", ConfigError))
-    except (OSError, UserError, yaml.YAMLError):
-        return  # the file is only a hint
-    name = settings.get("chat_template") if isinstance(settings, dict) else None
+    name = (stored_settings(model_dir) or {}).get("chat_template")
     if not isinstance(name, str) or read_chat_template(model_dir) is not None:
         return
     try:

@@ -1,6 +1,7 @@
 """`erniekit export quantization_algorithm=...`: from the keys to a directory that is a model."""
 
 import json
+import shutil
 
 import numpy as np
 import paddle
@@ -11,6 +12,7 @@ from support.vision_directories import vision_model_directory
 
 from erniekit import config
 from erniekit.build import load_model
+from erniekit.checkpoint.model_io import save_model
 from erniekit.checkpoint.model_reader import ModelReader
 from erniekit.checkpoint.peft_attach import save_adapter
 from erniekit.export.export import export
@@ -105,6 +107,39 @@ def test_an_interrupted_export_continues(checkpoint, tmp_path, data, monkeypatch
     export(keys(checkpoint, tmp_path / "whole", data))
     files = [path / "export" / "model.safetensors" for path in (tmp_path, tmp_path / "whole")]
     assert files[0].read_bytes() == files[1].read_bytes()
+
+
+@pytest.mark.parametrize("changed", ["weights", "adapter"])
+def test_layers_of_other_weights_are_not_taken(checkpoint, tmp_path, data, monkeypatch, caplog, changed):
+    """Codes depend on every weight: also on those of an adapter, and on those that a fingerprint leaves out."""
+    model, adapter, layers = load_model(checkpoint), tmp_path / "adapter", []
+    save_model(model, tmp_path / "base")
+    shutil.copy(checkpoint / "tokenizer.json", tmp_path / "base")
+    save_adapter(attach_random(model), adapter)
+
+    def killed(self, number):
+        layers.append(number)
+        raise KeyboardInterrupt
+
+    def interrupted_export():
+        base = {"model_name_or_path": str(tmp_path / "base"), "tokenizer_name_or_path": str(checkpoint)}
+        with pytest.raises(KeyboardInterrupt):
+            export(keys(adapter, tmp_path, data, **base, quantization_algorithm="rtn"))
+
+    run = layer_pass.LayerPass.run
+    monkeypatch.setattr(layer_pass.LayerPass, "run", lambda self, number: (killed if number else run)(self, number))
+    interrupted_export()
+    monkeypatch.setattr(layer_pass.LayerPass, "run", killed)
+    if changed == "adapter":
+        save_adapter(attach_random(load_model(checkpoint), alpha=8.0), adapter)
+    else:
+        model = load_model(tmp_path / "base")
+        weight = model.model.layers[0].mlp.down_proj.weight
+        weight.set_value(2 * weight)
+        save_model(model, tmp_path / "base")
+    interrupted_export()
+    assert layers == [1, 0]
+    assert f"an interrupted quantisation with other settings ({changed})" in caplog.text
 
 
 def test_ranges_of_inputs_that_a_file_keeps(checkpoint, tmp_path, data):

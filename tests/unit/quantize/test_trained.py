@@ -3,16 +3,19 @@
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 from support.quantised import SIZES
 from support.tiny_directories import model_directory, write_lines
 from support.tiny_sizes import KINDS
 
 from erniekit import config
+from erniekit.checkpoint.safetensors_write import Writer
 from erniekit.cli import check
 from erniekit.models.config import ModelConfig
 from erniekit.parallel.mesh import Mesh
-from erniekit.quantize.trained import warn_if_not_exported
+from erniekit.quantize.schemes import scheme_for
+from erniekit.quantize.trained import AsTrained, warn_if_not_exported
 from erniekit.training.build import build_run
 from erniekit.utils import log
 
@@ -64,3 +67,14 @@ def test_a_run_and_its_check_say_so_before_weights_are_read(tmp_path: Path):
         build_run(config.load(None, keys, "train"), Mesh.single()).close()
     for said in (found, [text for _, text in lines]):
         assert any(text.startswith("qat: fp8: `erniekit export quantization=fp8 format=pt` will") for text in said)
+
+
+def test_ranges_are_those_of_the_directory_as_it_is(tmp_path: Path):
+    """A process that trains on and exports again writes the new ranges."""
+    shape = ModelConfig.from_dict(KINDS["dense"] | SIZES)
+    matrix = next(iter(scheme_for("fp8", "paddle", shape).every_matrix(shape)))
+    name = f"{matrix.logical.param.removesuffix('.weight')}.product.range"
+    for value in (1.0, 2.0):
+        with Writer(tmp_path / "products", [(name, "F32", (1,))]) as writer:
+            writer.write(name, np.array([value], np.float32))
+        assert AsTrained(directory=tmp_path).input_range(matrix) == value
