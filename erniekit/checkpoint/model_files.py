@@ -69,7 +69,7 @@ def say_if_not_applied(cfg: Config, path: Path) -> None:
 def _directory(cfg: Config) -> tuple[Path, bool, str]:
     """`path`, `is_start` and `note` of ModelFiles."""
     if cfg.checkpoint is not None:
-        path = Path(cfg.checkpoint).expanduser()
+        path = Path(cfg.checkpoint)
         if not path.is_dir():
             raise CheckpointError(f"checkpoint: there is no directory {cfg.checkpoint!r} (looked in {Path.cwd()}).")
         return find_checkpoint(path), False, ""

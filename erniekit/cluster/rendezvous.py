@@ -145,6 +145,7 @@ class Client:
     def close(self) -> None:
         """Hang up."""
         if self._socket is not None:
+            self._lines.close()  # the connection stays open as long as one of the two is
             self._socket.close()
             self._socket = None
 

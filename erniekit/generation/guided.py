@@ -18,7 +18,7 @@ from erniekit.generation.request import Request
 from erniekit.generation.thinking import CLOSE
 from erniekit.utils.errors import UserError
 
-Kind = Literal["json", "regex", "choice", "grammar"]
+Kind = Literal["json", "regex", "choice", "grammar", "calls"]
 MAX_BYTES = 1 << 18  # of a grammar
 # The spaces of json.dumps and of chat templates' tojson, and no others: a model could write spaces without end.
 _JSON = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
@@ -30,7 +30,8 @@ _FORMATS = "date-time, time, date, duration, email, hostname, ipv4, ipv6, uuid a
 @dataclass(frozen=True)
 class Guide:
     """What an answer has to be. `kind` and `what`: "json" and a schema (a dict), "regex" and a pattern, "choice" and
-    texts, "grammar" and a text in llguidance's form of Lark.
+    texts, "grammar" and a text in llguidance's form of Lark, "calls" and such a text with the rules `opening` and
+    `closing` yet to be added for the tags of a call.
     """
 
     kind: Kind
@@ -56,10 +57,7 @@ class Guide:
             )
         any_body = " | ".join(f"body_{number}" for number in range(len(tools)))
         more = "" if only_one else ' ("\\n" call)*'
-        return cls("grammar", f"start: call{more}\ncall: {_TAG_OPEN} ({any_body}) {_TAG_CLOSE}\n{rules}")
-
-
-_TAG_OPEN, _TAG_CLOSE = "OPENING_TAG", "CLOSING_TAG"  # replaced by what the vocabulary has for them
+        return cls("calls", f"start: call{more}\ncall: opening ({any_body}) closing\n{rules}")
 
 
 class Grammars:
@@ -112,11 +110,10 @@ class Grammars:
                 return make.grammar_from_regex(guide.what)
             if guide.kind == "choice":
                 return make.grammar_from_lark("start: " + " | ".join(json.dumps(text) for text in guide.what))
-            tags = ((_TAG_OPEN, tool_calls.OPEN, ' "\\n"'), (_TAG_CLOSE, tool_calls.CLOSE, ""))
             grammar = guide.what
-            for name, tag, behind in tags:
-                before = '"\\n" ' if name == _TAG_CLOSE else ""
-                grammar = grammar.replace(name, before + self._tag(tag) + behind)
+            if guide.kind == "calls":
+                opening, closing = self._tag(tool_calls.OPEN), self._tag(tool_calls.CLOSE)
+                grammar += f'opening: {opening} "\\n"\nclosing: "\\n" {closing}\n'
             return make.grammar_from_lark(grammar)
         except ValueError as error:
             raise UserError(_refusal(str(error))) from None

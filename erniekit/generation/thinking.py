@@ -10,6 +10,7 @@ State = Literal["start", "thought", "after", "framed", "bare", "plain"]
 OPEN, CLOSE = "<think>", "</think>"
 _ANSWER_OPEN, _ANSWER_CLOSE = "<response>", "</response>"
 _CALL = "<tool_call>"
+_TAIL = 16  # tokens that the end of a prompt takes where it opens a thought
 
 
 class ThoughtParser:
@@ -139,6 +140,11 @@ def split_thought(text: str, opened: bool = False) -> tuple[str, str]:
 def opens_thought(prompt: str) -> bool:
     """Whether a rendered prompt ends inside a thought, which the answer continues."""
     return prompt.rstrip().endswith(OPEN)
+
+
+def ids_open_thought(ids: Sequence[int], decode: Callable[[Sequence[int]], str]) -> bool:
+    """The same of a prompt's token ids, of which `decode` makes text."""
+    return opens_thought(decode(ids[-_TAIL:]))
 
 
 def num_unsure(text: str, tags: Sequence[str]) -> int:

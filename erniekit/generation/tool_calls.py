@@ -158,7 +158,7 @@ def _may_become_call(block: str) -> bool:
     closing = block.find(CLOSE)
     while closing >= 0:
         # a closing tag inside a JSON text is part of that text
-        if not _STRING_BEGINS.search(_STRINGS.sub("", block[:closing])):
+        if '"' not in _STRINGS.sub("", block[:closing]):
             return False
         closing = block.find(CLOSE, closing + 1)
     return True
@@ -191,16 +191,13 @@ def format_call(call: dict[str, Any]) -> str:
 
 def _read(answer: str, begin: int) -> tuple[dict[str, Any], int] | None:
     """(call, where its closing tag ends) of the block whose opening tag ends at `begin`; None if it is not a call."""
-    while answer[begin : begin + 1].isspace():
-        begin += 1
     try:
-        call, end = _DECODER.raw_decode(answer, begin)
+        call, end = _DECODER.raw_decode(answer, _behind_space(answer, begin))
         # Half of a surrogate pair (\ud83d) or 1e999 is in no JSON that others could read: files and servers refuse it.
         json.dumps(call, ensure_ascii=False, allow_nan=False).encode()
     except (ValueError, RecursionError):
         return None
-    while answer[end : end + 1].isspace():
-        end += 1
+    end = _behind_space(answer, end)
     if not answer.startswith(CLOSE, end) or not isinstance(call, dict) or set(call) != {"name", "arguments"}:
         return None
     if not isinstance(call["name"], str) or not isinstance(call["arguments"], dict):
@@ -212,5 +209,5 @@ def _refuse(text: str) -> NoReturn:
     raise ValueError(f"{text} is not JSON")
 
 
-_STRINGS, _STRING_BEGINS = re.compile(r'"(?:[^"\\]|\\.)*"', re.DOTALL), re.compile('"')
+_STRINGS = re.compile(r'"(?:[^"\\]|\\.)*"', re.DOTALL)
 _DECODER = json.JSONDecoder(object_pairs_hook=unique_keys, parse_constant=_refuse)

@@ -8,6 +8,7 @@ from typing import Any
 from erniekit.config.schema_rewards import RewardArgs
 from erniekit.rewards.sample import Sample
 from erniekit.rewards.sandbox import Limits, run_program
+from erniekit.rewards.sandbox_child import CANNOT_RUN
 
 _BLOCK = re.compile(r"```(?P<language>[A-Za-z0-9_+-]*)[^\n]*\n(?P<code>.*?)(?:```|\Z)", re.DOTALL)
 
@@ -95,7 +96,7 @@ def _passes(program: str, test: str | dict[str, str], limits: Limits) -> bool:
         expected = secrets.token_hex(16)
         run = run_program(_WITH_TEST.format(parts=(program, test), token=expected), "", limits)
         output = expected if expected in run.output.split() else ""
-    if run.exit_code == 125 and run.problem:
+    if run.exit_code == CANNOT_RUN:
         raise RuntimeError(run.problem)
     return not run.problem and run.exit_code == 0 and _lines(output) == _lines(expected)
 

@@ -237,7 +237,8 @@ class Workers:
 
 
 def _exit_text(code: int) -> str:
-    return f"exit code {code}" if code >= 0 else signal.Signals(-code).name
+    names = {number.value: number.name for number in signal.Signals}  # those of real time have none
+    return f"exit code {code}" if code >= 0 else names.get(-code, f"signal {-code}")
 
 
 def _singly(chunk: Chunk, step: Step) -> Chunk:

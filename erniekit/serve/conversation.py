@@ -17,7 +17,7 @@ from erniekit.data.vision.prompt import PicturePrompt, picture_prompt
 from erniekit.data.vision.sequence import MediaTokens
 from erniekit.generation.load import ChatModel, sampling_of
 from erniekit.generation.session import Session
-from erniekit.generation.thinking import ThoughtParser, opens_thought
+from erniekit.generation.thinking import ThoughtParser, ids_open_thought
 from erniekit.generation.tool_calls import CallFilter, format_call, read_calls
 from erniekit.serve.typed_media import Medium, content_of, open_medium
 from erniekit.tools.image_tools import ImageTools
@@ -27,7 +27,6 @@ from erniekit.utils.errors import ConfigError, DataError, UserError
 
 # A thought, an answer, or a remark about what happens, which is not part of the conversation.
 Piece = tuple[Literal["thought", "answer", "note"], str]
-_TAIL = 16  # last tokens of a prompt, among which it may open a thought
 
 
 @dataclass
@@ -130,7 +129,7 @@ class Conversation:
         except BadRecord as error:
             raise DataError(f"{error.reason}. Hint: {error.hint}.") from None
         _say(notes)
-        parser = ThoughtParser(opens_thought(model.tokenizer.decode(prompt_ids[-_TAIL:])))
+        parser = ThoughtParser(ids_open_thought(prompt_ids, model.tokenizer.decode))
         decoder, calls = StreamDecoder(model.tokenizer), CallFilter(hides=self.has_tools)
         self._turn += 1
         for answer in answers:

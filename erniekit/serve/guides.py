@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from erniekit.generation.guided import Compiled, Guide
+from erniekit.generation.guided import Compiled, Guide, Kind
 from erniekit.serve.served_model import ServedModel
 from erniekit.serve.server_errors import ApiError
 from erniekit.serve.server_fields import type_name
@@ -12,7 +12,7 @@ from erniekit.utils.errors import UserError
 from erniekit.utils.user_files import parse_json
 
 MAX_CHOICES = 1024
-_NAMES = {"json": "json", "regex": "regex", "choice": "choice", "grammar": "grammar"}  # of structured_outputs
+_KINDS: tuple[Kind, ...] = ("json", "regex", "choice", "grammar")
 
 
 def compiled_guide(
@@ -45,12 +45,12 @@ def compiled_guide(
 def _wanted(values: dict[str, Any]) -> dict[str, Guide]:
     """The forms that the fields demand, by the field."""
     wanted: dict[str, Guide] = {}
-    for kind in ("json", "regex", "choice", "grammar"):
+    for kind in _KINDS:
         if f"guided_{kind}" in values:
             wanted[f"guided_{kind}"] = _guide(f"guided_{kind}", kind, values[f"guided_{kind}"])
     if "structured_outputs" in values:
         given = {name: value for name, value in values["structured_outputs"].items() if value not in (None, False)}
-        unknown = [name for name in given if name not in _NAMES and name != "json_object"]
+        unknown = [name for name in given if name not in (*_KINDS, "json_object")]
         if unknown or len(given) != 1:
             raise _wrong(
                 "structured_outputs",
@@ -78,7 +78,7 @@ def _response_format(given: dict[str, Any]) -> Guide | None:
     return _guide("response_format.json_schema.schema", "json", described["schema"])
 
 
-def _guide(name: str, kind: str, what: Any) -> Guide:
+def _guide(name: str, kind: Kind, what: Any) -> Guide:
     if kind == "json":
         if isinstance(what, str):
             try:
@@ -96,7 +96,7 @@ def _guide(name: str, kind: str, what: Any) -> Guide:
         return Guide("choice", what)
     if not isinstance(what, str) or not what:
         raise _wrong(name, f"expected a text, got {'an empty one' if what == '' else type_name(what)}")
-    return Guide("regex" if kind == "regex" else "grammar", what)
+    return Guide(kind, what)
 
 
 def _shown(given: dict[str, Any]) -> str:

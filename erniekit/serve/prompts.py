@@ -9,7 +9,7 @@ from erniekit.data.vision.plan import plan_media
 from erniekit.data.vision.prompt import PicturePrompt, picture_prompt
 from erniekit.data.vision.sequence import MediaTokens
 from erniekit.generation.guided import Compiled
-from erniekit.generation.thinking import opens_thought
+from erniekit.generation.thinking import ids_open_thought, opens_thought
 from erniekit.serve import server_fields as fields
 from erniekit.serve.guides import compiled_guide
 from erniekit.serve.request_plan import reading
@@ -19,8 +19,6 @@ from erniekit.serve.server_messages import Messages, read_tools
 from erniekit.serve.server_text import Reading
 from erniekit.serve.server_video import decoded, placed, video_options
 from erniekit.utils import log
-
-TAIL = 16  # last tokens of a prompt, among which it may open a thought
 
 
 def thinking_of(values: dict[str, Any], served: ServedModel) -> bool | None:
@@ -99,7 +97,7 @@ def chat_prompt(values: dict[str, Any], served: ServedModel, is_local: bool = Fa
     tools = read_tools(values.get("tools", []), values.get("tool_choice"))
     prompt = prompt_of(values, served, tools, is_local=is_local)
     ids = prompt.ids if isinstance(prompt, PicturePrompt) else prompt
-    opened = opens_thought(served.chat_model.tokenizer.decode(ids[-TAIL:]))
+    opened = ids_open_thought(ids, served.chat_model.tokenizer.decode)
     grammar = compiled_guide(values, served, tools, opened)
     how = reading(values, served, grammar, opened=opened, has_thoughts=True, has_calls=tools is not None)
     return ChatPrompt(prompt, how, grammar)

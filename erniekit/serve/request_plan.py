@@ -23,11 +23,10 @@ MAX_ANSWERS = 512  # of one request: n times its prompts
 
 @dataclass(frozen=True)
 class Plan:
-    """The answers that a request asks for. `prompts` are token ids, or a prompt with pictures; each gets `n` answers.
-    `headers`: what the response says about them.
+    """The answers that a client's request asks for, `n` to each of its prompts. `headers`: what the response says about
+    them.
     """
 
-    prompts: Sequence[Sequence[int] | PicturePrompt]
     requests: Sequence[Request]
     n: int
     headers: dict[str, str]
@@ -74,14 +73,21 @@ def plan(
         limits = limits if grammar is None else replace(limits, min_new_tokens=0)
         for number in range(n):
             draw = row * n + number
-            request = Request(_ids(prompt), limits, sampling, draw, num_scores=num_scores, adapter=adapter, owner=owner)
-            request = replace(request, fails_alone=True)
+            request = Request(
+                _ids(prompt),
+                limits,
+                sampling,
+                draw,
+                num_scores=num_scores,
+                constraint=None if grammar is None else grammar.state(),
+                adapter=adapter,
+                owner=owner,
+                fails_alone=True,
+            )
             if isinstance(prompt, PicturePrompt):
                 request = replace(request, picture_prompt=prompt, open_pictures=_Tables(prompt))
-            if grammar is not None:
-                request = replace(request, constraint=grammar.state())
             requests.append(request)
-    return Plan(prompts, requests, n, headers)
+    return Plan(requests, n, headers)
 
 
 def _ids(prompt: list[int] | PicturePrompt) -> list[int]:

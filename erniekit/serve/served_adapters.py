@@ -55,6 +55,8 @@ def _read(cfg: Config, found: PreparedChatModel) -> dict[str, StoredAdapter]:
         )
     if (directories or cfg.lora_directory) and prepared.options.precision.qat is not None:
         raise ConfigError(f"{key}: a model with fake quantisation has one adapter at most. Leave one of them out.")
+    if cfg.lora_directory is not None and not Path(cfg.lora_directory).is_dir():
+        log.warning(f"lora_directory: there is no directory {cfg.lora_directory}; adapters can be loaded once there is")
     own_name = name_of(cfg, found.path)
     for name, given in directories.items():
         if name == own_name:

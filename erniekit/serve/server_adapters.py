@@ -44,7 +44,7 @@ async def load_adapter(request: HttpRequest, served: Served) -> Response:
 async def unload_adapter(request: HttpRequest, served: Served) -> Response:
     """Forget an adapter that no answer uses."""
     values = fields.read_fields(await read_body(request, served.max_body_bytes), fields.UNLOAD_ADAPTER)
-    _require_key(served)
+    _lora_directory(served)
     name = values["lora_name"]
 
     def detach() -> None:
@@ -66,17 +66,18 @@ async def _between_steps(served: Served, change: Callable[[], None]) -> None:
         raise ApiError(400, f"lora_name: {error}", "lora_name", "invalid_value") from None
 
 
-def _require_key(served: Served) -> Path:
+def _lora_directory(served: Served) -> Path:
+    """The directory below which adapters may be. Raises ApiError where the server's YAML names none."""
     if served.cfg.lora_directory is None:
         raise ApiError(
             403, "adapters come and go only where the server's YAML has lora_directory.", code="adapters_are_fixed"
         )
-    return Path(served.cfg.lora_directory).expanduser().resolve()
+    return Path(served.cfg.lora_directory).resolve()
 
 
 def _allowed(served: Served, path: str) -> Path:
     """The directory of an adapter, links followed, which has to be below lora_directory. Raises ApiError."""
-    allowed = _require_key(served)
+    allowed = _lora_directory(served)
     try:
         directory = Path(path).expanduser().resolve()
         is_there = directory.is_dir()

@@ -22,6 +22,8 @@ from erniekit.serve.server_stream import EventStream
 from erniekit.serve.server_text import AnswerReader, Piece
 from erniekit.utils.version import __version__
 
+FINGERPRINT = f"erniekit-{__version__}"  # of responses: a word that changes with the program
+
 
 @dataclass
 class _Chat:
@@ -38,7 +40,7 @@ class _Chat:
             "object": kind,
             "created": self.created,
             "model": self.values.get("model", self.served.name),
-            "system_fingerprint": fingerprint(self.served),
+            "system_fingerprint": FINGERPRINT,
         }
 
     def num_scores(self) -> int | None:
@@ -84,11 +86,6 @@ def stream_options(values: dict[str, Any]) -> dict[str, Any]:
     if not values.get("stream"):
         raise ApiError(400, "stream_options: it needs stream: true.", "stream_options", "invalid_value")
     return fields.read_fields(options, fields.STREAM_OPTIONS, "stream_options.")
-
-
-def fingerprint(served: Served) -> str:
-    """A word that changes with the program and the model."""
-    return f"erniekit-{__version__}"
 
 
 async def _whole(talk: _Chat, wanted: Plan, run: Run) -> dict[str, Any]:

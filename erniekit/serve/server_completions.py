@@ -18,7 +18,7 @@ from erniekit.serve import server_fields as fields
 from erniekit.serve.guides import compiled_guide
 from erniekit.serve.request_plan import MAX_ANSWERS, Plan, plan, reading
 from erniekit.serve.server_body import read_body
-from erniekit.serve.server_chat import fingerprint, stream_options
+from erniekit.serve.server_chat import FINGERPRINT, stream_options
 from erniekit.serve.server_errors import ApiError
 from erniekit.serve.server_responses import json_response
 from erniekit.serve.server_run import Run, stream_of, unless_client_leaves
@@ -46,7 +46,7 @@ class _Completion:
             "object": "text_completion",
             "created": int(time.time()),
             "model": self.values.get("model", self.served.name),
-            "system_fingerprint": fingerprint(self.served),
+            "system_fingerprint": FINGERPRINT,
         }
         self.num_scores: int | None = self.values.get("logprobs")
         self.echoes = bool(self.values.get("echo"))

@@ -12,11 +12,11 @@ from erniekit.generation.request import Event
 from erniekit.serve.server_engine import Answering, Job
 from erniekit.serve.server_errors import ApiError, closing
 from erniekit.serve.server_state import Served
+from erniekit.serve.server_stream import client_left
 from erniekit.serve.server_text import AnswerReader, Piece, Reading
 from erniekit.utils import log
 
 KEEP_ALIVE = 15.0  # seconds after which a silent stream gets a comment, so that proxies keep it open
-MAX_ANSWERS = 512  # of one request: n times its prompts
 T = TypeVar("T")
 
 
@@ -176,7 +176,7 @@ class ClientLeft(Exception):
 async def unless_client_leaves(request: HttpRequest, work: Awaitable[T]) -> T:
     """The result of `work`, which is cancelled when the client closes the connection; then raises ClientLeft."""
     task = asyncio.ensure_future(work)
-    leaving = asyncio.ensure_future(_left(request))
+    leaving = asyncio.ensure_future(client_left(request.receive))
     try:
         await asyncio.wait((task, leaving), return_when=asyncio.FIRST_COMPLETED)
         if task.done():
@@ -187,8 +187,3 @@ async def unless_client_leaves(request: HttpRequest, work: Awaitable[T]) -> T:
             if not pending.done():
                 pending.cancel()
         await asyncio.gather(task, leaving, return_exceptions=True)
-
-
-async def _left(request: HttpRequest) -> None:
-    while (await request.receive())["type"] != "http.disconnect":
-        pass

@@ -32,7 +32,7 @@ class EventStream(Response):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         sending = asyncio.ensure_future(self._send(scope, receive, send))
-        leaving = asyncio.ensure_future(_left(receive))
+        leaving = asyncio.ensure_future(client_left(receive))
         try:
             while not (sending.done() or leaving.done() or self._is_stuck()):
                 await asyncio.wait((sending, leaving), timeout=WRITE_SECONDS / 8, return_when=asyncio.FIRST_COMPLETED)
@@ -82,6 +82,7 @@ def _event(piece: dict[str, Any]) -> bytes:
     return b"data: " + to_json(piece) + b"\n\n"
 
 
-async def _left(receive: Receive) -> None:
+async def client_left(receive: Receive) -> None:
+    """Wait until the client has closed the connection."""
     while (await receive())["type"] != "http.disconnect":
         pass

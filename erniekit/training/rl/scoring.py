@@ -9,7 +9,7 @@ import numpy as np
 from erniekit.config.schema import Config
 from erniekit.data.chat.tokenizer import Tokenizer
 from erniekit.data.prompts import Prompt
-from erniekit.generation.thinking import opens_thought
+from erniekit.generation.thinking import ids_open_thought
 from erniekit.losses.advantages import overlong_penalty
 from erniekit.parallel import comm
 from erniekit.parallel.agree import all_or_none
@@ -18,8 +18,6 @@ from erniekit.rewards import Sample, Scorer
 from erniekit.training.rl.completions import Completion, Group
 from erniekit.training.rl.rollout_metrics import sampled_kl
 from erniekit.utils import log
-
-_TAIL = 16  # last tokens of what comes before a turn, among which it may open a thought
 
 
 @dataclass
@@ -87,7 +85,7 @@ def _sample(completion: Completion, prompt: Prompt, tokenizer: Tokenizer) -> Sam
         tuple(ids),
         prompt.fields,
         prompt.place,
-        opens_thought(tokenizer.decode(opening[-_TAIL:])),
+        ids_open_thought(opening, tokenizer.decode),
         completion.is_truncated,
         completion.turns,
     )

@@ -16,14 +16,13 @@ from erniekit.data.vision.encode import VisionSpec
 from erniekit.data.vision.media import MediaReader
 from erniekit.data.vision.parts import media_of
 from erniekit.data.vision.plan import MediaPlan, plan_media
-from erniekit.generation.thinking import opens_thought, split_thought
+from erniekit.generation.thinking import ids_open_thought, split_thought
 from erniekit.generation.tool_calls import read_calls
 from erniekit.tools.result import ToolResult, failure
 from erniekit.tools.toolbox import Toolbox
 from erniekit.utils.errors import ConfigError, UserError
 
 _CHARACTERS = 64  # of a token; hardly any has more
-_TAIL = 16  # last tokens of a prompt, among which it may open a thought
 _UNREADABLE = 'the call cannot be read; write valid JSON: <tool_call>{"name": ..., "arguments": {...}}</tool_call>'
 
 
@@ -158,7 +157,7 @@ class ToolLoop:
         return Continuation(ids, end, plans)
 
     def _opens_thought(self, ids: Sequence[int]) -> bool:
-        return opens_thought(self._template.tokenizer.decode(list(ids[-_TAIL:])))
+        return ids_open_thought(ids, self._template.tokenizer.decode)
 
     def _cut(self, result: ToolResult) -> str | list[dict[str, Any]]:
         """The content of a result, with at most max_tool_tokens tokens of text."""

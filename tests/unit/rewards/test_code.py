@@ -1,5 +1,6 @@
 """Programs in the sandbox: what they can do, what stops them, and the reward for passing tests."""
 
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -27,6 +28,7 @@ FAILS = (
     "x = bytearray(10**9)",
     "open('big', 'wb').write(bytes(1 << 25))",
     "import sys; sys.exit(3)",
+    "import sys; sys.exit(125)",
     "raise ValueError",
     "import socket; socket.create_connection(('127.0.0.1', 9), 1)",
     "import numpy",
@@ -77,6 +79,17 @@ def test_a_program_fails_at_its_limits(program: str):
     assert run.exit_code != 0 and run.output == ""
     # On a busy machine the clock may end a program that is to reach its limit of processor time.
     assert not run.problem or (program == "while True: pass" and run.problem.startswith("it ran longer"))
+
+
+def test_a_limit_that_cannot_be_set_is_no_failure_of_the_program():
+    code = (
+        "import resource, sys\n"
+        "resource.setrlimit(resource.RLIMIT_NOFILE, (40, 40))\n"
+        "from erniekit.rewards.sandbox import Limits, problem_of\n"
+        "print(problem_of(Limits(1.0, 256 << 20)))"
+    )
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "the limits cannot be set: not allowed to raise maximum limit" in ended.stdout
 
 
 def test_nothing_is_left_behind(tmp_path: Path):

@@ -87,6 +87,8 @@ def test_other_forms(server: Asking):
         text = server.chat(structured_outputs={"regex": "[0-9]{3}-[ab]+c"}, **ask)["choices"][0]["message"]["content"]
         assert re.fullmatch("[0-9]{3}-[ab]+c", text)
         assert server.complete(guided_grammar='start: "x" NUM\nNUM: /[0-9]{2}/', **ask)["choices"][0]["text"][0] == "x"
+    named = server.complete(guided_grammar='start: OPENING_TAG "x"\nOPENING_TAG: /[0-9]{2}/', seed=0, **LONG)
+    assert re.fullmatch("[0-9]{2}x", named["choices"][0]["text"]), "the names in a grammar are its own"
     cut = server.chat(response_format={"type": "json_object"}, seed=1, temperature=1.0, max_tokens=5)["choices"][0]
     assert cut["message"]["content"].startswith("{") and cut["finish_reason"] in ("length", "stop")
 

@@ -202,6 +202,12 @@ def test_what_may_not_be_loaded_is_refused(root: Path, tmp_path: Path):
         assert "Unload it first" in refused(asking, LOAD, 400, lora_name="sql", lora_path=str(root / "sql"))
 
 
+def test_a_directory_that_is_not_there_yet_is_a_warning(root: Path, caplog: pytest.LogCaptureFixture):
+    """A training may make it while the server runs."""
+    with client(root / "m", lora_directory=str(root / "later")):
+        assert f"lora_directory: there is no directory {root}/later; adapters can be loaded once" in caplog.text
+
+
 def test_an_adapter_that_two_requests_unload_is_unloaded_once(root: Path):
     """Both come while the engine is busy."""
     with client(root / "m", lora_modules=[f"sql={root / 'sql'}"], lora_directory=str(root)) as asking:
