@@ -429,5 +429,5 @@ def load_model(
     """
     name = dtypes.LONG_NAMES[dtypes.header_name(dtype)]
     precision = policy.of_weights(name, paddle.get_device(), product)
-    directory = None if adapter is None else AdapterDirectory(Path(adapter))
-    return prepare_model(path, ModelOptions(precision, adapter=directory)).build()
+    directory = None if adapter is None else AdapterDirectory(Path(adapter).expanduser())
+    return prepare_model(Path(path).expanduser(), ModelOptions(precision, adapter=directory)).build()

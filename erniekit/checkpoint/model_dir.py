@@ -1,6 +1,5 @@
 """Model directories: writes them atomically, finds them again, and handles the files that accompany the weights."""
 
-import functools
 import os
 import re
 import shutil
@@ -178,10 +177,10 @@ def find_checkpoint(output_dir: str | Path) -> Path:
 def _newer_than_final(root: Path, newest: Path) -> str | None:
     """The reason why a checkpoint is used although there is a final model; None if the final model is used."""
     record = read_record(root)
-    step = checkpoint_step(newest)
-    if record is None or step is None:  # another tool's directory, whose order is unknown
+    if record is None:  # another tool's directory, whose order is unknown
         return None
-    final = record.final_model
+    final, step = record.final_model, checkpoint_step(newest)
+    assert step is not None, newest
     if final is None:
         return "the run is not finished, and did not write that model"
     if final.branch != record.branch:
@@ -221,6 +220,7 @@ def staging_of(target: Path) -> Path:
 
 def move_staged(staging: Path, target: Path, outdated: Sequence[str] = ()) -> None:
     """Move the files of the temporary directory `staging` to `target`, as described in `staged`."""
+    atomic.sync_tree(staging)
     if not os.path.lexists(target):
         os.rename(staging, target)
         atomic.sync_directory(target.parent)
@@ -274,7 +274,7 @@ def copy_companions(
             shutil.copyfile(file, Path(target) / name)
             copied.append(name)
         else:
-            _warn_once(f"{file}: not copied: {reason}. Put a copy of the file there if it belongs to the model")
+            log.once(f"{file}: not copied: {reason}. Put a copy of the file there if it belongs to the model")
     return copied
 
 
@@ -301,12 +301,6 @@ def say_links(source: str | Path) -> None:
     for file in sorted(Path(source).iterdir()):
         if (WEIGHT_FILE.fullmatch(file.name) or file.name == CONFIG_FILE) and leads_outside(file):
             log.info(f"{file} is a link to {file.resolve()}, outside the model's directory; it is read from there")
-
-
-@functools.cache
-def _warn_once(message: str) -> None:
-    """Log a warning once, which every save of a run would otherwise repeat."""
-    log.warning(message)
 
 
 def not_copied(source: str | Path) -> list[str]:

@@ -155,14 +155,15 @@ def save_model(
     header = dtypes.header_name(dtype or "float32")
     files = model_rank_files(model, Shares.alone(), format, header=header)
     files.max_shard_size = max_shard_size
+    path = Path(path).expanduser()
     with staged(path) as staging:
         files.write(staging)
-        _write_configs(model, staging, header, format)
+        write_model_configs(model, staging, format, header)
         write_processor(staging, model.config, settings_of(model.directory))
         if model.directory is not None:
             copy_companions(model.directory, staging, names=TOKENIZER_FILES)
         for name in (GENERATION_CONFIG_FILE, *TOKENIZER_FILES, *PROCESSOR_FILES):
-            if (Path(path) / name).exists():
+            if (path / name).exists():
                 (staging / name).unlink(missing_ok=True)
 
 
@@ -203,10 +204,6 @@ def model_rank_files(
 
 def write_model_configs(model: paddle.nn.Layer, directory: Path, format: Format, header: str = "F32") -> None:
     """Write config.json and generation_config.json for the weights of `model`; `header` is the dtype of their files."""
-    _write_configs(model, directory, header, format)
-
-
-def _write_configs(model: paddle.nn.Layer, directory: Path, header: str, format: Format) -> None:
     config = dataclasses.replace(model.config, dtype=dtypes.LONG_NAMES[header])
     write_configs(directory, config, format)
     if model.end_ids != config.end_ids:  # the model was loaded with a generation_config.json that has other end tokens

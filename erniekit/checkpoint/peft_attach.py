@@ -102,5 +102,5 @@ def save_adapter(model: CausalLM, directory: str | Path) -> None:
         for name in adapter_parameters(state):
             yield to_numpy(parameters[name])
 
-    with staged(directory) as staging:
+    with staged(Path(directory).expanduser()) as staging:
         write_adapter(staging, state, model.config, arrays())

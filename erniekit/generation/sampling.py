@@ -145,12 +145,6 @@ def _heaviest(weights_N: np.ndarray, total: float, p: float) -> np.ndarray:
     return chosen if len(chosen) else np.array([weights_N.argmax()])
 
 
-def softmax(scores_V: np.ndarray) -> np.ndarray:
-    """Probabilities, float64."""
-    e = np.exp(scores_V.astype(np.float64) - scores_V.max())
-    return e / e.sum()
-
-
 def draw(scores_V: np.ndarray, rng: np.random.Generator) -> int:
     """A token with the probability that softmax gives it: the first whose cumulative probability exceeds a uniform
     draw.

@@ -1,7 +1,7 @@
 """Measures what this machine reaches, and writes it in the form of hardware.yaml for `hardware=FILE`.
 
-Matrix products by size, memory bandwidth, the launch of a small kernel, and, with several ranks, an all-reduce. The
-peak is the fastest product that was measured, so the efficiencies are relative to it.
+Matrix products by size, memory bandwidth, copies in host memory, and the launch of a small kernel. The peak is the
+fastest product that was measured, so the efficiencies are relative to it.
 """
 
 import time

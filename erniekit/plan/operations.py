@@ -278,7 +278,7 @@ def _sequences(length: int, pairs: bool) -> list[tuple[int, int]]:
 
 @dataclass(frozen=True)
 class Router:
-    """A sparse layer's sizes: experts in all, experts of a token, and whether a loss of the router is trained."""
+    """A sparse layer's sizes: experts in all, and experts of a token."""
 
     num_experts: int
     top_k: int

@@ -30,9 +30,8 @@ from erniekit.parallel.memory import gradient_bytes, state_bytes
 from erniekit.parallel.mesh import Mesh
 from erniekit.parallel.zero import entries_of
 from erniekit.plan.job import Job
+from erniekit.plan.operations import FP32
 from erniekit.precision.quantized_weight import QuantizedWeight
-
-FP32_BYTES = 4
 
 
 @dataclass(frozen=True)
@@ -137,7 +136,7 @@ def _average_bytes(model: CausalLM, divided: Mapping[str, Entry]) -> int:
         tensors += list(model.named_buffers())
     else:
         tensors = [(name, tensor) for name, tensor in tensors if not tensor.stop_gradient]
-    return sum(FP32_BYTES * (divided[name].chunk if name in divided else _size(tensor)) for name, tensor in tensors)
+    return sum(FP32 * (divided[name].chunk if name in divided else _size(tensor)) for name, tensor in tensors)
 
 
 def _copied_bytes(model: CausalLM) -> int:

@@ -107,8 +107,10 @@ _LATEX = re.compile(
 )
 _BLANKS = re.compile(r"\s+")  # long runs would take the square of their length
 _DEGREES = re.compile(r"\^\s*(?:\{\s*\\circ\s*\}|\\circ|°)|\\degree")
-
-
+# Words that count or measure. 分, 角 and 位 are none of them: 十分, 三角 and 三位数 are no numbers.
+_MEASURES = re.compile(
+    "(?:个[\u4e00-\u9fff]{0,4}|[元块岁天年月日人只次倍度克升页本条张辆棵颗件名秒]|[厘毫千]?米|公里|千克|公斤|小时|分钟)$"
+)
 _FACTORIAL = re.compile(r"(?:\d|\)|\b[A-Za-z])\s*![\s.$]*$")
 # Ways to write the same formula, each replaced by one of them.
 _SPELLINGS = [
@@ -298,12 +300,6 @@ def _plain(text: str) -> Fraction:
     if text.count(".") > 1:
         text = text.replace(".", "")
     return Fraction(re.sub(r"[,\s'’]", "", text))
-
-
-# Words that count or measure. 分, 角 and 位 are none of them: 十分, 三角 and 三位数 are no numbers.
-_MEASURES = re.compile(
-    "(?:个[\u4e00-\u9fff]{0,4}|[元块岁天年月日人只次倍度克升页本条张辆棵颗件名秒]|[厘毫千]?米|公里|千克|公斤|小时|分钟)$"
-)
 
 
 def _in_chinese(text: str) -> Number | None:

@@ -200,11 +200,17 @@ class DirectoryLock:
 
 
 def is_being_written(temporary: Path) -> bool:
-    """Whether a process has locked the file that belongs to a shared temporary name (atomic.lock_file)."""
+    """Whether a process has locked the file that belongs to a shared temporary name (atomic.lock_file). A file that a
+    killed process left is removed.
+    """
+    lock = DirectoryLock(temporary, file=atomic.lock_file(temporary))
+    if not lock.path.is_file():
+        return False
     try:
-        DirectoryLock(temporary, file=atomic.lock_file(temporary)).require_free()
+        lock.acquire(wait=0)
     except ConfigError:
         return True
+    lock.release()
     return False
 
 

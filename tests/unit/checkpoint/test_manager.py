@@ -12,6 +12,7 @@ import pytest
 
 from erniekit.checkpoint.manager import CheckpointManager, list_checkpoints
 from erniekit.checkpoint.safetensors_write import write_error
+from erniekit.export.target import model_target
 from erniekit.utils import atomic
 from erniekit.utils.errors import CheckpointError
 
@@ -196,7 +197,24 @@ def test_what_an_export_is_writing_is_left_alone_until_it_is_killed(tmp_path):
         process.kill()
         process.communicate()
     manager.remove_leftovers()
-    assert not staging.exists()
+    assert list(tmp_path.iterdir()) == []
+
+
+OTHER = """
+import sys
+from pathlib import Path
+from erniekit.utils.directory_lock import DirectoryLock
+DirectoryLock(Path(sys.argv[1]), file=Path(sys.argv[1]) / ".export.use.tmp").acquire(wait=0)
+print("locked")
+"""
+
+
+def test_an_export_of_this_process_keeps_its_lock(tmp_path):
+    """The system releases a record lock as soon as its process closes any descriptor of the file."""
+    with model_target(tmp_path / "export", "export", [tmp_path], False, ""):
+        CheckpointManager(tmp_path, 1).remove_leftovers()
+        other = subprocess.run([sys.executable, "-c", OTHER, tmp_path], capture_output=True, text=True)
+    assert other.stdout == "" and "is in use by process" in other.stderr
 
 
 def test_other_files_in_the_directory_are_not_touched(tmp_path):

@@ -54,6 +54,15 @@ def test_a_new_directory_appears_whole(tmp_path):
     assert [entry.name for entry in target.parent.iterdir()] == ["model"]
 
 
+def test_every_file_is_on_disk_before_it_has_its_name(tmp_path, monkeypatch):
+    synced, sync = set(), os.fsync
+    monkeypatch.setattr(os, "fsync", lambda descriptor: (synced.add(os.fstat(descriptor).st_ino), sync(descriptor)))
+    for target in (tmp_path / "new", tmp_path):
+        with staged(target) as staging:
+            (staging / "tokenizer.json").write_text("t")
+        assert (target / "tokenizer.json").stat().st_ino in synced
+
+
 def test_an_existing_directory_keeps_its_other_files(tmp_path):
     (tmp_path / "metrics.jsonl").write_text("m")
     make_model(tmp_path, single=False)
@@ -145,7 +154,6 @@ def test_companions(tmp_path):
 @pytest.fixture
 def said(monkeypatch):
     lines = []
-    model_dir._warn_once.cache_clear()
     for kind in ("info", "warning"):
         monkeypatch.setattr(model_dir.log, kind, lines.append)
     return lines

@@ -310,6 +310,14 @@ def test_save_keeps_an_existing_generation_config_and_refuses_unknown_formats(tm
         save_model(model, tmp_path, format="onnx")
 
 
+def test_a_path_below_the_home_directory(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    save_model(tiny_model("dense"), "~/m")
+    assert [path.name for path in tmp_path.iterdir()] == ["home"]
+    load_model("~/m")
+
+
 def test_a_full_disk_keeps_the_earlier_model(tmp_path, monkeypatch):
     model = load_model(read_fixture("dense_tied").path)
     save_model(model, tmp_path / "m")

@@ -16,11 +16,15 @@ from erniekit.generation.sampling import (
     keep_top_p,
     penalise_frequency,
     penalise_repetition,
-    softmax,
 )
 from erniekit.utils.errors import UserError
 
 SCORES = np.array([2.0, -1.0, 0.5, 3.0, -4.0, 0.0], dtype=np.float32)
+
+
+def softmax(scores: np.ndarray) -> np.ndarray:
+    powers = np.exp(scores.astype(np.float64) - scores.max())
+    return powers / powers.sum()
 
 
 def rng(seed: int = 0) -> np.random.Generator:
