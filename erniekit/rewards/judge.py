@@ -108,8 +108,7 @@ class Judge:
         with self._lock:
             self._cache[name] = mark
             if self._cfg.judge_cache:
-                with Path(self._cfg.judge_cache).open("a", encoding="utf-8") as file:
-                    file.write(json.dumps({"question": name, "mark": mark}) + "\n")
+                _append(Path(self._cfg.judge_cache), {"question": name, "mark": mark})
         return mark / self._cfg.judge_max_score
 
     def _reply(self, question: str) -> str:
@@ -160,17 +159,29 @@ def _read_instruction(path: Path) -> str:
     return text
 
 
+def _append(path: Path, mark: dict[str, Any]) -> None:
+    """Add a mark to the cache. A disk that takes none costs later runs a question, and this one nothing."""
+    try:
+        with path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(mark) + "\n")
+    except OSError as error:
+        log.once(f"judge_cache: {path}: marks cannot be written ({error.strerror}): later runs will ask for them again")
+
+
 def _read_cache(path: Path) -> dict[str, float]:
     """The marks of earlier runs; a line that was not written to its end is skipped."""
-    if not path.exists():
-        if not path.parent.is_dir():
-            raise ConfigError(f"judge_cache: {path}: there is no directory {path.parent}")
-        return {}
+    if not path.parent.is_dir():
+        raise ConfigError(f"judge_cache: {path}: there is no directory {path.parent}")
     marks, broken = {}, 0
-    text = path.read_text(encoding="utf-8", errors="replace")
-    if text and not text.endswith("\n"):  # the next mark begins a line of its own
-        with path.open("a", encoding="utf-8") as file:
-            file.write("\n")
+    try:
+        text = path.read_text(encoding="utf-8", errors="replace")
+        if text and not text.endswith("\n"):  # the next mark begins a line of its own
+            with path.open("a", encoding="utf-8") as file:
+                file.write("\n")
+    except FileNotFoundError:
+        return {}
+    except OSError as error:
+        raise ConfigError(f"judge_cache: {path} cannot be used: {error.strerror}. Choose another file.") from None
     for line in text.splitlines():
         try:
             entry = json.loads(line)

@@ -180,6 +180,19 @@ def test_the_instruction_is_replaced_and_checked(server: Server, tmp_path: Path)
         Scorer(arguments(server, judge_prompt=str(file)))
     with pytest.raises(ConfigError, match=r"judge_cache: .*there is no directory"):
         Scorer(arguments(server, judge_cache=str(tmp_path / "no" / "marks.jsonl")))
+    with pytest.raises(ConfigError, match=r"judge_cache: .* cannot be used: Is a directory"):
+        Scorer(arguments(server, judge_cache=str(tmp_path)))
+
+
+def test_a_cache_that_cannot_be_written_costs_no_reward(server: Server, tmp_path: Path):
+    server.replies = [(200, "Score: 5")]
+    cache = tmp_path / "marks.jsonl"
+    with log.captured() as lines, Scorer(arguments(server, judge_cache=str(cache))) as one:
+        cache.mkdir()  # as good as a full disk
+        assert one.score([sample("x"), sample("y")]).total.tolist() == [0.5, 0.5]
+    assert [text for is_warning, text in lines if is_warning and "judge_cache" in text] == [
+        f"judge_cache: {cache}: marks cannot be written (Is a directory): later runs will ask for them again"
+    ]
 
 
 def test_marks_in_replies():
