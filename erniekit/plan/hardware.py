@@ -15,6 +15,7 @@ from typing import Any
 
 from erniekit.config.values import Scalar, parse_number, shown
 from erniekit.config.yaml_tree import Pairs, read_mapping
+from erniekit.utils import log
 from erniekit.utils.errors import ConfigError
 from erniekit.utils.user_files import read_text
 
@@ -63,7 +64,6 @@ class Hardware:
     memory_bytes: float
     memory_tb_s: float
     fast_gb_s: float
-    fast_ranks: float
     network_gb_s: float
     pcie_gb_s: float
     launch_us: float
@@ -115,6 +115,7 @@ _TABLES = {
     "latency_us": ("fast", "network"),
 }
 _WORDS = ("names", "like", "contested", "efficiency", "capability")
+_NO_EFFECT = "fast_ranks"  # of a user's file
 
 
 def load_hardware(name: str, user_file: str | Path | None = None) -> Hardware:
@@ -191,8 +192,10 @@ class _Tables:
     def hardware(self, name: str) -> Hardware:
         """The card of exactly this name, with everything that it takes from others."""
         entry = self._resolve(self.cards, name, "cards")
+        if _NO_EFFECT in entry:
+            log.once(f"hardware: {name}: {_NO_EFFECT}: no effect: gpus_per_node says how many cards have fast links")
         for key in entry:
-            if key not in (*_NUMBERS, *_WORDS):
+            if key not in (*_NUMBERS, *_WORDS, _NO_EFFECT):
                 raise ConfigError(f"hardware: {name}: unknown key {key!r}. Known: {', '.join((*_NUMBERS, *_WORDS))}.")
         numbers = {key: _positive(entry, key, name) for key in _NUMBERS}
         if not max(numbers["bf16"], numbers["fp16"]):

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from erniekit.plan.hardware import PRECISIONS, hardware_names, load_hardware, numbers_with_sources
+from erniekit.utils import log
 from erniekit.utils.errors import ConfigError
 
 EXPECTED = (
@@ -86,6 +87,12 @@ def test_a_users_file_adds_a_card_and_changes_a_number(tmp_path: Path):
     assert changed.efficiency.product["bf16"] == 0.5
     assert changed.efficiency.product["fp8"] == known.efficiency.product["fp8"]
     assert load_hardware("H100") == known
+
+
+def test_a_number_without_effect_is_named(tmp_path: Path):
+    with log.captured() as lines:
+        load_hardware("X", write(tmp_path, "cards:\n  X: {like: H100, fast_ranks: 72}\n"))
+    assert lines == [(True, "hardware: X: fast_ranks: no effect: gpus_per_node says how many cards have fast links")]
 
 
 @pytest.mark.parametrize(
