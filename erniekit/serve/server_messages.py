@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
@@ -216,8 +217,7 @@ class Messages:
     def _decoded(self, content: bytes | Image.Image, name: str) -> Any:
         assert self._vision is not None
         options = self._vision.images
-        if options.max_pixels_decoded > MAX_IMAGE_PIXELS:
-            options = type(options)(options.apply_exif, MAX_IMAGE_PIXELS, options.max_seconds)
+        options = replace(options, max_pixels_decoded=min(options.max_pixels_decoded, MAX_IMAGE_PIXELS))
         try:
             return load_image(content, MediaReader(Path("/nonexistent")), options, self.notes)
         except BadRecord as error:
