@@ -334,14 +334,14 @@ def build_token_files(
 def _begin(prefix: Path, note: _Note, overwrite: bool) -> Progress | None:
     """The progress to begin from; None if everything is written and only the progress file needs to be removed."""
     final = [prefix.with_name(prefix.name + suffix) for suffix in (".bin", ".idx")]
-    if overwrite:
-        for path in [note.path, *TokenWriter.leftovers(prefix), *final]:
+    if overwrite:  # the files themselves stay until new ones can take their names
+        for path in [note.path, *TokenWriter.leftovers(prefix)]:
             path.unlink(missing_ok=True)
     noted = note.read()
     if noted is not None:
         return None if all(path.exists() for path in final) and not TokenWriter.leftovers(prefix) else noted
     for path in final:
-        if path.exists():
+        if path.exists() and not overwrite:
             raise DataError(f"{path}: already there. Hint: choose another prefix, or replace it (overwrite=true).")
     return Progress()
 

@@ -246,10 +246,10 @@ class TokenWriter:
             suffix: prefix.with_name(prefix.name + suffix + ".part") for suffix in (".bin", ".idx", ".sizes")
         }
         prefix.parent.mkdir(parents=True, exist_ok=True)
-        if not self._parts[".bin"].exists() and self._final[".bin"].exists() and documents:
-            # the build was interrupted between the two renames of finish()
-            self._final[".bin"].rename(self._parts[".bin"])
-        self._bin = _open_at(self._parts[".bin"], tokens * self._dtype.itemsize)
+        size, part, final = tokens * self._dtype.itemsize, self._parts[".bin"], self._final[".bin"]
+        if documents and not part.exists() and final.exists() and final.stat().st_size == size:
+            final.rename(part)  # the build was interrupted in finish(), behind the first rename
+        self._bin = _open_at(part, size)
         self._sizes = _open_at(self._parts[".sizes"], documents * 4)
 
     @staticmethod
@@ -278,7 +278,7 @@ class TokenWriter:
         self._sizes.close()
 
     def finish(self) -> None:
-        """Write the index and rename both files to their final names."""
+        """Write the index and rename both files to their final names, which they may take over from older files."""
         self.sync()
         self.close()
         code = next(code for code, dtype in DTYPES.items() if np.dtype(dtype) == self._dtype)
@@ -295,6 +295,7 @@ class TokenWriter:
                 file.write(np.arange(start, min(start + _CHUNK, self.documents + 1), dtype="<i8").tobytes())
             file.flush()
             os.fsync(file.fileno())
+        self._final[".idx"].unlink(missing_ok=True)  # that of replaced files, which must never stand beside new ids
         for suffix in (".bin", ".idx"):
             self._parts[suffix].rename(self._final[suffix])
         self._parts[".sizes"].unlink()

@@ -128,24 +128,55 @@ def test_a_build_broken_off_anywhere_comes_out_the_same(corpus, tokenizer, whole
     assert left_in(prefix.parent) == ["x.bin", "x.idx"]
 
 
+def dying_at(name, original):
+    """In the place of Path.rename or Path.unlink: the build is interrupted at the existing file of this name."""
+
+    def act(path, *more, **keys):
+        if path.name == name and path.exists():
+            raise _Stop
+        return original(path, *more, **keys)
+
+    return act
+
+
 @pytest.mark.parametrize("after", ["x.bin.part", "x.idx.part", "x.sizes.part", "x.progress.json"])
 def test_a_build_broken_off_while_the_files_get_their_names(corpus, tokenizer, whole, tmp_path, monkeypatch, after):
     """`after` is the file at whose renaming or removal it dies."""
-
-    def dying(original):
-        def act(path, *more, **keys):
-            if path.name == after and path.exists():
-                raise _Stop
-            return original(path, *more, **keys)
-
-        return act
-
     with monkeypatch.context() as patch, pytest.raises(_Stop):
-        patch.setattr(Path, "rename", dying(Path.rename))
-        patch.setattr(Path, "unlink", dying(Path.unlink))
+        patch.setattr(Path, "rename", dying_at(after, Path.rename))
+        patch.setattr(Path, "unlink", dying_at(after, Path.unlink))
         build(corpus[0], tmp_path / "x", tokenizer)
     assert build(corpus[0], tmp_path / "x", tokenizer) == whole[0]
     assert contents(tmp_path / "x") == contents(whole[1]) and left_in(tmp_path) == ["x.bin", "x.idx"]
+
+
+@pytest.mark.parametrize("after", [None, "x.idx", "x.bin.part", "x.idx.part", "x.sizes.part", "x.progress.json"])
+def test_files_are_replaced_only_when_the_new_ones_are_complete(corpus, tokenizer, whole, tmp_path, monkeypatch, after):
+    """`after` is the file at whose renaming or removal the build dies; None: it dies while it reads its input."""
+    build(corpus[0] / "b", tmp_path / "x", tokenizer)
+    before = contents(tmp_path / "x")
+    with monkeypatch.context() as patch, pytest.raises(_Stop):
+        if after is None:
+            patch.setattr(token_build, "track", stopping_after(1))
+        else:
+            patch.setattr(Path, "rename", dying_at(after, Path.rename))
+            patch.setattr(Path, "unlink", dying_at(after, Path.unlink))
+        build(corpus[0], tmp_path / "x", tokenizer, overwrite=True, note_every=0.0)
+    if after in (None, "x.idx"):
+        assert contents(tmp_path / "x") == before
+    elif after in ("x.bin.part", "x.idx.part"):
+        assert not (tmp_path / "x.idx").exists()  # an old index beside new ids could be read as if they matched
+    assert build(corpus[0], tmp_path / "x", tokenizer) == whole[0]
+    assert contents(tmp_path / "x") == contents(whole[1]) and left_in(tmp_path) == ["x.bin", "x.idx"]
+
+
+def test_a_bad_line_leaves_the_files_that_were_to_be_replaced(corpus, tokenizer, tmp_path):
+    build(corpus[0], tmp_path / "x", tokenizer)
+    before = contents(tmp_path / "x")
+    (tmp_path / "in.jsonl").write_text("{nonsense")
+    with pytest.raises(DataError, match="not JSON"):
+        build_token_files([tmp_path / "in.jsonl"], tmp_path / "x", tokenizer, 0, overwrite=True)
+    assert contents(tmp_path / "x") == before
 
 
 def test_a_killed_command_goes_on_and_leaves_no_worker(tokenizer, tmp_path):
