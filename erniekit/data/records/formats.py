@@ -71,17 +71,26 @@ def _check_type(record: dict[str, Any], format: Format, type_name: str) -> None:
     """Raise BadRecord if the fields of the record show that it is of another type, or for another stage."""
     if any(name in record for name in format.marks):
         return
-    if "text_info" in record or "image_info" in record:
+    given = with_content(record, format.fields)
+    if "text_info" in given or "image_info" in given:
         raise BadRecord(
             f"this looks like data with pictures (it has text_info), not type {type_name} of text alone",
             "set stage: VL-SFT, with a vision-language model",
         )
-    likely = [likely_type for name, likely_type in _SIGNATURES.items() if name in record]
-    _check_stage(record, type_name, likely[0] if likely else "")
+    likely = [likely_type for name, likely_type in _SIGNATURES.items() if name in given]
+    _check_stage(given, type_name, likely[0] if likely else "")
     for name, likely_type in _SIGNATURES.items():
-        if name in record and name not in format.fields:
+        if name in given and name not in format.fields:
             hint = _how_to_write(name, type_name, likely_type)
             raise BadRecord(f"field {name!r} does not belong to type {type_name}", hint)
+
+
+def with_content(record: dict[str, Any], known: tuple[str, ...]) -> dict[str, Any]:
+    """The fields of a record by which its type is recognised: those that have content, since tables have every column
+    in every record; all of them where no `known` field has any.
+    """
+    given = {name: value for name, value in record.items() if has_content(value)}
+    return given if any(name in known for name in given) else record
 
 
 def _how_to_write(name: str, type_name: str, likely_type: str) -> str:

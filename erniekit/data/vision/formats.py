@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from erniekit.data.records.errors import BadRecord, reading
 from erniekit.data.records.fields import DECISIVE, Notes, check_fields, has_content
-from erniekit.data.records.formats import ALIASES, VISION_TYPE
+from erniekit.data.records.formats import ALIASES, VISION_TYPE, with_content
 from erniekit.data.records.formats import FORMATS as TEXT_FORMATS
 from erniekit.data.records.prompt_formats import CLOSERS, PROMPT_NAMES, RL_SUFFIX, read_prompt
 from erniekit.data.records.sample import Sample, alpaca_prompt, check_order, label_of, sharegpt_keys, system_messages
@@ -78,7 +78,8 @@ def parse_vision_record(
 def _check_type(record: dict[str, Any], name: str) -> None:
     """Raise BadRecord if the fields of the record are those of other types only."""
     signatures = _SIGNATURES | (dict.fromkeys(PROMPT_NAMES, "messages") if name.endswith(RL_SUFFIX) else {})
-    likely_types = [likely_type for field, likely_type in signatures.items() if field in record]
+    given = with_content(record, FORMATS[name][1])
+    likely_types = [likely_type for field, likely_type in signatures.items() if field in given]
     if not likely_types or name.removesuffix(" (DPO)").removesuffix(RL_SUFFIX) in likely_types:
         return
     likely = likely_types[0]

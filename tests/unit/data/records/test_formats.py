@@ -385,6 +385,8 @@ def test_a_null_beside_a_field_is_no_second_field():
     for record, kind in (
         ({"text": "a", "tgt": None}, "text"),
         ({"tgt": ["a"], "text": ""}, "text"),
+        ({"tgt": ["a"], "src": []}, "text"),
+        ({"tgt": ["a"], "messages": None, "response": [], "text_info": []}, "text"),
         ({"question": None, "instruction": "q", "chosen": "a", "rejected": "b"}, "alpaca (DPO)"),
         ({"question": "q", "instruction": "", "chosen": "a", "rejected": "b"}, "alpaca (DPO)"),
         ({"messages": [user("q"), assistant("a")], "prompt": None, "completion": "", "label": True}, "messages (KTO)"),

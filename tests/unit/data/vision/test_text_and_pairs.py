@@ -30,6 +30,13 @@ def answer(words):
     return {"role": "assistant", "content": words}
 
 
+def test_empty_fields_of_other_types_say_nothing(options):
+    sample = parse("text", {"tgt": ["<image>", "a"], "images": ["a.png"], "src": [], "messages": None}, options)
+    assert sample.kind == "text"
+    with pytest.raises(BadLine, match="is of type erniekit, not text"):
+        parse("text", {"tgt": ["a"], "src": ["q"]}, options)
+
+
 class TestPairsInContentLists:
     """OpenAI's lists of parts in the prompt, the answers, or whole conversations: all the same pair."""
 
