@@ -17,8 +17,8 @@ from erniekit import hub
 from erniekit.config.methods import DEFAULT, METHODS, MethodFacts, Records
 from erniekit.data.records.data_file import DataFile, Raw
 from erniekit.data.records.errors import SKIPPABLE, BadLine
-from erniekit.data.records.fields import Notes
-from erniekit.data.records.find_files import find_files, refuse_packed
+from erniekit.data.records.fields import Notes, unused_line
+from erniekit.data.records.find_files import find_files, first_names, refuse_packed
 from erniekit.data.records.formats import ALIASES, VISION_TYPE, parse_record
 from erniekit.data.records.judged_formats import KTO_SUFFIX
 from erniekit.data.records.preference_formats import MARGIN
@@ -33,7 +33,6 @@ from erniekit.utils import log
 from erniekit.utils.errors import DataError
 
 _SHOWN_BAD_LINES = 5  # the others are only counted
-_SHOWN_FIELDS = 20  # unused fields of a file that are listed
 _SECONDS_BETWEEN_NOTES = 30.0
 _SUFFIXES = {
     Records.PAIRS: " (DPO)",
@@ -131,6 +130,7 @@ class Source:
         self._on_bad_line = on_bad_line
         self._note_at = time.monotonic() + _SECONDS_BETWEEN_NOTES
         self._checked = 0
+        self._num_parsed = 0  # records of the present file that were parsed, and are valid
         self._unused: Counter[str] = Counter()
         self._doubts: Counter[str] = Counter()
         self._notes = Notes()  # those of the record that is being checked
@@ -139,6 +139,12 @@ class Source:
             self.files.append(open_file(path, self._check, self._on_bad))
             self._log_notes(self.files[-1])
         self._ends = list(accumulate(len(file) for file in self.files))
+        empty = [file.path.name for file in self.files if not len(file)]
+        if empty and len(self):
+            log.warning(
+                f"{spec.path}: {len(empty)} of {len(self.files)} files hold no record ({first_names(empty)}). Are they "
+                "complete?"
+            )
         if self.bad_lines and on_bad_line == "skip":
             log.warning(
                 f"{spec.path}: {self.bad_lines} bad lines were skipped (on_bad_line: skip), {len(self)} records are "
@@ -155,10 +161,8 @@ class Source:
         path = hub.resolve_dataset(self.spec.path, download_hub, path_key(split))
         data, other_files = find_files(path)
         if other_files:
-            listing = ", ".join(other_file.name for other_file in other_files[:3]) + (
-                ", ..." if len(other_files) > 3 else ""
-            )
-            log.info(f"{self.spec.path}: {len(other_files)} files there are not data and are not read ({listing})")
+            names = first_names([other_file.name for other_file in other_files])
+            log.info(f"{self.spec.path}: {len(other_files)} files there are not data and are not read ({names})")
         if path != Path(self.spec.path).expanduser():  # a Hub data set, which may have a second form of its data
             data = _of_split(data, path, split)
             log.info(f"{self.spec.path}: reading {', '.join(str(file.relative_to(path)) for file in data)} for {split}")
@@ -172,7 +176,7 @@ class Source:
         """Warn if a directory of this machine, of which every file is read, looks like a data set with its splits."""
         others = [file for file in data if _names_split(file, path, split) is False]
         if others and any(_names_split(file, path, split) for file in data):
-            names = ", ".join(str(file.relative_to(path)) for file in others[:3]) + ", ..." * (len(others) > 3)
+            names = first_names([str(file.relative_to(path)) for file in others])
             log.warning(
                 f"{self.spec.path}: all files of the directory are read for {split}, also those that are named after "
                 f"another split ({names}). Name the files to leave these out"
@@ -197,6 +201,7 @@ class Source:
             self.judgements.add(sample.is_good)
         if self.spec.scored_by:
             self._require_score(sample, where)
+        self._num_parsed += 1
         if self._notes.unused or self._notes.doubts:
             self._unused.update(self._notes.unused)
             self._doubts.update(self._notes.doubts)
@@ -229,16 +234,16 @@ class Source:
         return digests if len(self.files) == 1 else hashlib.blake2b(digests.encode(), digest_size=8).hexdigest()
 
     def _log_notes(self, file: DataFile) -> None:
-        """Log the unused fields and the doubts of one file's records, each once with its count."""
+        """Log the unused fields and the doubts of those of one file's records that were parsed, each once with its
+        count.
+        """
         if self._unused:
-            ranked = sorted(self._unused.items(), key=lambda item: (-item[1], item[0]))
-            listing = ", ".join(f"{name} ({count})" for name, count in ranked[:_SHOWN_FIELDS])
-            more = f" and {len(ranked) - _SHOWN_FIELDS} more" if len(ranked) > _SHOWN_FIELDS else ""
-            log.info(f"{file.path}: fields that are not used, and in how many of {len(file)} records: {listing}{more}")
+            log.info(f"{file.path}: {unused_line(self._unused, self._num_parsed)}")
         for doubt, count in sorted(self._doubts.items()):
-            log.warning(f"{file.path}: {count} of {len(file)} records: {doubt}")
+            log.warning(f"{file.path}: {count} of {self._num_parsed} records: {doubt}")
         self._unused.clear()
         self._doubts.clear()
+        self._num_parsed = 0
 
     def __len__(self) -> int:
         return self._ends[-1]

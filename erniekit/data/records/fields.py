@@ -8,6 +8,7 @@ unless the name is misspelt.
 
 import difflib
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -26,6 +27,15 @@ class Notes:
     doubts: set[str] = field(default_factory=set)
 
 
+def unused_line(unused: Counter[str], num_records: int) -> str:
+    """The line about the ignored fields of records, which counts in how many of them each is."""
+    ranked = sorted(unused.items(), key=lambda item: (-item[1], item[0]))
+    listing = ", ".join(f"{name} ({count})" for name, count in ranked[:_SHOWN_FIELDS])
+    more = f" and {len(ranked) - _SHOWN_FIELDS} more" if len(ranked) > _SHOWN_FIELDS else ""
+    return f"fields that are not used, and in how many of {num_records} records: {listing}{more}"
+
+
+_SHOWN_FIELDS = 20  # the others are only counted
 _MEDIA = (
     "pictures are read with stage: VL-SFT and a vision-language model, and not from text_dataset_path: set that stage, "
     "use train_dataset_path, or remove it"

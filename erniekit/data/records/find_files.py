@@ -69,6 +69,11 @@ def refuse_packed(other_files: Sequence[Path], extensions: Sequence[str] = EXTEN
             )
 
 
+def first_names(names: Sequence[str]) -> str:
+    """The first three of several names, for a message."""
+    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+
+
 def _no_data(
     path: Path, everything: Sequence[Path], extensions: Sequence[str], has_prose: bool, has_arrow: bool
 ) -> DataError:

@@ -9,19 +9,20 @@ are the same byte for byte.
 import json
 import os
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from erniekit.data.chat.tokenizer import Tokenizer
 from erniekit.data.records.data_file import Raw
 from erniekit.data.records.errors import BadLine, reading
-from erniekit.data.records.find_files import check_form, find_files, refuse_packed
+from erniekit.data.records.fields import Notes, unused_line
+from erniekit.data.records.find_files import check_form, find_files, first_names, refuse_packed
 from erniekit.data.records.formats import parse_record
 from erniekit.data.records.readers import load_record
 from erniekit.data.tokens.files import TokenWriter, dtype_for
@@ -38,25 +39,33 @@ _MAX_WARNINGS = 5  # the others are only counted
 _BOM = b"\xef\xbb\xbf"
 
 
+class Tokenised(NamedTuple):
+    """The ids of a document, and the fields of its record that are not used; or the error of a bad record."""
+
+    ids: np.ndarray
+    unused: tuple[str, ...] = ()
+    error: str = ""
+
+
 class DocumentEncoder:
-    """Encodes a document to ids, followed by the end token if `append_eos`; with `skip_bad` an error is
-    returned as text.
-    """
+    """Encodes a document to ids, followed by the end token if `append_eos`; with `skip_bad` an error is returned."""
 
     def __init__(self, tokenizer: Tokenizer, append_eos: bool, skip_bad: bool):
         self._tokenizer, self._skip_bad = tokenizer, skip_bad
         self._end = [tokenizer.eos_id] if append_eos else []
         self._dtype = dtype_for(tokenizer.vocab_size)
 
-    def __call__(self, raw: Raw, where: str) -> np.ndarray | str:
+    def __call__(self, raw: Raw, where: str) -> Tokenised:
+        notes = Notes()
         try:
             with reading(where):
-                text = parse_record(load_record(raw, where), "text", where).text
-                return np.array(self._tokenizer.encode_plain(text) + self._end, self._dtype)
+                text = parse_record(load_record(raw, where), "text", where, notes).text
+                ids = np.array(self._tokenizer.encode_plain(text) + self._end, self._dtype)
+                return Tokenised(ids, tuple(notes.unused))
         except BadLine as error:
             if not self._skip_bad:
                 raise
-            return str(error)
+            return Tokenised(np.empty(0, self._dtype), error=str(error))
 
 
 @dataclass(frozen=True)
@@ -97,10 +106,13 @@ def find_inputs(paths: Sequence[str]) -> list[Path]:
             raise DataError(f"{path}: no such file or directory. Hint: check the path.")
         chosen, others = find_files(path, SUFFIXES, with_prose=True)
         if others:
-            names = ", ".join(other.name for other in others[:5]) + (", ..." if len(others) > 5 else "")
+            names = first_names([other.name for other in others])
             log.info(f"{path}: {len(others)} files there are not read ({names})")
         refuse_packed(others, SUFFIXES)
         files += chosen
+    empty = [str(file) for file in files if file.suffix.lower() != ".txt" and not file.stat().st_size]
+    if empty:  # an empty .txt file is a bad record
+        log.warning(f"{len(empty)} files are empty and give no document ({first_names(empty)}). Are they complete?")
     for file in files:
         if file.suffix.lower() == ".txt" and _has_records(file):
             raise DataError(
@@ -197,7 +209,7 @@ def _whole(path: Path, data: bytes) -> tuple[Raw, str]:
 
 def _encoded(
     chunks: Iterator[_Chunk], job: EncodeJob, num_workers: int
-) -> Generator[tuple[Progress, list[np.ndarray | str]], None, None]:
+) -> Generator[tuple[Progress, list[Tokenised]], None, None]:
     """Yields the end and the results of each chunk in order. Workers encode while the main process reads and writes."""
     if num_workers == 0:
         encoder = job.make()
@@ -224,7 +236,7 @@ def _encoded(
             worker.stop()
 
 
-def _receive(chunk: _Chunk, worker: Worker, free: list[Worker]) -> tuple[Progress, list[np.ndarray | str]]:
+def _receive(chunk: _Chunk, worker: Worker, free: list[Worker]) -> tuple[Progress, list[Tokenised]]:
     done, error = worker.receive()
     if error is not None:
         raise error
@@ -299,23 +311,27 @@ def build_token_files(
     writer = TokenWriter(prefix, dtype_for(tokenizer.vocab_size), begin.documents, begin.tokens)
     job = EncodeJob(tokenizer, append_eos, on_bad_line == "skip")
     skipped, done, noted_at = begin.skipped, begin, time.monotonic()
+    unused: Counter[str] = Counter()
     try:
         with closing(_encoded(_chunks(inputs, begin), job, num_workers)) as encoded:
             megabytes = sum(sizes) // _MB
             tracked = track(encoded, megabytes, "tokenising, in MB of text", lambda item: item[0].read // _MB)
             for behind, results in tracked:
-                for ids in results:
-                    if isinstance(ids, str):
+                for result in results:
+                    if result.error:
                         skipped += 1
-                        _warn_bad(ids, skipped)
+                        _warn_bad(result.error, skipped)
                     else:
-                        writer.add(ids)
+                        writer.add(result.ids)
+                        unused.update(result.unused)
                 counts = {"documents": writer.documents, "tokens": writer.tokens, "skipped": skipped}
                 done = Progress(behind.file, behind.offset, behind.line, behind.read, **counts)
                 if time.monotonic() - noted_at >= note_every:
                     writer.sync()
                     note.write(done)
                     noted_at = time.monotonic()
+        if unused:
+            log.info(unused_line(unused, writer.documents - begin.documents))
         if writer.documents == 0:
             raise DataError(f"no document in {len(inputs)} files ({skipped} bad records). Hint: is this the text?")
         writer.sync()

@@ -335,6 +335,21 @@ def test_fields_that_are_not_used_are_named_and_counted_once_a_file(tmp_path, ca
     ]
 
 
+def test_fields_are_counted_among_the_records_that_are_looked_at(tmp_path, caplog):
+    write_jsonl(tmp_path / "a.jsonl", [record | {"id": 1} for record in RECORDS])
+    with caplog.at_level("INFO", logger="erniekit"):
+        Source(SourceSpec(str(tmp_path), "erniekit", 1.0), "train", check_every=3)
+    assert "in how many of 2 records: 'id' (2)" in caplog.text
+
+
+def test_an_empty_file_beside_others_is_named(tmp_path, caplog):
+    write_jsonl(tmp_path / "a.jsonl", RECORDS[:2])
+    (tmp_path / "b.jsonl").write_text("")
+    (tmp_path / "c.json").write_text("[]")
+    assert len(open_source(tmp_path)) == 2
+    assert f"{tmp_path}: 2 of 3 files hold no record (b.jsonl, c.json)" in caplog.text
+
+
 def test_dataset_numbers_the_records_of_its_sources_through(tmp_path):
     first = open_source(write_jsonl(tmp_path / "a.jsonl", RECORDS[:3]))
     second = open_source(write_jsonl(tmp_path / "b.jsonl", [{"text": "t"}]), "text")

@@ -282,6 +282,17 @@ def test_what_is_no_input_is_refused(tokenizer, tmp_path, name, data, expected):
         build_token_files(find_inputs([str(tmp_path / name)]), tmp_path / "x", tokenizer, 0)
 
 
+@pytest.mark.parametrize("workers", [0, 1])
+def test_fields_that_are_not_used_and_empty_files_are_named(tokenizer, tmp_path, workers, caplog):
+    records = [{"text": "a", "id": 1}, {"text": "b", "id": 2, "url": "u"}, {"tgt": ["c"], "src": []}]
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    (tmp_path / "none.jsonl").write_text("")
+    with caplog.at_level("INFO", logger="erniekit"):
+        build_token_files(find_inputs([str(tmp_path)]), tmp_path / "x", tokenizer, workers)
+    assert "fields that are not used, and in how many of 3 records: 'id' (2), 'url' (1)" in caplog.text
+    assert f"1 files are empty and give no document ({tmp_path / 'none.jsonl'})" in caplog.text
+
+
 def test_a_compressed_file_in_a_directory_is_not_left_out(tmp_path):
     for name in ("a.jsonl", "b.jsonl.zst"):
         (tmp_path / name).write_bytes(b"")
