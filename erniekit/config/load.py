@@ -100,8 +100,9 @@ class _State:
                 self._keep(extras, entry.name, _Given(plain(entry.value), _as_written(entry), entry.place))
         for name in sorted(nulls - given.keys()):
             self._forget(name)
-        for name in given.keys() & self.given.keys():
-            self._note_overruled(self.given[name], given[name])
+        for name, new in given.items():
+            if name in self.given:
+                self._note_overruled(self.given[name], new)
         self.given |= given
         self.extras |= extras
 
@@ -221,7 +222,7 @@ def _complete_pretraining(values: dict[str, Any], notes: list[str]) -> None:
         notes.append(f"stage: not given, so {values['stage']}, because dataset_type is pretrain")
 
 
-def _quantisation_of_base(state: "_State", command: str) -> None:
+def _quantisation_of_base(state: _State, command: str) -> None:
     """Read quantization as compute_type, in which the base is stored, in commands that write no quantised model. It
     overrides compute_type, which names the products' type.
     """
@@ -307,7 +308,7 @@ def _complete_recompute(values: dict[str, Any], names: set[str], notes: list[str
         notes.append("recompute: not given, so True, because recompute_granularity is (PaddleFormers' rule)")
 
 
-def _complete_paths(values: dict[str, Any], state: "_State") -> None:
+def _complete_paths(values: dict[str, Any], notes: list[str]) -> None:
     """Use text_dataset_path as training data where train_dataset_path is given but empty."""
     text = values.get("text_dataset_path")
     if not text or values.get("train_dataset_path") or METHODS[values.get("stage", DEFAULT)].vision:
@@ -316,7 +317,7 @@ def _complete_paths(values: dict[str, Any], state: "_State") -> None:
         if f"text_dataset_{part}" in values and not values.get(f"train_dataset_{part}"):
             values[f"train_dataset_{part}"] = values[f"text_dataset_{part}"]
     given = shortened(", ".join(text))
-    state.notes.append(f"train_dataset_path: empty, so {given}, because text_dataset_path is given")
+    notes.append(f"train_dataset_path: empty, so {given}, because text_dataset_path is given")
 
 
 def _complete_evaluation(values: dict[str, Any], notes: list[str]) -> None:
@@ -340,9 +341,8 @@ def _finish(state: _State, path: str | None, command: str) -> Config:
     _complete_lora(values, state.notes)
     _complete_qat(values, command, state.notes)
     _complete_recompute(values, state.names, state.notes)
-    _complete_paths(values, state)
-    if command == "train":
-        rl_keys.complete(values, state.notes)
+    _complete_paths(values, state.notes)
+    rl_keys.complete(values, command, state.notes)
     hidden = "***"  # in place of secrets, since extras are written into every config.yaml
     extras = tuple((name, hidden if name in SECRETS else given.value) for name, given in state.extras.items())
     cfg = Config(**values, extras=extras, given=state.keys_given(), source=path or "")

@@ -81,14 +81,19 @@ def _only_token_files(cfg: Config) -> bool:
     return cfg.dataset_type == "pretrain" and not cfg.eval_dataset_path
 
 
-def _generates(cfg: Config, facts: Facts | None = None) -> bool:
-    """A condition: the method makes texts of its own when it trains."""
+def _generates(cfg: Config) -> bool:
+    """Whether the method makes texts of its own when it trains."""
     return "temperature" in cfg.method.also_reads
 
 
 def _scores_prompts(cfg: Config) -> bool:
     """Whether an evaluation generates completions of prompts and scores them."""
     return cfg.method.reads("reward_funcs") and cfg.eval_benchmark is None
+
+
+def _has_completion_length(cfg: Config) -> bool:
+    """Whether max_completion_length does not come from max_new_tokens (rl_keys.complete)."""
+    return "max_completion_length" in cfg.given or cfg.max_completion_length != cfg.max_new_tokens
 
 
 def _trains_without(key: str) -> Callable[[Config, Facts], bool]:
@@ -210,12 +215,12 @@ _RUN_RULES = [
         " ".join(
             key for key in option_names(GenerateArgs) if not any(key in facts.also_reads for facts in METHODS.values())
         ),
-        _generates,
+        lambda c, f: _generates(c),
         "stage {stage} makes its texts without it; read by eval and chat",
     ),
     Rule(
         "max_new_tokens",
-        lambda c, f: c.method.reads("max_completion_length") and "max_completion_length" in c.given,
+        lambda c, f: c.method.reads("max_completion_length") and _has_completion_length(c),
         "max_completion_length bounds the completions; read by eval and chat",
     ),
     Rule("predict_with_generate", always, "`{command}` generates no text; read by eval and chat"),
@@ -421,7 +426,7 @@ _USE_RULES = [
     ),
     Rule(
         "max_new_tokens",
-        lambda c, f: _scores_prompts(c) and "max_completion_length" in c.given,
+        lambda c, f: _scores_prompts(c) and _has_completion_length(c),
         "max_completion_length bounds the completions",
         ("eval",),
     ),

@@ -3,11 +3,12 @@ stands for, and the rules over several of its keys.
 """
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
+from erniekit.config.compat import DATA
 from erniekit.config.fields import coerce
-from erniekit.config.methods import METHODS, Records
+from erniekit.config.methods import DEFAULT, METHODS, Records
 from erniekit.config.pointless_rl import has_reference
 from erniekit.config.read import Entry
 from erniekit.config.schema import Config, fields
@@ -31,12 +32,6 @@ TRL_NAMES = {
     Records.JUDGED: {"loss_type": "kto_loss_type"},
 }
 _WIDE_FOR_SEQUENCES = 0.05  # a clip range that the mean of a completion's log-ratios hardly ever leaves
-
-
-def optimises_rewards(values: Mapping[str, Any]) -> bool:
-    """Whether the method that these values name learns from prompts and rewards."""
-    facts = METHODS.get(str(values.get("stage", "")))
-    return facts is not None and facts.records is Records.PROMPTS
 
 
 def translate(layers: Sequence[Sequence[Entry]]) -> tuple[list[list[Entry]], list[str]]:
@@ -92,16 +87,18 @@ def no_generation(cfg: Config) -> str:
     )
 
 
-def complete(values: dict[str, Any], notes: list[str]) -> None:
-    """Fill in the values that rl_algorithm stands for, and those that the method has by itself."""
-    facts = METHODS.get(values.get("stage", ""))
-    for name, value in (facts.defaults if facts is not None else {}).items():
-        values.setdefault(name, value)
-    if not optimises_rewards(values):
+def complete(values: dict[str, Any], command: str, notes: list[str]) -> None:
+    """Fill in the values that the method has by itself, and those that rl_algorithm stands for, when it trains, and the
+    length of completions, also when it is evaluated.
+    """
+    facts = METHODS[values.get("stage", DEFAULT)]
+    learns_from_rewards = facts.records is Records.PROMPTS
+    if command == "train":
+        preset = PRESETS[values.get("rl_algorithm", "gspo")] if learns_from_rewards else {}
+        for name, value in (*facts.defaults.items(), *preset.items()):
+            values.setdefault(name, value)
+    if not learns_from_rewards or command not in DATA or values.get("eval_benchmark"):
         return
-    preset = PRESETS[values.get("rl_algorithm", "gspo")]
-    for name, value in preset.items():
-        values.setdefault(name, value)
     if "max_completion_length" not in values and "max_new_tokens" in values:
         values["max_completion_length"] = values["max_new_tokens"]
         notes.append(f"max_completion_length: not given, so {values['max_new_tokens']}, because max_new_tokens is")

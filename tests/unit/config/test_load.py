@@ -189,6 +189,17 @@ def test_overrides_win_over_the_file_and_the_last_one_over_the_others(write):
     assert (cfg.seed, cfg.max_steps) == (5, 4)
 
 
+def test_what_overrides_replace_is_said_in_their_order(write):
+    """The order of a set of texts differs from process to process."""
+    ours = ["max_seq_len", "lora_rank", "recompute", "random_shuffle", "buffer_size", "chat_template", "lr_scheduler_type"]
+    theirs = ["max_seq_length", "lora_r", "use_recompute", "dataloader_shuffle", "packing_interval", "template"]
+    values, others = ["8", "2", "true", "false", "7", "text", "cosine"], ["9", "3", "false", "true", "6", "vl", "linear"]
+    path = write(BASE + "".join(f"{key}: {value}\n" for key, value in zip(ours, values, strict=True)))
+    words = [f"{key}={value}" for key, value in zip([*theirs, "lr_scheduler"], others, strict=True)]
+    notes = [note for note in load(path, words).notes if note.endswith("decides")]
+    assert [note.partition(":")[0] for note in notes] == ours
+
+
 def test_an_override_by_another_name_wins_over_the_file(write):
     path = write(BASE + "batch_size: 1\ncontinue_training: True\n")
     cfg = load(path, ["per_device_train_batch_size=4", "from_scratch=1"])

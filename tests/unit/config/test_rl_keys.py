@@ -35,6 +35,21 @@ def test_defaults_of_the_method():
     assert load(None, NEEDED | {"stage": "SFT"}).learning_rate == 5e-5
 
 
+@pytest.mark.parametrize("command", ["train", "eval"])
+def test_a_length_of_new_tokens_bounds_the_completions(command: str, tmp_path):
+    given = NEEDED | {"eval_dataset_path": "d", "max_new_tokens": 16}
+    made = load(None, given, command)
+    assert made.max_completion_length == 16
+    assert "max_completion_length: not given, so 16, because max_new_tokens is" in made.notes
+    (tmp_path / "config.yaml").write_text(cfg().to_yaml())
+    saved = load(str(tmp_path / "config.yaml"), {"eval_dataset_path": "d", "max_new_tokens": 16}, command)
+    assert saved.max_completion_length == 512 and any(
+        note.startswith("max_new_tokens: no effect: max_completion_length bounds") for note in saved.notes
+    )
+    mmlu = {"eval_benchmark": "mmlu", "eval_benchmark_path": "d"}
+    assert load(None, given | mmlu, "eval").max_completion_length == 512
+
+
 def test_a_saved_configuration_is_read_as_it_was(tmp_path):
     made = cfg(beta=0.04, rl_algorithm="dapo")
     (tmp_path / "config.yaml").write_text(made.to_yaml())
