@@ -20,7 +20,6 @@ from erniekit.utils.errors import ConfigError, UserError
 
 _FIELDS = schema.fields()
 _KEY = re.compile(r"\s*([A-Za-z_]\w*): ")
-_TREE = tuple[yaml.ScalarNode, yaml.Node]
 
 
 def groups(command: str, docs: Mapping[str, str]) -> list[dict[str, Any]]:
@@ -138,7 +137,7 @@ def _root(text: str) -> yaml.MappingNode | None:
     raise UserError("the text is no YAML with lines `key: value`.")
 
 
-def _leaves(node: yaml.Node | None, depth: int = 0) -> Iterator[_TREE]:
+def _leaves(node: yaml.Node | None, depth: int = 0) -> Iterator[tuple[yaml.ScalarNode, yaml.Node]]:
     """The keys of a text, those within blocks included, with their values."""
     if not isinstance(node, yaml.MappingNode) or depth > 8:
         return

@@ -1,4 +1,4 @@
-"""Expands the values of keys that are paths; no other module does."""
+"""Expands the values of keys that are paths, when they are read."""
 
 import os
 import re

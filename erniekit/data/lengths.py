@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from erniekit.data.records.dataset import Dataset
-from erniekit.data.sampler import random_bits
+from erniekit.data.sampler import uniform_numbers
 from erniekit.data.workers import EncodingService
 from erniekit.utils import atomic, log
 from erniekit.utils.errors import DataError
@@ -104,8 +104,8 @@ def choose_sample(dataset: Dataset, max_samples: int) -> np.ndarray:
     sample_size = min(max_samples, max(int(size * share), _MIN_SAMPLES))
     if sample_size >= size:
         return np.arange(size)
-    offsets = (random_bits((_SEED,), 0, sample_size) >> np.uint64(11)) * 2.0**-53
-    return np.unique(((np.arange(sample_size) + offsets) * (size / sample_size)).astype(np.int64))
+    places = np.arange(sample_size) + uniform_numbers((_SEED,), 0, sample_size)
+    return np.unique((places * (size / sample_size)).astype(np.int64))
 
 
 def measure_lengths(dataset: Dataset, service: EncodingService, max_samples: int) -> Lengths:

@@ -199,11 +199,8 @@ class CompletionTable:
         return len(self.segments)
 
 
-_NO_FLOATS = np.zeros(0, np.float32)
-NO_COMPLETIONS = CompletionTable(*(np.zeros(0, np.int64),) * 2, _NO_FLOATS, *(np.zeros(0, np.int64),) * 2, _NO_FLOATS)
-
-
-_NO_NUMBERS = np.zeros(0, np.int64)
+_NO_FLOATS, _NO_NUMBERS = np.zeros(0, np.float32), np.zeros(0, np.int64)
+NO_COMPLETIONS = CompletionTable(_NO_NUMBERS, _NO_NUMBERS, _NO_FLOATS, _NO_NUMBERS, _NO_NUMBERS, _NO_FLOATS)
 
 
 @dataclass(frozen=True)
@@ -384,8 +381,7 @@ class PackedBatch:
         return counts[self.answers].astype(np.float32)
 
 
-_NONE = np.empty(0, np.int64)
-_EMPTY = PackedBatch.text_row(_NONE, _NONE, _NONE, _NONE, [])
+_EMPTY = PackedBatch.text_row(_NO_NUMBERS, _NO_NUMBERS, _NO_NUMBERS, _NO_NUMBERS, [])
 
 
 def make_row(documents: Sequence[Document], sources: Sequence[str]) -> PackedBatch:

@@ -152,8 +152,8 @@ class PackedStream:
 
     def is_at_end(self, position: Position) -> bool:
         """Whether there is no row after `position`, as far as this is known without reading."""
-        if self._num_rounds is None or self._is_beyond(position):
-            return self._num_rounds is not None
+        if self._is_beyond(position):
+            return True
         whole = position.closed and position.stop == len(self.ids(position.round))
         return whole and not self._more(position.round + 1)
 
@@ -206,7 +206,7 @@ class PackedStream:
 
     def _numbers(self, position: Position) -> Iterator[int]:
         """The record numbers to encode from `position` on: those with carried documents, then those in order."""
-        ids = self.ids(position.round) if self._more(position.round) else np.empty(0, np.int64)
+        ids = self.ids(position.round)
         for index in dict.fromkeys(index for index, _ in position.carried):
             yield int(ids[index])
         number, start = position.round, position.start

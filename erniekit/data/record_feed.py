@@ -321,9 +321,9 @@ def training_template(
 class _SplitKeys:
     """The keys of the configuration about the data of a split."""
 
-    paths: Any
-    types: Any
-    probs: Any
+    paths: tuple[str, ...]
+    types: tuple[str, ...]
+    probs: tuple[float, ...]
     strategy: str
     shuffle: bool
     num_epochs: float | None

@@ -47,6 +47,11 @@ def random_bits(key: Sequence[int], start: int, stop: int) -> np.ndarray:
     return _mix(np.uint64(state) + counters * np.uint64(_GOLDEN))
 
 
+def uniform_numbers(key: Sequence[int], start: int, stop: int) -> np.ndarray:
+    """The same as numbers in [0, 1), float64: their upper 53 bits, the precision of a double."""
+    return (random_bits(key, start, stop) >> np.uint64(11)) * 2.0**-53
+
+
 def permutation(n: int, key: Sequence[int]) -> np.ndarray:
     """A random permutation of 0..n-1, integers [n] (4 bytes each if n is below 2^32). It sorts n random numbers,
     which are all different since the hash is a bijection.
@@ -106,9 +111,7 @@ class Sampler:
 
     def _picks(self, key: tuple[int, ...], start: int, stop: int) -> np.ndarray:
         """The sources that draws start..stop-1 pick: uint16 [stop - start]."""
-        # The upper 53 bits of a random number, the precision of a double, make a uniform number in [0, 1).
-        uniform = (random_bits((*key, 1), start, stop) >> np.uint64(11)) * 2.0**-53
-        return np.searchsorted(self._edges, uniform, side="right").astype(np.uint16)
+        return np.searchsorted(self._edges, uniform_numbers((*key, 1), start, stop), side="right").astype(np.uint16)
 
     def _random_round(self, number: int) -> np.ndarray:
         # Where a round continues in each source depends on how often earlier rounds picked it. Counting their picks is

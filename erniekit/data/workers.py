@@ -18,8 +18,6 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any, Protocol
 
-from erniekit.data.chat import template as chat
-from erniekit.data.chat import tokenizer as text_tokenizer
 from erniekit.data.chat.encode import Encoded, Encoder, Template, Tokenizer
 from erniekit.data.records.dataset import Dataset
 from erniekit.data.vision.encode import VisionEncoder, VisionSpec
@@ -44,28 +42,16 @@ class EncoderSpec:
     on_bad_line: str = "error"
     max_prompt_len: int | None = None
     template: Template | None = None
-    template_text: tuple[str, str] | None = None
     vision: VisionSpec | None = None
     length_key: str = "max_seq_len"
 
-    def __getstate__(self) -> dict[str, Any]:
-        """The picklable state: a compiled template is replaced by its name and text."""
-        state = dict(vars(self))
-        if isinstance(self.template, chat.Template) and not isinstance(self.template, VisionTemplate):
-            state |= {"template": None, "template_text": (self.template.name, self.template.source)}
-        return state
-
     def make(self) -> Encoder | VisionEncoder:
         """The encoder."""
-        template = self.template
         if self.vision is not None:
-            assert isinstance(template, VisionTemplate), "records with pictures need a template that shows them"
-            return VisionEncoder(template, self.vision, self.max_seq_len, self.on_bad_line)
-        if self.template_text is not None:
-            assert isinstance(self.tokenizer, text_tokenizer.Tokenizer), "a template is made with its tokenizer"
-            template = chat.Template(*self.template_text, self.tokenizer)
+            assert isinstance(self.template, VisionTemplate), "records with pictures need a template that shows them"
+            return VisionEncoder(self.template, self.vision, self.max_seq_len, self.on_bad_line)
         return Encoder(
-            self.tokenizer, template, self.max_seq_len, self.truncation, self.on_bad_line, self.max_prompt_len
+            self.tokenizer, self.template, self.max_seq_len, self.truncation, self.on_bad_line, self.max_prompt_len
         )
 
 

@@ -11,7 +11,7 @@ from erniekit.config import Config
 from erniekit.data.records.data_file import Raw
 from erniekit.data.records.dataset import Dataset
 from erniekit.data.records.errors import BadLine, reading
-from erniekit.data.records.formats import VISION_TYPE, parse_record
+from erniekit.data.records.formats import parse_record
 from erniekit.data.records.readers import load_record
 from erniekit.data.records.sample import Sample
 from erniekit.data.vision.formats import parse_vision_record
@@ -121,11 +121,10 @@ def _questions_of(found: PreparedChatModel, type_name: str, raw: Raw, where: str
     """The questions of a record. BadLine where it, or the header of one of its pictures, cannot be read."""
     with reading(where):
         record = load_record(raw, where)
-        if found.vision is not None and type_name.endswith(VISION_TYPE):
-            options = found.vision.formats(where)
-            sample = parse_vision_record(record, type_name, where, options)
-        else:
+        if found.vision is None:
             sample = parse_record(record, type_name, where)
+        else:
+            sample = parse_vision_record(record, type_name, where, found.vision.formats(where))
         if sample.answers is not None:  # a pair: the question's answer is the first turn of the chosen one
             sample = Sample([*sample.messages, sample.answers[0][0]], tools=sample.tools)
         assert sample.kind == "chat", "config/checks.py refuses plain text"

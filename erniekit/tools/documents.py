@@ -26,11 +26,11 @@ class DocumentSearch:
         files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES)
         if not files:
             raise ConfigError(f"document_search_path: {path} is no file, and no directory with {', '.join(SUFFIXES)}.")
-        lines = [line.strip() for file in files for line in read_text(file, ConfigError).splitlines()]
-        self.documents = [line for line in lines if line][:_MAX_DOCUMENTS]
-        if not self.documents:
+        lines = [line.strip() for file in files for line in read_text(file, ConfigError).splitlines() if line.strip()]
+        self.documents = lines[:_MAX_DOCUMENTS]
+        if not lines:
             raise ConfigError(f"document_search_path: {path} holds no text.")
-        if len(self.documents) == _MAX_DOCUMENTS:
+        if len(lines) > _MAX_DOCUMENTS:
             log.warning(f"document_search_path: only the first {_MAX_DOCUMENTS:,} lines of {path} are searched")
         self._lengths: list[int] = []
         self._counts: dict[str, list[tuple[int, int]]] = defaultdict(list)  # word -> (document, how often)

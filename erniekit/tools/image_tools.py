@@ -65,7 +65,7 @@ class ImageTools:
             run[ZOOM] = self._zoom
         if SEARCH in names:
             assert search_dir is not None, "config/checks.py requires it"
-            self._search_index = ImageSearch(Path(search_dir).expanduser(), spec.images)
+            self._search_index = ImageSearch(Path(search_dir), spec.images)
             run[SEARCH] = self._search
         self._run = run
 

@@ -34,7 +34,7 @@ class Toolbox:
             self._text[CALCULATOR] = calculate
         if DOCUMENTS in args.tools:
             assert args.document_search_path is not None, "config/checks.py requires it"
-            self._search = DocumentSearch(base / Path(args.document_search_path).expanduser())
+            self._search = DocumentSearch(base / args.document_search_path)
             self._text[DOCUMENTS] = self._documents
         self._pictures: ImageTools | None = None
         if ZOOM in args.tools:

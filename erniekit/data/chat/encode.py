@@ -113,7 +113,7 @@ class Encoder:
         documents = [
             Document(tokens[at : at + self._max_seq_len], labels[at : at + self._max_seq_len]) for at in starts
         ]
-        if len(documents) > 1 and len(documents[-1][0]) == 1:
+        if len(documents) > 1 and len(documents[-1].ids) == 1:
             documents.pop()  # a document of eos alone has no target: the document before it already predicts this eos
         return Encoded(where, documents)
 

@@ -12,7 +12,7 @@ or `data_source`.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 from erniekit.data.records.errors import BadRecord
 from erniekit.data.records.fields import DECISIVE, Notes, has_content, misspelt
@@ -47,7 +47,6 @@ class Closed(NamedTuple):
 
 
 Closer = Callable[[dict[str, Any]], Closed]
-Options = TypeVar("Options")
 
 
 def _erniekit(record: dict[str, Any]) -> Closed:

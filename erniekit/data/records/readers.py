@@ -97,7 +97,6 @@ class _TextFile(DataFile):
         return b""
 
     def _check_form(self) -> None:
-        check_regular(self.path)
         with open(self.path, "rb") as file:
             check_form(self.path, file.read(FORM_BYTES))
 

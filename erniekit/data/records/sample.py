@@ -188,6 +188,8 @@ def _no_role(turn: dict[str, Any], name: str, keys: tuple[str, str], given: Any)
 
 def check_order(turns: list[dict[str, Any]], name: str) -> None:
     """Checks the order of roles: [system] user (assistant [tool ... assistant]) user ... assistant."""
+    if not turns:
+        raise BadRecord(f"{name!r} has no turn but an empty system message", "give a question and its answer")
     before = "start"
     for i, turn in enumerate(turns):
         role = turn["role"]

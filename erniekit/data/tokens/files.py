@@ -45,11 +45,7 @@ def dtype_for(vocab_size: int) -> str:
 
 def strip_suffix(path: str) -> Path:
     """The prefix of a path that is either the prefix itself or one of its two files."""
-    for suffix in (".bin", ".idx"):
-        if path.endswith(suffix):
-            path = path.removesuffix(suffix)
-            break
-    return Path(path).expanduser()
+    return Path(path.removesuffix(".idx") if path.endswith(".idx") else path.removesuffix(".bin"))
 
 
 class TokenFile:

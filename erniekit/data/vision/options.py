@@ -107,6 +107,6 @@ def _choice(cfg: Config, base: FrameOptions) -> FrameOptions:
     if choice.min_frames > choice.max_frames:  # one of them is not given: load() compared what was
         names = ("video_min_frames", "video_max_frames")
         name, other = names if cfg.video_max_frames is None else names[::-1]
-        value, theirs = (getattr(choice, key.removeprefix("video_")) for key in (name, other))
+        value, theirs = (vars(choice)[key.removeprefix("video_")] for key in (name, other))
         raise ConfigError(f"{name}: {value} contradicts {other}, which is {theirs} where it is not given. Give it, too")
     return choice

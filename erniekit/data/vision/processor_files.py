@@ -13,13 +13,14 @@ from typing import Any
 
 import numpy as np
 
+from erniekit.data.chat.tokenizer_files import read_optional
 from erniekit.data.vision.frames import FONT, FrameOptions
 from erniekit.data.vision.pixels import MEAN, STD
 from erniekit.data.vision.positions import MERGED_FRAMES
 from erniekit.data.vision.smart_resize import IMAGE_LIMITS, PUBLISHED, VIDEO_LIMITS, Patching, PixelLimits
 from erniekit.utils import atomic, log
 from erniekit.utils.errors import CheckpointError
-from erniekit.utils.user_files import JsonObject, read_json_object
+from erniekit.utils.user_files import JsonObject
 
 IMAGE_FILE, VIDEO_FILE, PROCESSOR_FILE = (
     "preprocessor_config.json",
@@ -69,7 +70,7 @@ def read_settings(directory: Path, model: Patching | None = None) -> ProcessorSe
     `model`: how the model that receives the pixels divides them; it also normalises them itself, by pixels.MEAN and
     STD. CheckpointError names the file and the key that cannot be, or that differs from the model.
     """
-    outer, image, video = (_read(directory / name) for name in (PROCESSOR_FILE, IMAGE_FILE, VIDEO_FILE))
+    outer, image, video = (read_optional(directory / name) for name in (PROCESSOR_FILE, IMAGE_FILE, VIDEO_FILE))
     image = outer.get_object("image_processor") if "image_processor" in outer else image
     video = outer.get_object("video_processor") if "video_processor" in outer else video
     for switch in ("do_resize", "do_rescale", "do_normalize", "do_convert_rgb"):
@@ -221,13 +222,6 @@ def write_settings(directory: Path, settings: ProcessorSettings) -> None:
             Path(temporary).write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", "utf-8")
     with atomic.new_file(directory / FONT.name) as temporary:
         shutil.copyfile(FONT, temporary)
-
-
-def _read(path: Path) -> JsonObject:
-    try:
-        return JsonObject(read_json_object(path, CheckpointError), str(path), CheckpointError)
-    except FileNotFoundError:
-        return JsonObject({}, str(path), CheckpointError)
 
 
 def _limits(file: JsonObject, prefix: str, default: PixelLimits) -> PixelLimits:

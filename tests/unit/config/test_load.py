@@ -191,13 +191,18 @@ def test_overrides_win_over_the_file_and_the_last_one_over_the_others(write):
 
 def test_what_overrides_replace_is_said_in_their_order(write):
     """The order of a set of texts differs from process to process."""
-    ours = ["max_seq_len", "lora_rank", "recompute", "random_shuffle", "buffer_size", "chat_template", "lr_scheduler_type"]
-    theirs = ["max_seq_length", "lora_r", "use_recompute", "dataloader_shuffle", "packing_interval", "template"]
-    values, others = ["8", "2", "true", "false", "7", "text", "cosine"], ["9", "3", "false", "true", "6", "vl", "linear"]
-    path = write(BASE + "".join(f"{key}: {value}\n" for key, value in zip(ours, values, strict=True)))
-    words = [f"{key}={value}" for key, value in zip([*theirs, "lr_scheduler"], others, strict=True)]
-    notes = [note for note in load(path, words).notes if note.endswith("decides")]
-    assert [note.partition(":")[0] for note in notes] == ours
+    replaced = {
+        "max_seq_len: 8": "max_seq_length=9",
+        "lora_rank: 2": "lora_r=3",
+        "recompute: true": "use_recompute=false",
+        "random_shuffle: false": "dataloader_shuffle=true",
+        "buffer_size: 7": "packing_interval=6",
+        "chat_template: text": "template=vl",
+        "lr_scheduler_type: cosine": "lr_scheduler=linear",
+    }
+    notes = load(write(BASE + "\n".join(replaced)), list(replaced.values())).notes
+    said = [note.partition(":")[0] for note in notes if note.endswith("decides")]
+    assert said == [line.partition(":")[0] for line in replaced]
 
 
 def test_an_override_by_another_name_wins_over_the_file(write):

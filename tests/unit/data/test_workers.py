@@ -1,5 +1,6 @@
 import gc
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -11,7 +12,10 @@ import pytest
 from support.data_runs import build, config, numbered_conversations, run, same, steps, write
 from support.fake_text import FakeTemplate, FakeTokenizer
 
+from erniekit.data.chat.template import load_template
+from erniekit.data.chat.tokenizer import load_tokenizer
 from erniekit.data.loader import build_loader
+from erniekit.data.workers import EncoderSpec
 from erniekit.utils import stop_signals
 from erniekit.utils.errors import DataError
 
@@ -19,6 +23,16 @@ from erniekit.utils.errors import DataError
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     return numbered_conversations(tmp_path_factory.mktemp("data"))
+
+
+def test_a_template_reaches_a_worker_with_its_tokenizer():
+    tokenizer = load_tokenizer(Path(__file__).parents[3] / "examples" / "models" / "tiny-moe")
+    spec = EncoderSpec(tokenizer, 64, template=load_template(tokenizer, "text"))
+    sent = pickle.loads(pickle.dumps(spec))
+    assert sent.template.tokenizer is sent.tokenizer  # not a second copy, which may be large
+    record = ("erniekit", b'{"src": ["q"], "tgt": ["a"]}', "a.jsonl:1")
+    [ours], [theirs] = (each.make()(*record).documents for each in (spec, sent))
+    assert ours.ids.tolist() == theirs.ids.tolist() and ours.labels.tolist() == theirs.labels.tolist()
 
 
 def pid_of_workers(parent):

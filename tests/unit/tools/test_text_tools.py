@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 
 from erniekit.config.schema_rollout_tools import RolloutToolArgs
+from erniekit.tools import documents
 from erniekit.tools.calculator import calculate
 from erniekit.tools.documents import DocumentSearch
 from erniekit.tools.result import BadCall
@@ -79,6 +80,14 @@ def test_documents_are_found_by_their_rarest_words(tmp_path):
         search.find("?!")
     with pytest.raises(ConfigError, match="document_search_path"):
         DocumentSearch(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize(("most", "warns"), [(3, False), (2, True)])
+def test_lines_that_are_not_searched_are_said(tmp_path, monkeypatch, caplog, most: int, warns: bool):
+    monkeypatch.setattr(documents, "_MAX_DOCUMENTS", most)
+    (tmp_path / "a.txt").write_text("one\n\ntwo\nthree\n")
+    assert DocumentSearch(tmp_path).documents == ["one", "two", "three"][:most]
+    assert ("only the first 2 lines" in caplog.text) == warns
 
 
 OWN = '''

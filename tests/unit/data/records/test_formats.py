@@ -172,6 +172,7 @@ def test_sharegpt_has_a_system_field_and_tools_as_json_text():
         ([user("q"), {"role": "function", "content": "f()"}], r"messages\[1\].content: not JSON"),
         ([user("q") | {"tool_calls": [call()]}, assistant("a")], "what only an assistant has"),
         ([], "at least one entry"),
+        ([system("")], "'messages' has no turn but an empty system message"),
     ],
 )
 def test_messages_errors(messages, reason):
