@@ -12,6 +12,7 @@ from typing import Any
 from erniekit import hub
 from erniekit.cli import options
 from erniekit.config.paths import expand
+from erniekit.config.token_files import checked_prefix
 from erniekit.config.values import to_bool, to_float, to_int
 from erniekit.data.chat.tokenizer import load_tokenizer
 from erniekit.data.tokens import build
@@ -64,7 +65,7 @@ def _seconds(text: str) -> float:
 
 _OPTIONS: options.Readers = {
     "tokenizer": expand,
-    "output": expand,
+    "output": lambda text: checked_prefix(expand(text)),
     "workers": _workers,
     "append_eos": to_bool,
     "on_bad_line": options.one_of("error", "skip"),

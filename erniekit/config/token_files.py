@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from pathlib import PurePath
 
 
 def weighted_prefixes(words: Sequence[str]) -> list[tuple[float | None, str]]:
@@ -12,7 +13,7 @@ def weighted_prefixes(words: Sequence[str]) -> list[tuple[float | None, str]]:
     if any(word.endswith("::CPT") for word in words):
         raise ValueError("::CPT marks data for self_constraint_cpt, which this version does not have. Remove it")
     if all(_number(word) is None for word in words):
-        return [(None, word) for word in words]
+        return [(None, checked_prefix(word)) for word in words]
     pairs: list[tuple[float | None, str]] = [_weighted(*pair) for pair in zip(words[0::2], words[1::2], strict=False)]
     if len(words) % 2:
         raise ValueError(
@@ -22,6 +23,13 @@ def weighted_prefixes(words: Sequence[str]) -> list[tuple[float | None, str]]:
     return pairs
 
 
+def checked_prefix(path: str) -> str:
+    """The path, if names can begin with it. Raises ValueError for one that is a directory alone (., .., /)."""
+    if PurePath(path).name in ("", "..", ".bin", ".idx"):
+        raise ValueError(f"{path} is no prefix: the files are PREFIX.bin and PREFIX.idx. Write one, such as data/part0")
+    return path
+
+
 def _weighted(weight: str, prefix: str) -> tuple[float, str]:
     number = _number(weight)
     if number is None or not 0 < number < math.inf:
@@ -29,7 +37,7 @@ def _weighted(weight: str, prefix: str) -> tuple[float, str]:
             f"the weight of {prefix} must be a number more than 0, got {weight!r}. Write a weight before every prefix, "
             "or before none; to leave a file out, remove it"
         )
-    return number, prefix
+    return number, checked_prefix(prefix)
 
 
 def _number(text: str) -> float | None:

@@ -25,7 +25,7 @@ from erniekit.data.records.fields import Notes, unused_line
 from erniekit.data.records.find_files import check_form, find_files, first_names, refuse_packed
 from erniekit.data.records.formats import parse_record
 from erniekit.data.records.readers import load_record
-from erniekit.data.tokens.files import TokenWriter, dtype_for
+from erniekit.data.tokens.files import TokenWriter, dtype_for, file_of
 from erniekit.data.workers import Worker
 from erniekit.utils import log
 from erniekit.utils.errors import DataError
@@ -248,7 +248,7 @@ class _Note:
     """The file that records the progress of a build and what it is made from."""
 
     def __init__(self, prefix: Path, job: dict[str, Any]):
-        self.path = prefix.with_name(prefix.name + ".progress.json")
+        self.path = file_of(prefix, ".progress.json")
         self._job = job
 
     def read(self) -> Progress | None:
@@ -349,7 +349,7 @@ def build_token_files(
 
 def _begin(prefix: Path, note: _Note, overwrite: bool) -> Progress | None:
     """The progress to begin from; None if everything is written and only the progress file needs to be removed."""
-    final = [prefix.with_name(prefix.name + suffix) for suffix in (".bin", ".idx")]
+    final = [file_of(prefix, suffix) for suffix in (".bin", ".idx")]
     if overwrite:  # the files themselves stay until new ones can take their names
         for path in [note.path, *TokenWriter.leftovers(prefix)]:
             path.unlink(missing_ok=True)

@@ -48,6 +48,11 @@ def strip_suffix(path: str) -> Path:
     return Path(path.removesuffix(".idx") if path.endswith(".idx") else path.removesuffix(".bin"))
 
 
+def file_of(prefix: Path, suffix: str) -> Path:
+    """The file whose name is that of a prefix and a suffix."""
+    return prefix.with_name(prefix.name + suffix)
+
+
 class TokenFile:
     """One pair of files, checked and mapped into memory. It needs 8 bytes of memory per document, for its position.
 
@@ -57,9 +62,9 @@ class TokenFile:
 
     def __init__(self, prefix: Path, vocab_size: int):
         self.prefix, self._vocab_size = prefix, vocab_size
-        self.bin_path, self.idx_path = prefix.with_name(prefix.name + ".bin"), prefix.with_name(prefix.name + ".idx")
+        self.bin_path, self.idx_path = file_of(prefix, ".bin"), file_of(prefix, ".idx")
         _check_there(prefix, self.bin_path, self.idx_path)
-        if prefix.with_name(prefix.name + ".lsm").exists():
+        if file_of(prefix, ".lsm").exists():
             log.warning(f"{prefix}.lsm: a loss mask of PaddleFormers, which is not read: every token is learnt")
         try:
             self.starts = self._read_index()  # the token at which each document begins, int64 [documents + 1]
@@ -211,7 +216,7 @@ def _check_there(prefix: Path, bin_path: Path, idx_path: Path) -> None:
     missing = [path for path in (idx_path, bin_path) if not path.is_file()]
     if not missing:
         return
-    old = prefix.with_name(prefix.name + "_ids.npy")
+    old = file_of(prefix, "_ids.npy")
     if old.is_file():
         hint = f"{old.name} is PaddleNLP's older form, which is not read; make {prefix.name}.bin and .idx from the text"
     else:
@@ -237,10 +242,8 @@ class TokenWriter:
     def __init__(self, prefix: Path, dtype: str, documents: int = 0, tokens: int = 0):
         self._dtype = np.dtype(dtype)
         self.documents, self.tokens = documents, tokens
-        self._final = {suffix: prefix.with_name(prefix.name + suffix) for suffix in (".bin", ".idx")}
-        self._parts = {
-            suffix: prefix.with_name(prefix.name + suffix + ".part") for suffix in (".bin", ".idx", ".sizes")
-        }
+        self._final = {suffix: file_of(prefix, suffix) for suffix in (".bin", ".idx")}
+        self._parts = {suffix: file_of(prefix, f"{suffix}.part") for suffix in (".bin", ".idx", ".sizes")}
         prefix.parent.mkdir(parents=True, exist_ok=True)
         size, part, final = tokens * self._dtype.itemsize, self._parts[".bin"], self._final[".bin"]
         if documents and not part.exists() and final.exists() and final.stat().st_size == size:
@@ -251,7 +254,7 @@ class TokenWriter:
     @staticmethod
     def leftovers(prefix: Path) -> list[Path]:
         """The existing temporary files of an unfinished build."""
-        paths = [prefix.with_name(prefix.name + suffix + ".part") for suffix in (".bin", ".idx", ".sizes")]
+        paths = (file_of(prefix, f"{suffix}.part") for suffix in (".bin", ".idx", ".sizes"))
         return [path for path in paths if path.exists()]
 
     def add(self, ids: np.ndarray) -> None:

@@ -50,6 +50,7 @@ def test_both_forms_of_options_and_their_names():
         (["a", "output=o"], "tokenizer: needed"),
         (["a", "tokenizer=m"], "output: needed"),
         (["tokenizer=m", "output=o"], "expected .jsonl or .txt files"),
+        (["a", "tokenizer=m", "output=."], r"output=.: . is no prefix: the files are PREFIX.bin"),
         (["a", "tokenizer=m", "output=o", "workers=-1"], r"workers=-1: must be 0 \(this process alone\) or more"),
         (["a", "tokenizer=m", "output=o", "workers=two"], "workers=two: expected an integer"),
         (["a", "tokenizer=m", "output=o", "note_every=-1"], "note_every=-1: must be at least 0"),
