@@ -5,13 +5,13 @@ Every prompt is rendered once at the start, so that each one that cannot be used
 prompt is never shortened: one that is longer than `max_prompt_len` is left out and counted.
 """
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 
+from erniekit.data.chat.encode import template_hash
 from erniekit.data.chat.template import Template
 from erniekit.data.records.dataset import Dataset, Source, SourceSpec, with_pictures
 from erniekit.data.records.errors import SKIPPABLE, BadLine, BadRecord, reading
@@ -135,7 +135,7 @@ class PromptSet:
         return {
             "content of the prompts": self.dataset.digests,
             "tokenizer": options.template.tokenizer.fingerprint,
-            "chat template": hashlib.blake2b(options.template.source.encode(), digest_size=8).hexdigest(),
+            "chat template": template_hash(options.template),
             "max_prompt_len": options.max_prompt_len,
             "enable_thinking": options.enable_thinking,
             "tools": options.tools,

@@ -3,7 +3,6 @@
 files and sources (checked at the start) -> order (shuffled, mixed) -> encode (tokens, labels) -> packing (rows).
 """
 
-import hashlib
 import math
 from collections.abc import Generator, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -12,7 +11,7 @@ from typing import Any
 from erniekit.config import Config
 from erniekit.data.chat import template as chat
 from erniekit.data.chat import tokenizer as text_tokenizer
-from erniekit.data.chat.encode import Encoded, Template, Tokenizer
+from erniekit.data.chat.encode import Encoded, Template, Tokenizer, template_hash
 from erniekit.data.lengths import Lengths, choose_sample, measure_lengths
 from erniekit.data.packed_batch import PackedBatch
 from erniekit.data.packed_stream import PackedStream, Position
@@ -272,7 +271,7 @@ def open_text(
     identity = _identity(cfg, specs, dataset, packer) | {
         f"content of {path_key(split)}": dataset.digests,
         "tokenizer": tokenizer.fingerprint,
-        "chat template": None if _is_plain(specs) else _hash(template),
+        "chat template": None if template is None or _is_plain(specs) else template_hash(template),
     }
     if vision is not None:
         identity["pictures"] = repr(vision)
@@ -293,11 +292,6 @@ def _warn_of_one_judgement(cfg: Config, dataset: Dataset, split: str) -> None:
 def _is_plain(specs: list[SourceSpec]) -> bool:
     """Whether no record needs a chat template."""
     return all(spec.type == "text" for spec in specs)
-
-
-def _hash(template: Template | None) -> str | None:
-    """The hash of a template's text; None without a template."""
-    return None if template is None else hashlib.blake2b(template.source.encode(), digest_size=8).hexdigest()
 
 
 def training_template(

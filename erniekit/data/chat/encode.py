@@ -1,5 +1,6 @@
 """Encodes samples to token ids and labels of at most max_seq_len tokens."""
 
+import hashlib
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
@@ -39,6 +40,11 @@ class Template(Protocol):
     ) -> list[Any]: ...
 
     def labels(self, segments: Any) -> tuple[list[int], list[int]]: ...
+
+
+def template_hash(template: Template) -> str:
+    """A hash of a template's text, by which a resumed run knows it."""
+    return hashlib.blake2b(template.source.encode(), digest_size=8).hexdigest()
 
 
 @dataclass(frozen=True)

@@ -21,11 +21,11 @@ from erniekit.data.records.values import kind_of, list_of, text_of
 from erniekit.data.vision.boxes import convert_arguments, convert_text, doubt_about
 from erniekit.data.vision.erniekit_format import read_erniekit
 from erniekit.data.vision.images import image_size
-from erniekit.data.vision.tags import FormatOptions, RecordMedia, fill_tags
+from erniekit.data.vision.tags import MEDIA, FormatOptions, RecordMedia, fill_tags
 from erniekit.data.vision.text_and_pairs import READERS
 from erniekit.data.vision.turns import read_turn
 
-_MEDIA = ("images", "image", "videos", "video", "objects")
+_MEDIA = (*MEDIA, "objects")
 _ALL_MEDIA = ("image_info", "video_info", *_MEDIA)
 _SIGNATURES = {  # field -> the type that a record with it probably is
     "text_info": "erniekit",

@@ -13,6 +13,7 @@ from erniekit.data.vision.images import IMAGE_OPTIONS, ImageOptions, image_size
 from erniekit.data.vision.media import MediaReader
 from erniekit.data.vision.parts import merged, options_inside, unknown_inside
 
+MEDIA = ("images", "image", "videos", "video")  # fields of a record, see RecordMedia
 _TAG = re.compile(r"<(image|video|audio)>")
 _OBJECT_TAG = re.compile(r"<(bbox|ref-object)>")
 _OF_OBJECTS = ("ref", "bbox", "bbox_type", "image_id")

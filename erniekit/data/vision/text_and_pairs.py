@@ -17,10 +17,9 @@ from erniekit.data.records.preference_formats import (
     pair_of_sharegpt,
 )
 from erniekit.data.records.sample import Sample
-from erniekit.data.vision.tags import FormatOptions, RecordMedia, fill_tags
+from erniekit.data.vision.tags import MEDIA, FormatOptions, RecordMedia, fill_tags
 from erniekit.data.vision.turns import read_turn
 
-MEDIA = ("images", "image", "videos", "video")
 Reader = Callable[[dict[str, Any], FormatOptions, Notes], Sample]
 
 

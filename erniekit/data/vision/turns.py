@@ -6,6 +6,7 @@ from erniekit.data.records.errors import BadRecord
 from erniekit.data.records.fields import Notes, check_text_parts, has_content
 from erniekit.data.records.sample import turn_of
 from erniekit.data.vision.parts import content_parts, merged, text_in
+from erniekit.data.vision.tags import MEDIA
 
 _STAND_IN = "-"  # for the text of a message that has none beside its pictures
 
@@ -13,7 +14,7 @@ _STAND_IN = "-"  # for the text of a message that has none beside its pictures
 def read_turn(turn: Any, name: str, keys: tuple[str, str], notes: Notes) -> dict[str, Any]:
     """records.sample.turn_of for a message whose content may have media parts: its content is then a list of parts."""
     content = turn.get(keys[1]) if isinstance(turn, dict) else None
-    for field in ("images", "image", "videos", "video"):
+    for field in MEDIA:
         if isinstance(turn, dict) and has_content(turn.get(field)):
             raise BadRecord(
                 f"{name} has the field {field!r} of its own",
