@@ -316,7 +316,8 @@ def _devices(environ: Mapping[str, str]) -> tuple[str, ...]:
         return ()
     visible = environ.get("CUDA_VISIBLE_DEVICES")
     if visible is None:
-        return tuple(sorted(path.name.removeprefix("nvidia") for path in Path("/dev").glob("nvidia[0-9]*")))
+        names = (path.name.removeprefix("nvidia") for path in Path("/dev").glob("nvidia[0-9]*"))
+        return tuple(sorted(names, key=lambda name: (len(name), name)))  # 2 before 10
     return tuple(name.strip() for name in visible.split(",") if name.strip() not in ("", "-1"))
 
 

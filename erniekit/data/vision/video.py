@@ -124,7 +124,7 @@ def _is_file(source: Any, reader: MediaReader) -> bool:
 
 
 def _pictures_in(directory: Path) -> list[str]:
-    """The pictures of a directory in the order of the numbers in their names."""
+    """The pictures of a directory in the order of the numbers in their names, and then of the names (1.png, 01.png)."""
     known = {suffix for suffix, name in Image.registered_extensions().items() if name in FORMATS}
     files = [path for path in directory.iterdir() if path.suffix.lower() in known and not path.name.startswith(".")]
     if not files:
@@ -135,7 +135,7 @@ def _pictures_in(directory: Path) -> list[str]:
         return [(0, int(word), "") if word.isdecimal() else (1, 0, word) for word in words]
 
     # absolute: relative paths are relative to the data file, whose directory `directory` has already
-    return [str(path.absolute()) for path in sorted(files, key=by_number)]
+    return [str(path.absolute()) for path in sorted(files, key=lambda path: (by_number(path), path.name))]
 
 
 def _from_list(

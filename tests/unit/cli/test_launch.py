@@ -112,6 +112,13 @@ def job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     return make
 
 
+def test_gpus_come_in_the_order_of_their_numbers(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(launch.metadata, "distribution", lambda name: None)
+    monkeypatch.setattr(Path, "glob", lambda self, pattern: (self / f"nvidia{number}" for number in (10, 0, 2)))
+    assert launch._devices({}) == ("0", "2", "10")
+    assert launch._devices({"CUDA_VISIBLE_DEVICES": "3, 1,-1"}) == ("3", "1")
+
+
 def test_one_process_stays_this_one(job):
     assert job() is None
 

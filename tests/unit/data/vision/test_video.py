@@ -181,6 +181,17 @@ def test_frames_as_a_list_an_array_and_a_directory(reader, tmp_path):
             np.testing.assert_array_equal(found, expected)
 
 
+def test_frames_with_equal_numbers_do_not_come_in_the_order_of_the_file_system(reader, tmp_path, monkeypatch):
+    (tmp_path / "clip").mkdir()
+    names = ["01.png", "1.png", "2.png", "10.png"]
+    pixels = [blocks(64, 48, seed) for seed in range(len(names))]
+    for name, frame in zip(names, pixels, strict=True):
+        (tmp_path / "clip" / name).write_bytes(encoded(frame))
+    for order in (names, names[::-1]):
+        monkeypatch.setattr(Path, "iterdir", lambda self, order=order: (self / name for name in order))
+        np.testing.assert_array_equal(list(open_video(video("clip", fps=1), reader).decode(None)), pixels)
+
+
 def test_a_directory_of_frames_beside_a_data_file_that_is_named_by_a_relative_path(tmp_path, monkeypatch):
     (tmp_path / "data" / "clip").mkdir(parents=True)
     (tmp_path / "data" / "clip" / "0.png").write_bytes(encoded(blocks(64, 48, 0)))
