@@ -271,7 +271,7 @@ def open_text(
     identity = _identity(cfg, specs, dataset, packer) | {
         f"content of {path_key(split)}": dataset.digests,
         "tokenizer": tokenizer.fingerprint,
-        "chat template": None if template is None or _is_plain(specs) else template_hash(template),
+        "chat template": None if _is_plain(specs) else template_hash(template),
     }
     if vision is not None:
         identity["pictures"] = repr(vision)

@@ -42,9 +42,9 @@ class Template(Protocol):
     def labels(self, segments: Any) -> tuple[list[int], list[int]]: ...
 
 
-def template_hash(template: Template) -> str:
-    """A hash of a template's text, by which a resumed run knows it."""
-    return hashlib.blake2b(template.source.encode(), digest_size=8).hexdigest()
+def template_hash(template: Template | None) -> str | None:
+    """A hash of a template's text, by which a resumed run knows it; None without a template."""
+    return None if template is None else hashlib.blake2b(template.source.encode(), digest_size=8).hexdigest()
 
 
 @dataclass(frozen=True)
