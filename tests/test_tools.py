@@ -5,10 +5,12 @@ Scripts that compare with torch, transformers, PEFT or TRL are skipped where tho
 
 import importlib.util
 import json
+import random
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -163,6 +165,34 @@ def test_no_script_is_left_out():
     assert {path.name for path in (ROOT / "tools").glob("*.py")} == known
 
 
+def loaded(script: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(script, ROOT / "tools" / f"{script}.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[script] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_clips_of_the_demo_have_their_times(tmp_path: Path):
+    """So that its runs are without the warning about frames that come without times."""
+    from erniekit.data.records.fields import Notes
+    from erniekit.data.vision.formats import parse_vision_record
+    from erniekit.data.vision.media import MediaReader
+    from erniekit.data.vision.parts import media_of
+    from erniekit.data.vision.tags import FormatOptions
+    from erniekit.data.vision.video import open_video
+
+    drawing, reader, notes = loaded("make_vl_demo_data"), MediaReader(tmp_path), Notes()
+    row = drawing.clip(random.Random(0), held_out=False)
+    (tmp_path / "media").mkdir()
+    question, caption = drawing.records(row, drawing.write_media(row, tmp_path / "media" / "clip"), 0)
+    for record, kind in ((question, "messages"), (caption, "text")):
+        (clip,) = media_of(parse_vision_record(record, kind, "a.jsonl:1", FormatOptions(reader), notes).messages)
+        assert open_video(clip, reader, notes=notes).times[:3] == [0.0, 0.5, 1.0]
+    assert not notes.doubts
+
+
 def test_the_demo_evaluates_the_start_of_training_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Also where an earlier demo left its model."""
     from support.tiny_directories import model_directory
@@ -170,10 +200,7 @@ def test_the_demo_evaluates_the_start_of_training_first(tmp_path: Path, monkeypa
     from erniekit.config import load
     from erniekit.generation.load import find_model
 
-    spec = importlib.util.spec_from_file_location("demo", ROOT / "tools" / "demo.py")
-    assert spec is not None and spec.loader is not None
-    demo = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(demo)
+    demo = loaded("demo")
     (tmp_path / "examples").symlink_to(ROOT / "examples")
     model_directory(tmp_path / "demo_output" / "dense")
     monkeypatch.chdir(tmp_path)

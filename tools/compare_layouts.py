@@ -8,8 +8,7 @@
 The cases are those of tests/distributed/test_equality.py and test_traffic.py: tiny models, five optimizer steps for
 equality, one for cost. Bytes are what a rank sends in a step by kind, the formulas those of tests/support/traffic.py;
 "host" is what ranks tell one another in numbers and has none. The bubble is counted by simulating the schedule at
-equal costs of
-forward and backward.
+equal costs of forward and backward.
 """
 
 import argparse

@@ -257,13 +257,14 @@ def write_media(row: Row, path: Path) -> str:
 
 def records(row: Row, name: str, language: int) -> tuple[dict[str, Any], dict[str, Any]]:
     """The question with its answer, and the caption, as lines of two files. language: 0 Chinese, 1 English."""
-    medium: dict[str, Any] = {"type": "image", "image": f"media/{name}"}
+    kind = "video" if row.is_clip else "image"
+    medium: dict[str, Any] = {kind: f"media/{name}"}
     if row.is_clip:  # a directory of frames, and how many of them there are in a second
-        medium = {"type": "video", "video": f"media/{name}", "fps": FRAMES_PER_SECOND}
+        medium["fps"] = FRAMES_PER_SECOND
     answer = {"role": "assistant", "content": row.answer[language]}
-    question = {"role": "user", "content": [medium, {"type": "text", "text": row.question[language]}]}
-    tag, key = ("<video>", "videos") if row.is_clip else ("<image>", "images")
-    return {"messages": [question, answer]}, {"text": f"{tag}{row.caption[language]}", key: [f"media/{name}"]}
+    question = {"role": "user", "content": [{"type": kind, **medium}, {"type": "text", "text": row.question[language]}]}
+    caption = {"text": f"<{kind}>{row.caption[language]}", f"{kind}s": [medium]}
+    return {"messages": [question, answer]}, caption
 
 
 def number_questions(source: Path) -> list[tuple[str, str]]:

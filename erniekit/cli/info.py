@@ -63,14 +63,14 @@ def _key_usage(name: str) -> str:
     from erniekit.config.compat import Alias
     from erniekit.config.compat_keys import RULES
 
-    field = schema.fields().get(name)
+    field, rule = schema.fields().get(name), RULES.get(name)
+    if field is None and isinstance(rule, Alias):
+        return f"  {name}: another name of {rule.to}.\n{_key_usage(rule.to)}"
     if field is None:
-        rule, near = RULES.get(name), nearest(name)
         if rule is not None and not isinstance(rule, Alias):
             return textwrap.fill(f"  {name}: {_foreign(rule)}", 118, subsequent_indent="      ")
+        near = nearest(name)
         hint = f"did you mean {near}?" if near else synonyms.hint(name, schema.fields())
-        if isinstance(rule, Alias):
-            hint = f"it is another name of {rule.to}"
         in_brackets = f" ({hint})" if hint else ""
         raise ConfigError(f"there is no command and no key named {name!r}{in_brackets}; `erniekit help` lists commands")
     listed = {command: reference.by_group(command) for command in reference.KEYS}
@@ -79,7 +79,8 @@ def _key_usage(name: str) -> str:
         for command, groups in listed.items()
         if any(entry.name == name for entries in groups.values() for entry in entries)
     ]
-    lines = [_key_lines(reference.entry(field)), f"      Read by: {', '.join(readers)}."]
+    group = textwrap.fill(f"Group: {reference.key_doc(name)}", 118, initial_indent="      ", subsequent_indent="      ")
+    lines = [_key_lines(reference.entry(field)), f"      Read by: {', '.join(readers)}.", group]
     for key, value, stages in reference.method_defaults():
         if key == name:
             lines.append(f"      Default with stage {stages}: {value}.")

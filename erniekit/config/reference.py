@@ -85,16 +85,28 @@ class KeyEntry:
 
 def group_doc(name: str) -> str:
     """What a group of keys is about, and which methods read it where not all do."""
-    doc = " ".join((GROUPS[name].__doc__ or "").split())
-    readers = {
-        key: tuple(method for method in BUILT if METHODS[method].reads(key)) for key in option_names(GROUPS[name])
-    }
+    readers = {key: _methods(key) for key in option_names(GROUPS[name])}
     of_group = Counter(readers.values()).most_common(1)[0][0]
     if of_group == tuple(BUILT):
-        return doc
+        return _doc(name)
     others = {key: [method for method in methods if method not in of_group] for key, methods in readers.items()}
     also = "".join(f"; `{key}` also with {join_names(methods, 'or')}" for key, methods in others.items() if methods)
-    return f"{doc} Read only with stage: {join_names(of_group, 'or')}{also}."
+    return f"{_doc(name)} Read only with stage: {join_names(of_group, 'or')}{also}."
+
+
+def key_doc(key: str) -> str:
+    """What the group of a key is about, and which methods read the key where not all do."""
+    doc = next(_doc(name) for name, group in GROUPS.items() if key in option_names(group))
+    methods = _methods(key)
+    return doc if methods == tuple(BUILT) else f"{doc} Read only with stage: {join_names(methods, 'or')}."
+
+
+def _doc(group: str) -> str:
+    return " ".join((GROUPS[group].__doc__ or "").split())
+
+
+def _methods(key: str) -> tuple[str, ...]:
+    return tuple(method for method in BUILT if METHODS[method].reads(key))
 
 
 def method_defaults() -> list[tuple[str, str, str]]:

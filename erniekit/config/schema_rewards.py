@@ -56,7 +56,11 @@ class RewardArgs:
         choices=("stop", "zero", "drop"),
     )
     reward_max_failures: float = key(
-        0.5, "The run stops if a function fails for more than this share of the completions of a rollout.", ge=0, le=1
+        0.5,
+        "The run stops if a function fails for more than this share of the completions that a rollout has scored "
+        "so far.",
+        ge=0,
+        le=1,
     )
     domain_normalize: bool = key(
         False,
@@ -87,7 +91,7 @@ class RewardArgs:
         False, "Let the programs run although this system has no network namespaces to keep them from the network."
     )
     code_time_limit: float = key(
-        5.0, "Processor time of a program for each test of the reward code, in whole seconds.", gt=0
+        5.0, "Processor time of a program for each test of the reward code, in seconds, rounded up to whole ones.", gt=0
     )
     code_memory_mb: int = key(512, "Memory of a program of the reward code, in MB.", ge=32)
     code_score: str = key(

@@ -52,11 +52,17 @@ class RLArgs:
     steps_per_generation: int = key(
         1, "Optimizer steps into which the completions of a rollout are divided; each takes whole groups.", ge=1
     )
-    epsilon: float = key(3e-4, "Ratios below 1 - epsilon are clipped where the advantage is negative.", gt=0, lt=1)
+    epsilon: float = key(
+        3e-4,
+        "Ratios below 1 - epsilon are clipped where the advantage is negative; 0.0003 is the default of rl_algorithm: "
+        "gspo, others have 0.2.",
+        gt=0,
+        lt=1,
+    )
     epsilon_high: float = key(
         4e-4,
         "Ratios above 1 + epsilon_high are clipped where the advantage is positive; with rl_loss_type: cispo the "
-        "largest ratio.",
+        "largest ratio. 0.0004 is the default of rl_algorithm: gspo (docs/rl.md).",
         gt=0,
     )
     delta: float | None = key(

@@ -134,7 +134,8 @@ class EvalArgs:
     eval_output: str | None = key(None, "Directory for eval_results.json; not given: output_dir.", path=True)
     checkpoint: str | None = key(
         None,
-        "The model directory that eval, export, split, chat and server read; not given: the newest in output_dir.",
+        "The model directory that eval, export, split, chat and server read; not given: the final model in output_dir "
+        "or, of an unfinished run, its newest checkpoint.",
         path=True,
     )
 

@@ -224,7 +224,10 @@ def _found(found: Found, job: Job) -> list[str]:
             f"search: none of {found.tried:,} layouts of {job.cluster.gpus} x {job.cluster.gpu} fits",
             *found.faster,
         ]
-    lines = [f"search: the fastest of {found.tried:,} layouts that fit, with {job.step_tokens:,} tokens a step"]
+    lines = [
+        f"search: the fastest layouts that fit, of {found.tried:,} that may by a lower bound of their memory, with "
+        f"{job.step_tokens:,} tokens a step"
+    ]
     for number, candidate in enumerate(found.fits, 1):
         lines.append(
             f"  {number}. {words(job, candidate.keys)}: {_duration(candidate.time.seconds)} a step, "

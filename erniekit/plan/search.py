@@ -77,8 +77,8 @@ _WAITS = {
 
 @dataclass(frozen=True)
 class Found:
-    """What a search found: `fits`, the fastest first. `tried`: layouts that were timed; `faster`: one line for each
-    faster layout that does not fit, with how much is missing and where.
+    """What a search found: `fits`, the fastest first. `tried`: layouts that may fit by a lower bound of their memory;
+    `faster`: one line for each faster layout that does not fit, with how much is missing and where.
     """
 
     fits: tuple[Candidate, ...]
