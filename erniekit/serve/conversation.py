@@ -234,4 +234,4 @@ def _numbers(before: int, added: int) -> str:
 
 def _say(notes: Notes) -> None:
     for doubt in sorted(notes.doubts):
-        log.warning(doubt)
+        log.once(doubt)  # a picture is opened and, with the prompt, encoded

@@ -21,7 +21,7 @@ from erniekit.generation.load import ChatModel, open_model
 from erniekit.generation.session import Session
 from erniekit.serve.chat import chat
 from erniekit.serve.conversation import Conversation
-from erniekit.utils import streams
+from erniekit.utils import log, streams
 from erniekit.utils.errors import ConfigError, UserError
 
 
@@ -105,6 +105,12 @@ class TestTyped:
         assert [note.split(",")[0] for note in found] == ["Video 1: clip", "Picture 2: cup.png"]
         text = opened(model_dir, None).template.render(talk.messages)
         assert text.index("Picture 1:") < text.index("Video 1:") < text.index("Picture 2:")
+
+    def test_a_doubt_about_a_clip_is_said_once(self, model_dir: Path):
+        """It is opened when it is typed, and again when the prompt is encoded."""
+        with log.captured() as lines:
+            say(conversation(model_dir), "<video>clip</video>What happens?")
+        assert sum("frames of a video come without times" in text for _, text in lines) == 1
 
     def test_what_the_model_has_seen_is_not_decoded_again(self, model_dir: Path, here: Path):
         talk, fresh = conversation(model_dir), conversation(model_dir)
