@@ -7,6 +7,7 @@ import difflib
 from collections.abc import Iterable
 
 from erniekit.config.methods import BUILT, join_names
+from erniekit.config.schema_use import BENCHMARKS
 
 _CLOSE = 0.82  # from this difflib ratio on, a name counts as a typo of another; pref_beta and rope_theta have 0.63
 
@@ -97,6 +98,11 @@ _SAME: dict[str, str] = {
     "distributed_timeout": "ddp_timeout",
     "download_hub": "hub model_hub use_hub",
     "max_shard_size": "export_size shard_size",
+    "quantization_calibration_path": "export_quantization_dataset",
+    "quantization_calibration_samples": "export_quantization_nsamples",
+    "quantization_calibration_length": "export_quantization_maxlen",
+    "num_fewshot": "n_shot num_shots",
+    "eval_benchmark_path": "task_dir",
     "predict_with_generate": "generation_eval",
     "moe_aux_loss_lambda": "moe_aux_loss_coeff moe_aux_loss_coef aux_loss_coef",
     "moe_z_loss_lambda": "moe_z_loss_coeff router_z_loss_coef",
@@ -145,9 +151,13 @@ _OTHERWISE: dict[str, str] = {
     "freeze_multi_modal_projector freeze_aligner": "frozen_parameters: resampler leaves the resampler as it is",
     "vit_lr aligner_lr": "vit_lr_ratio and resampler_lr_ratio are shares of learning_rate",
     "media_dir image_dir image_folder": "paths of pictures are relative to the data file's directory",
-    "use_mora lora_use_mixer pissa pissa_init": "adapters are LoRA, rsLoRA (rslora) or DoRA (use_dora)",
-    "export_quantization_bit export_quantization_dataset": "quantization names the scheme of exported weights",
-    "reward_model": "stage: RM trains one; stage: RL uses it with reward_funcs: reward_model and reward_model_path",
+    "use_mora lora_use_mixer pissa pissa_init oft_rank oft_block_size oft_target": (
+        "adapters are LoRA, rsLoRA (rslora) or DoRA (use_dora)"
+    ),
+    "export_quantization_bit": "quantization names the scheme of exported weights",
+    "reward_model reward_model_adapters reward_model_type": (
+        "stage: RM trains one; stage: RL uses it with reward_funcs: reward_model and reward_model_path"
+    ),
     "export_dir": "`erniekit export` writes to export/ in output_dir",
     "disable_shuffling": "random_shuffle: False keeps the order of the files",
     "plot_loss": "remove it: loss.png is always drawn",
@@ -157,12 +167,16 @@ _OTHERWISE: dict[str, str] = {
     "use_kv_cache": "remove it: generation always uses a KV cache",
     "streaming": "remove it: data is always read as it is needed",
     "max_samples max_train_samples": "max_steps limits training, max_evaluate_steps evaluation",
-    "task train_task rlhf_type trainer trainer_type training_stage": _STAGES,
+    "train_task rlhf_type trainer trainer_type training_stage": _STAGES,
+    "task": f"{_STAGES}; for `erniekit eval` eval_benchmark takes {join_names(BENCHMARKS, 'or')}",
+    "lang": "remove it: a benchmark has prompts in one language",
     "ref_model ref_model_name_or_path reference_model ref_model_adapters": (
         "the reference is the model as it was before training, with the adapter of lora_path if there is one"
     ),
     "precompute_ref_log_probs": "ref_logps_cache names the file for the reference's log-probabilities",
     "use_muon": "optim: muon",
+    "use_galore galore_target galore_rank use_apollo apollo_target use_badam badam_mode use_adam_mini "
+    "optim_target_modules": "optim takes adamw, adamw_custom or muon",
     "do_sample": "temperature: 0 always takes the likeliest token",
     "num_beams": "there is no beam search; temperature: 0 always takes the likeliest token",
     "system default_system system_prompt": "give each record its system text",
@@ -173,6 +187,7 @@ _OTHERWISE: dict[str, str] = {
     "push_to_hub hub_model_id": "uploading is not built; upload output_dir with the Hub's own tool",
     "wandb use_wandb swanlab use_swanlab": "use report_to: wandb or swanlab; several names may be a list",
     "wandb_mode swanlab_mode offline_tracking": "set WANDB_MODE or SWANLAB_MODE in the environment",
+    "swanlab_api_key": "run `swanlab login`, or set SWANLAB_API_KEY in the environment",
     "trackio_space_id mlflow_tracking_uri": "set TRACKIO_SPACE_ID or MLFLOW_TRACKING_URI in the environment",
     "nproc_per_node num_processes n_gpu gpus devices": (
         "the number of processes is the product of the parallel degrees"
@@ -183,6 +198,7 @@ _OTHERWISE: dict[str, str] = {
     "trust_remote_code": "remove it: no code of a model is run",
     "adam_betas betas": "adam_beta1 and adam_beta2",
     "generation_batch_size": "rollout_batch_size counts prompts; theirs counts completions, num_generations of each",
+    "ppo_buffer_size": "rollout_batch_size is the number of prompts of a rollout",
     "ppo_mini_batch_size": "steps_per_generation is the number of optimizer steps of a rollout",
     "advantage_estimator adv_estimator norm_adv_by_std_in_grpo": (
         "scale_rewards: group, none (without the standard deviation) or rloo says what advantages are"

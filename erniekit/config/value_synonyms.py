@@ -43,6 +43,7 @@ _INSTEAD: dict[str, dict[str, str]] = {
         "cosine_with_min_lr": "it is cosine, which ends at min_lr",
         "warmup_stable_decay": "it is wsd:N, which decays from step N on",
     },
+    "fp8": {"true": "a recipe is named, such as blockwise"},
     "train_dataset_type": {"openai": "it is messages"},
     "eval_dataset_type": {"openai": "it is messages"},
 }

@@ -35,6 +35,12 @@ KNOWN = [*schema.fields(), *RULES]
         ("cutof_len", "did you mean max_seq_len?"),
         ("export_dir", "`erniekit export` writes to export/ in output_dir"),
         ("pure_bf16", "compute_type takes bf16, fp16 or fp32"),
+        ("n_shot", "did you mean num_fewshot?"),
+        ("task", "eval_benchmark takes mmlu, ceval or cmmlu"),
+        ("galore_target", "optim takes"),
+        ("oft_block_size", "adapters are LoRA"),
+        ("swanlab_api_key", "SWANLAB_API_KEY"),
+        ("export_quantization_nsamples", "did you mean quantization_calibration_samples?"),
     ],
 )
 def test_hints(name: str, expected: str):
@@ -43,7 +49,7 @@ def test_hints(name: str, expected: str):
     assert expected in str(caught.value)
 
 
-@pytest.mark.parametrize("name", ["vision_tower", "my_own_key", "pref_bco_weight", "galore_rank", "x", "badam_mode"])
+@pytest.mark.parametrize("name", ["vision_tower", "my_own_key", "pref_bco_weight", "vllm_config", "x", "infer_backend"])
 def test_no_hint_is_better_than_a_wrong_one(name: str):
     assert synonyms.hint(name, KNOWN) == ""
 
@@ -85,6 +91,7 @@ def test_a_bare_no_is_not_another_word_for_no():
         ("optim=adamw_torch", "got 'adamw_torch'; it is adamw"),
         ("optim=adamw_8bit", "it is adamw with moment_dtype: 8bit"),
         ("lr_scheduler_type=cosine_with_min_lr", "got 'cosine_with_min_lr'; it is cosine, which ends at min_lr"),
+        ("fp8=true", "got 'true'; a recipe is named, such as blockwise"),
         ("loss_type=sigmoyd", "did you mean sigmoid?"),
     ],
 )

@@ -92,8 +92,8 @@ def test_modules_to_save():
     with pytest.raises(ConfigError, match="its embeddings"):
         choose_saved(NAMES, ("lm_head",), tied=True)
     for wrong, right in (
-        ("embed_token", "did you mean embed_tokens"),
-        ("q_proj", r"trained whole\. There .* projections are adapted"),
+        ("embed_token", r"did you mean embed_tokens\? There are"),
+        ("q_proj", r"trained whole\. There are .*; projections are adapted"),
     ):
         with pytest.raises(ConfigError, match=right):
             choose_saved(NAMES, (wrong,), tied=True)
