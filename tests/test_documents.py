@@ -4,6 +4,7 @@ program, both READMEs say the same, and lines are short enough to compare.
 
 import re
 import shlex
+from fnmatch import fnmatch
 from pathlib import Path
 
 import pytest
@@ -98,6 +99,18 @@ def test_modules_that_are_named_exist(document: str):
         first = name.split("/")[0]
         root = REPOSITORY if first in ("erniekit", "tests", "tools") else REPOSITORY / "erniekit"
         assert (root / name).is_file() or not (root / first).is_dir() or name == "data/indexed_dataset.py", name
+
+
+def test_the_architecture_page_names_every_module():
+    """Those that lie directly in a package; `schema*` in a row names all that begin like this."""
+    rows = re.findall(r"^\| ((?:`\w+`(?:, )?)+) \| (.*) \|$", read("docs/architecture.md"), re.MULTILINE)
+    named = {unit: text for units, text in rows for unit in re.findall(r"\w+", units)}
+    units = [path for path in (REPOSITORY / "erniekit").iterdir() if path.name[0] != "_" and path.suffix in ("", ".py")]
+    assert {unit.stem for unit in units} - {"api"} == named.keys()
+    for unit in units:
+        words = re.findall(r"\w+\*?", named.get(unit.stem, ""))
+        for module in unit.glob("[a-z]*.py"):
+            assert any(fnmatch(module.stem, word) for word in words), f"{unit.stem}/{module.name}"
 
 
 def commands(document: str) -> list[list[str]]:
