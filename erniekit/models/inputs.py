@@ -23,6 +23,7 @@ from erniekit.nn.attention_mask import AttentionPlan, make_plan, next_in_documen
 from erniekit.nn.dropout import AttentionDropout, DropoutStep, number_documents
 from erniekit.nn.kv_cache import KVCache, NoteShape
 from erniekit.nn.narrow import add, gather, rounded
+from erniekit.nn.neftune import EmbeddingNoise, NoiseStep, make_noise
 from erniekit.nn.roles import Role
 from erniekit.nn.rotary import Rotary
 from erniekit.nn.shard import WHOLE, RankShard, Shardable, ShardSpec
@@ -84,14 +85,14 @@ class SharedBatch:
 class ModelInputs:
     """One forward pass's T tokens, as every layer, chunk and prediction depth of it uses them: `input_ids` int64 [T] on
     the device, `attention` (who sees whom, and the rotation of positions), `tokens` (what sparse layers count over).
-    `noise_scale` fp32 [T]: how far NEFTune moves a token's embedding; None: not at all. `pictures`: the images and
-    videos among the tokens, None without any. `shared`: the batch that the tokens are a context rank's part of.
+    `noise`: what NEFTune adds to the embeddings, None without it. `pictures`: the images and videos among the tokens,
+    None without any. `shared`: the batch that the tokens are a context rank's part of.
     """
 
     input_ids: paddle.Tensor
     attention: AttentionContext
     tokens: TokenInfo
-    noise_scale: np.ndarray | None = None
+    noise: EmbeddingNoise | None = None
     pictures: Pictures | EncodedPictures | None = None
     shared: SharedBatch | None = None
 
@@ -112,7 +113,7 @@ def batch_inputs(
     model: Built,
     batch: PackedBatch,
     *,
-    neftune_alpha: float = 0.0,
+    noise: NoiseStep | None = None,
     dropout: DropoutStep | None = None,
     picture_plan: PicturePlan | None = None,
 ) -> ModelInputs:
@@ -123,7 +124,7 @@ def batch_inputs(
     router sees, so that the numbers of tokens and segments in the batch hold for what the model gives, too.
     """
     if model.context is not None:
-        return _context_inputs(model, model.context, batch, neftune_alpha, dropout, picture_plan)
+        return _context_inputs(model, model.context, batch, noise, dropout, picture_plan)
     padding = padded_length(model, batch) - batch.num_tokens
 
     def padded(values_T: np.ndarray, fill: int = 0) -> np.ndarray:
@@ -136,7 +137,7 @@ def batch_inputs(
         padded(batch.position_ids),
         prefixes=batch.prefixes,
         tokens=_with_record(model.config, token_info(model.config, batch.row_lengths, batch.modality), batch),
-        neftune_alpha=neftune_alpha,
+        noise=noise,
         dropout=dropout,
         pictures=pictures_of(model, batch, picture_plan),
     )
@@ -156,7 +157,7 @@ def _context_inputs(
     model: Built,
     context: ContextRanks,
     batch: PackedBatch,
-    neftune_alpha: float,
+    noise: NoiseStep | None,
     dropout: DropoutStep | None,
     picture_plan: PicturePlan | None,
 ) -> ModelInputs:
@@ -166,9 +167,7 @@ def _context_inputs(
     padding = padded_length(model, batch) - len(own)
     plan = make_plan(batch.segment_ids[None] + 1, batch.prefixes)
     heads, rotary = head_layout(config, model.shard), _rotary(config)
-    noise_scale = None
-    if neftune_alpha:
-        noise_scale = np.pad(_noise_scale(plan, neftune_alpha, config)[own], (0, padding))
+    of_all = _noise_of(noise, config, batch.input_ids, plan, batch.prefixes)
     attention: AttentionContext
     if context.exchange == "a2a":
         part = HeadLayout(heads.num_heads // shard.group.size, heads.num_kv_heads // shard.group.size, heads.dim)
@@ -188,7 +187,7 @@ def _context_inputs(
         paddle.to_tensor(np.pad(batch.input_ids[own], (0, padding))),
         attention,
         shared_token_info(config, shard, batch.modality),
-        noise_scale,
+        None if of_all is None else of_all.part(own, padding),
         pictures_of(model, batch, picture_plan),
         SharedBatch(shard, batch.input_ids, plan.document_of_token),
     )
@@ -208,10 +207,14 @@ def _dropout_of(
     return AttentionDropout(dropout, config.num_hidden_layers, numbers, first_head)
 
 
-def _noise_scale(plan: AttentionPlan, alpha: float, config: ModelConfig) -> np.ndarray:
-    """NEFTune's alpha / sqrt(length * D) of each token's document, fp32 [T]."""
-    lengths = np.bincount(plan.document_of_token)[plan.document_of_token]
-    return (alpha / np.sqrt(lengths * config.hidden_size)).astype(np.float32)
+def _noise_of(
+    noise: NoiseStep | None,
+    config: ModelConfig,
+    input_ids: np.ndarray,
+    plan: AttentionPlan,
+    prefixes: np.ndarray | None,
+) -> EmbeddingNoise | None:
+    return None if noise is None else make_noise(noise, input_ids.reshape(-1), plan, prefixes, config.hidden_size)
 
 
 def packed_inputs(
@@ -222,7 +225,7 @@ def packed_inputs(
     *,
     prefixes: np.ndarray | None = None,
     tokens: TokenInfo | None = None,
-    neftune_alpha: float = 0.0,
+    noise: NoiseStep | None = None,
     dropout: DropoutStep | None = None,
     pictures: Pictures | None = None,
 ) -> ModelInputs:
@@ -231,8 +234,8 @@ def packed_inputs(
     input_ids, segment_ids: integers, rows [B, S] or one row [T]; segment ids and `prefixes` as in
     nn.attention_mask.make_plan. position_ids: the same shape, or (time, height, width) with one more axis of 3; by
     default each document starts at 0, or where its prefix ends. tokens: what sparse layers count over (default: all
-    tokens are one row of text). neftune_alpha, dropout: strength of the noise on the embeddings, and the attention
-    dropout, of a training step. pictures: the images and videos, whose places count the tokens of all rows; they need
+    tokens are one row of text). noise, dropout: the noise on the embeddings, and the attention dropout, of a training
+    step. pictures: the images and videos, whose places count the tokens of all rows; they need
     position_ids.
     """
     assert pictures is None or position_ids is not None, (
@@ -251,7 +254,7 @@ def packed_inputs(
             plan, rotation, heads, _dropout_of(dropout, model.config, input_ids, plan, prefixes, first_head)
         ),
         token_info(model.config, [plan.num_tokens]) if tokens is None else tokens,
-        _noise_scale(plan, neftune_alpha, model.config) if neftune_alpha else None,
+        _noise_of(noise, model.config, input_ids, plan, prefixes),
         pictures,
     )
 
@@ -417,16 +420,12 @@ def _rows(ids: paddle.Tensor, weight: paddle.Tensor) -> paddle.Tensor:
 
 
 def embed(embedding: Embedding, inputs: ModelInputs) -> paddle.Tensor:
-    """What the first layer takes [T or own range, D]: token embeddings, with NEFTune's noise if asked for: uniform in
-    [-1, 1] * alpha / sqrt(length * D) for each document (Jain et al. 2023, arXiv 2310.05914, algorithm 1).
-    """
+    """What the first layer takes [T or own range, D]: token embeddings, with NEFTune's noise if asked for."""
     x_TD = embedding(inputs.input_ids)
-    if inputs.noise_scale is None:
+    if inputs.noise is None:
         return x_TD
-    noise_TD = paddle.uniform([len(inputs.noise_scale), x_TD.shape[-1]], min=-1.0, max=1.0)
-    noise_TD = noise_TD * paddle.to_tensor(inputs.noise_scale).unsqueeze(-1)
-    start, stop = embedding.own_span(len(noise_TD))
-    return add(x_TD, noise_TD[start:stop].astype(x_TD.dtype))
+    start, stop = embedding.own_span(len(inputs.noise.bounds))
+    return add(x_TD, paddle.to_tensor(inputs.noise.rows(start, stop, x_TD.shape[-1])).astype(x_TD.dtype))
 
 
 def place_features(

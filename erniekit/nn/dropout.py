@@ -64,15 +64,15 @@ class AttentionDropout:
         """
         with np.errstate(over="ignore"):
             order = np.arange(len(self.documents), dtype=np.uint64)
-            batch = _mix(self.documents + order * _STRIDE).sum(dtype=np.uint64)
-            return int(_mix(self._head_numbers(layer, 1)[0] + batch) >> np.uint64(1))
+            batch = mix(self.documents + order * _STRIDE).sum(dtype=np.uint64)
+            return int(mix(self._head_numbers(layer, 1)[0] + batch) >> np.uint64(1))
 
     def _head_numbers(self, layer: int, num_heads: int) -> np.ndarray:
         """A number for each of this process's first heads in a layer and step: uint64 [num_heads]."""
-        start = _mix(np.uint64(self.step.seed) * _STRIDE + np.uint64(self.step.step) * _STEP)
-        start = _mix(start + np.uint64(layer) * _LAYER)
+        start = mix(np.uint64(self.step.seed) * _STRIDE + np.uint64(self.step.step) * _STEP)
+        start = mix(start + np.uint64(layer) * _LAYER)
         numbers: np.ndarray = np.arange(self.first_head, self.first_head + num_heads, dtype=np.uint64)
-        return _mix(start + numbers * _HEAD)
+        return mix(start + numbers * _HEAD)
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,7 @@ class LayerMasks:
         scale, threshold = np.float32(1.0 / (1.0 - self.rate)), np.uint32(min(round(self.rate * 2**32), 2**32 - 1))
         for document in range(num_documents):
             for group in range(groups):
-                bits = _mix32(rows[document, group][:, None] + columns[document])
+                bits = mix32(rows[document, group][:, None] + columns[document])
                 np.multiply(bits >= threshold, scale, out=out[document, group])
         return paddle.to_tensor(out)
 
@@ -107,12 +107,12 @@ class LayerMasks:
 def number_documents(input_ids_T: np.ndarray, plan: AttentionPlan, prefixes: np.ndarray | None) -> np.ndarray:
     """A number for each document, from its tokens and those of its prefix: uint64 [documents]."""
     with np.errstate(over="ignore"):
-        words = _mix(input_ids_T.astype(np.uint64) * _STEP + plan.position_in_document.astype(np.uint64) * _STRIDE)
+        words = mix(input_ids_T.astype(np.uint64) * _STEP + plan.position_in_document.astype(np.uint64) * _STRIDE)
         starts = np.flatnonzero(np.diff(plan.document_of_token, prepend=-1))
-        numbers = _mix(np.add.reduceat(words, starts))
+        numbers = mix(np.add.reduceat(words, starts))
         if prefixes is not None:
             branches = np.flatnonzero(prefixes >= 0)
-            numbers[branches] = _mix(numbers[branches] + numbers[prefixes[branches]] * _LAYER)
+            numbers[branches] = mix(numbers[branches] + numbers[prefixes[branches]] * _LAYER)
     return numbers
 
 
@@ -122,21 +122,21 @@ def _counters(
     """See LayerMasks.buckets."""
     own = documents[plan.document_of_token[bucket.tokens[:, 0]]]
     position = plan.position_in_document.astype(np.uint64)
-    queries = _mix(own[:, None] + position[bucket.tokens] * _STRIDE)
-    queries = _mix(queries[:, None] + heads[:, None])
+    queries = mix(own[:, None] + position[bucket.tokens] * _STRIDE)
+    queries = mix(queries[:, None] + heads[:, None])
     seen = np.concatenate([position[bucket.prefix], position[bucket.tokens]], axis=1)
-    keys = _mix(own[:, None] * _HEAD + seen * _STRIDE + _LAYER)
+    keys = mix(own[:, None] * _HEAD + seen * _STRIDE + _LAYER)
     return (queries >> np.uint64(32)).astype(np.uint32), (keys >> np.uint64(32)).astype(np.uint32)
 
 
-def _mix(x: np.ndarray) -> np.ndarray:
+def mix(x: np.ndarray) -> np.ndarray:
     """A uint64 whose bits all depend on all bits of x (the finaliser of SplitMix64, Steele et al. 2014)."""
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return x ^ (x >> np.uint64(31))
 
 
-def _mix32(x: np.ndarray) -> np.ndarray:
+def mix32(x: np.ndarray) -> np.ndarray:
     """Mix the bits of uint32 numbers in place (the finaliser of MurmurHash3)."""
     x ^= x >> np.uint32(16)
     x *= np.uint32(0x85EBCA6B)

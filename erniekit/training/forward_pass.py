@@ -16,6 +16,7 @@ from erniekit.models.inputs import ModelInputs, batch_inputs, own_pictures, padd
 from erniekit.models.picture_balance import PatchLoad, PicturePlan
 from erniekit.models.stages import stage_input
 from erniekit.nn.dropout import DropoutStep
+from erniekit.nn.neftune import NoiseStep
 from erniekit.parallel import pipeline
 from erniekit.parallel.mesh import Mesh
 from erniekit.parallel.pipeline_schedule import forward_plan
@@ -33,11 +34,11 @@ class ChunkRunner:
         self,
         model: CausalLM,
         microbatches: Sequence[PackedBatch],
-        neftune_alpha: float = 0.0,
+        noise: NoiseStep | None = None,
         dropout: DropoutStep | None = None,
     ) -> None:
         self.model, self.microbatches = model, microbatches
-        self._neftune_alpha, self._dropout = neftune_alpha, dropout
+        self._noise, self._dropout = noise, dropout
         self._inputs: dict[int, ModelInputs] = {}
         self.patch_load: PatchLoad | None = None
         self._picture_plans: list[PicturePlan | None] = [None] * len(microbatches)
@@ -65,7 +66,7 @@ class ChunkRunner:
                 self._inputs[microbatch] = batch_inputs(
                     self.model,
                     batch,
-                    neftune_alpha=self._neftune_alpha,
+                    noise=self._noise,
                     dropout=self._dropout,
                     picture_plan=self._picture_plans[microbatch],
                 )

@@ -17,6 +17,7 @@ from erniekit.models.decoder import CausalLM
 from erniekit.models.picture_balance import PatchLoad
 from erniekit.moe.stats import RouterStats
 from erniekit.nn.dropout import DropoutStep
+from erniekit.nn.neftune import NoiseStep
 from erniekit.training.forward_pass import ChunkRunner
 from erniekit.training.recipes.base import Recipe, Term
 from erniekit.training.recipes.routers import idle_router, router_terms
@@ -24,7 +25,7 @@ from erniekit.utils.device_sums import DeviceSums
 from erniekit.utils.spans import span
 
 
-def attention_dropout(cfg: Config, step: int) -> DropoutStep | None:
+def _attention_dropout(cfg: Config, step: int) -> DropoutStep | None:
     """The attention dropout of optimizer step `step` (from 0), which grows over dropout_warmup_steps. None without."""
     grown = min(1.0, step / cfg.dropout_warmup_steps) if cfg.dropout_warmup_steps else 1.0
     rate = cfg.attention_probs_dropout_prob * grown
@@ -81,7 +82,7 @@ class TrainStage:
     """Runs chunk after chunk of the layers that this process holds (one chunk, or several where the pipeline is
     interleaved). Gradients are those of the loss times `loss_scale`, which nothing that is reported contains. When
     every microbatch has been forward, `on_device` holds all that `sums` reports but what routers counted on the host,
-    under keys that only `sums` reads.
+    under keys that only `sums` reads. Dropout and noise are those of the optimizer step `step`, from 0.
     """
 
     def __init__(
@@ -92,11 +93,12 @@ class TrainStage:
         microbatches: Sequence[PackedBatch],
         counts: dict[str, float],
         after_backward: Callable[[int], None],
-        dropout: DropoutStep | None = None,
+        step: int = 0,
         loss_scale: float = 1.0,
     ) -> None:
         self.cfg, self.recipe, self.counts, self._loss_scale = cfg, recipe, counts, loss_scale
-        self._runner = ChunkRunner(model, microbatches, cfg.neftune_noise_alpha if cfg.neftune else 0.0, dropout)
+        noise = NoiseStep(cfg.neftune_noise_alpha, cfg.seed, step) if cfg.neftune else None
+        self._runner = ChunkRunner(model, microbatches, noise, _attention_dropout(cfg, step))
         self.on_device = DeviceSums()
         self._routers: dict[tuple[int, int], RouterStats] = {}
         self._num_extremes = 0

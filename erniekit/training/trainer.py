@@ -25,7 +25,7 @@ from erniekit.training.build import Run
 from erniekit.training.callbacks import Callback, RunInfo, StepMetrics
 from erniekit.training.checkpointing import Saver
 from erniekit.training.evaluation import evaluate
-from erniekit.training.forward_step import StepSums, TrainStage, attention_dropout
+from erniekit.training.forward_step import StepSums, TrainStage
 from erniekit.training.fp8_shares import Fp8Shares
 from erniekit.training.loss_scale import LossScaler
 from erniekit.training.output_dir import OutputDir
@@ -260,9 +260,8 @@ class Trainer:
         run, mesh = self.run, self.run.mesh
         counts = global_counts(run.recipe, microbatches, mesh)
         sync = run.sync
-        dropout = attention_dropout(self.cfg, self.state.step)
-        scale = 1.0 if self.scaler is None else self.scaler.scale
-        stage = TrainStage(self.cfg, run.model, run.recipe, microbatches, counts, sync.after_backward, dropout, scale)
+        step, scale = self.state.step, 1.0 if self.scaler is None else self.scaler.scale
+        stage = TrainStage(self.cfg, run.model, run.recipe, microbatches, counts, sync.after_backward, step, scale)
         sync.begin(len(microbatches))
         pipeline.run(run.actions(len(microbatches)), stage, mesh.pipe_group.ranks)
         with span("gradients"):

@@ -20,7 +20,8 @@ HEADS2 = CONTEXT2 | {"cp_comm_type": "a2a"}
 SHARD2 = {"sharding_parallel_degree": 2, "sharding": "stage1"}
 STAGE3 = SHARD2 | {"sharding": "stage3"}
 MTP = {"num_nextn_predict_layers": 1}
-DROPOUT = {"attention_probs_dropout_prob": 0.3, "dropout_warmup_steps": 3}
+# Neither depends on how the tokens are divided.
+DROPOUT = {"attention_probs_dropout_prob": 0.3, "dropout_warmup_steps": 3, "neftune": True}
 MIXED, NF4 = {"compute_type": "wint4/8"}, {"compute_type": "nf4"}
 WEIGHTS = {"continue_training": True}
 # The data end within a step: its last microbatch has a row for the first data rank only, and none for the other.

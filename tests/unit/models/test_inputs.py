@@ -13,10 +13,12 @@ from erniekit.models.config import ModelConfig
 from erniekit.models.decoder import CausalLM
 from erniekit.models.inputs import batch_inputs, embed_ahead, packed_inputs, padded_length
 from erniekit.moe.layer import TEXT, VISION
-from erniekit.nn.attention_mask import next_in_document
+from erniekit.nn.attention_mask import make_plan, next_in_document
+from erniekit.nn.neftune import NoiseStep, make_noise
 
 SEGMENTS = np.array([1, 1, 1, 1, 1, 2, 2, 3, 3, 3])
 IDS = np.arange(10) + 20
+NOISE = NoiseStep(5.0, seed=7, step=3)
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +29,7 @@ def model() -> CausalLM:
 def test_neftune_adds_noise_of_the_published_size(model: CausalLM):
     plain = model.model.embed(packed_inputs(model, IDS, SEGMENTS)).numpy()
     np.testing.assert_array_equal(plain, model.model.embed_tokens.weight.numpy()[IDS])
-    noisy = model.model.embed(packed_inputs(model, IDS, SEGMENTS, neftune_alpha=5.0)).numpy()
+    noisy = model.model.embed(packed_inputs(model, IDS, SEGMENTS, noise=NOISE)).numpy()
     lengths = np.array([5, 5, 5, 5, 5, 2, 2, 3, 3, 3])
     bound = 5.0 / np.sqrt(lengths * model.config.hidden_size)
     noise = np.abs(noisy - plain)
@@ -35,22 +37,45 @@ def test_neftune_adds_noise_of_the_published_size(model: CausalLM):
     assert (noise.max(axis=1) > 0.5 * bound).all()
 
 
+def noise_of(model: CausalLM, ids: np.ndarray, segments: np.ndarray, noise: NoiseStep = NOISE) -> np.ndarray:
+    inputs = packed_inputs(model, ids, segments, noise=noise)
+    return model.model.embed(inputs).numpy() - model.model.embed_tokens.weight.numpy()[ids]
+
+
+def test_a_document_has_the_same_noise_wherever_it_is_packed(model: CausalLM):
+    whole = noise_of(model, IDS, SEGMENTS)
+    for start, stop in ((0, 5), (5, 7), (7, 10)):
+        np.testing.assert_array_equal(noise_of(model, IDS[start:stop], np.ones(stop - start)), whole[start:stop])
+    for other in (NoiseStep(5.0, seed=8, step=3), NoiseStep(5.0, seed=7, step=4)):
+        assert not np.allclose(noise_of(model, IDS, SEGMENTS, other), whole, atol=0.1)
+
+
+def test_neftune_noise_is_uniform_and_independent():
+    """Mean, variance and correlations of 200 x 200 numbers, within five standard errors."""
+    plan = make_plan(np.ones((1, 200), np.int64), None)
+    noise = make_noise(NOISE, np.arange(200), plan, None, 200)
+    unit = noise.rows(0, 200, 200) / noise.bounds[:, None]
+    assert np.abs(unit).max() <= 1 and abs(unit.mean()) < 5 / np.sqrt(3 * 40_000)
+    np.testing.assert_allclose(np.var(unit), 1 / 3, atol=5 * np.sqrt(4 / 45 / 40_000))
+    for table in (unit, unit.T):  # tokens, and features
+        correlations = np.corrcoef(table)[np.triu_indices(200, 1)]
+        assert np.abs(correlations).max() < 5.5 / np.sqrt(200)
+
+
 def test_ranks_that_share_tokens_add_their_own_part_of_the_noise():
     """Two ranks of sequence parallelism, each with half of the tokens, have what one alone has."""
     model = tiny_model()
-    embedding, inputs = model.model.embed_tokens, packed_inputs(model, IDS, SEGMENTS, neftune_alpha=5.0)
-    paddle.seed(7)
+    embedding, inputs = model.model.embed_tokens, packed_inputs(model, IDS, SEGMENTS, noise=NOISE)
     whole = model.model.embed(inputs).numpy()
     for rank in range(2):
         own = slice(5 * rank, 5 * rank + 5)
         embedding.own_span = lambda num_tokens, own=own: (own.start, own.stop)
         embedding.lookup = lambda ids, weight, own=own: paddle.nn.functional.embedding(ids[own], weight)
-        paddle.seed(7)
         np.testing.assert_array_equal(model.model.embed(inputs).numpy(), whole[own])
 
 
 def test_the_token_ahead_has_no_noise_and_stays_in_its_document(model: CausalLM):
-    inputs = packed_inputs(model, IDS, SEGMENTS, neftune_alpha=5.0)
+    inputs = packed_inputs(model, IDS, SEGMENTS, noise=NOISE)
     target, valid = next_in_document(inputs.attention.plan.document_of_token, 2)
     assert target.tolist() == [2, 3, 4, 5, 6, 7, 8, 9, 9, 9]
     assert valid.tolist() == [True, True, True, False, False, False, False, True, False, False]
