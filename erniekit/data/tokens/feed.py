@@ -289,11 +289,14 @@ def _open_sources(cfg: Config, tokenizer: Tokenizer, split: str, entries: list[W
     largest = max(source.epoch_tokens for source in sources)
     for source in sources:
         if source.epoch_tokens < 2 and (split == "train" or largest < 2):
-            raise DataError(
-                f"{source.file.prefix}: split: {_shares(cfg)} leaves no text for {split} of its "
-                f"{source.file.num_documents} documents. "
+            reason = (
+                f"split: {_shares(cfg)} leaves no text for {split} of its {source.file.num_documents} documents. "
                 "Hint: give it a larger share, or use a file with more documents."
+                if source.num_documents == 0
+                else f"its {source.num_documents} documents for {split} hold fewer than two tokens, so that there is "
+                "none to predict. Hint: look at how the file was made."
             )
+            raise DataError(f"{source.file.prefix}: {reason}")
     return sources
 
 

@@ -397,6 +397,13 @@ def test_a_split_that_leaves_nothing_says_so(one, tmp_path):
         loader(one[0], split="0,1")
 
 
+@pytest.mark.parametrize("documents", [[[5]], [[], []]])
+def test_documents_without_a_token_to_predict_are_not_called_a_matter_of_the_split(documents, tmp_path):
+    write_token_files(tmp_path / "x", [np.array(document, np.int64) for document in documents], "<u2")
+    with pytest.raises(DataError, match=rf"its {len(documents)} documents for train hold fewer than two tokens"):
+        loader(str(tmp_path / "x"), split="1,0,0")
+
+
 # --- long documents
 
 
