@@ -3,7 +3,7 @@ and how often to save.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from erniekit.plan.goodput import HOST_GB_S, LLAMA3_GPU_HOURS, Failures, Goodput, checkpoint_seconds, plan_goodput
@@ -12,11 +12,12 @@ from erniekit.plan.job import Job
 from erniekit.plan.memory import MemoryPlan
 from erniekit.plan.search import Plan
 from erniekit.plan.simulate import Disturbance, simulate_step
-from erniekit.plan.timing import StepTime, plan_time
+from erniekit.plan.timing import StepTime, plan_time, step_time
 from erniekit.plan.typed import typed
 from erniekit.utils.errors import UserError
 
 JITTER = 0.02  # of an action on one rank: clocks, memory refresh, other processes of the host
+_MOST_SIMULATED = 1024  # microbatches of a step: the clock of all ranks runs through each of them
 _LEAST_GAIN = 0.01  # a change that saves less of a step is not worth a line
 
 
@@ -90,11 +91,22 @@ def outlook(memory: MemoryPlan, time: StepTime, card: Hardware, plan: Plan) -> O
     stopped = checkpoint_seconds(
         stored, card, job.cfg.use_async_save, gpus_per_node=min(job.cluster.gpus_per_node, job.cluster.gpus)
     )
-    several = job.cluster.gpus > 1
-    jitter = simulate_step(time, Disturbance(JITTER)).seconds / time.seconds - 1 if several else None
+    jitter = _jitter(time, card) if job.cluster.gpus > 1 else None
     failures = Failures(detect=job.cfg.distributed_timeout)
     goodput = plan_goodput(job.cluster.gpus, time.seconds, stopped, failures)
     return Outlook(time, fastest_change(job, time, card, plan), jitter, stopped, goodput, job.cfg.save_steps)
+
+
+def _jitter(time: StepTime, card: Hardware) -> float:
+    """The share of a step that jitter costs; of a step of very many microbatches, that of one with fewer of them, but
+    as many beyond a multiple of the stages.
+    """
+    layout = time.run.layout
+    left_out = max(layout.microbatches - _MOST_SIMULATED, 0) // layout.pipeline * layout.pipeline
+    if left_out:
+        shorter = replace(layout, microbatches=layout.microbatches - left_out)
+        time = step_time(replace(time.run, layout=shorter), card)
+    return simulate_step(time, Disturbance(JITTER)).seconds / time.seconds - 1
 
 
 def fastest_change(job: Job, time: StepTime, card: Hardware, plan: Plan) -> Faster | None:

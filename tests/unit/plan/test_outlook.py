@@ -67,3 +67,14 @@ def test_saving_in_the_background_stops_the_training_for_less():
 def test_one_device_has_no_one_to_wait_for():
     assert beyond(gpus=1).jitter is None
     assert not any("jitter" in line for line in beyond(gpus=1).to_lines())
+
+
+def test_a_million_microbatches_are_not_simulated_one_by_one():
+    def jitter(microbatches: int) -> float:
+        given = ("pipeline_parallel_degree=2", f"gradient_accumulation_steps={microbatches}")
+        found = beyond(*given).jitter
+        assert found is not None
+        return found
+
+    assert jitter(10**6) == jitter(1024)
+    assert jitter(10**6 + 1) == jitter(1025) != jitter(1024)
