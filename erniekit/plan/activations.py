@@ -6,10 +6,13 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+import paddle
+
 from erniekit.models.decoder import CausalLM, DecoderLayer
 from erniekit.models.inputs import head_layout
 from erniekit.moe.experts import Experts
 from erniekit.moe.layer import MoELayer
+from erniekit.nn import onednn
 from erniekit.nn.attention import HeadLayout
 from erniekit.nn.mlp import SwiGLU
 from erniekit.parallel.pipeline_schedule import Forward
@@ -39,6 +42,7 @@ def device_of(job: Job) -> Device:
     """How a rank of the job computes."""
     ranks = job.degrees.tensor
     tokens = -(-job.rank_tokens // ranks) * ranks if job.sequence_parallel else job.rank_tokens
+    half = paddle.float16 if job.cfg.compute_type == "fp16" else paddle.bfloat16
     return Device(
         element=job.element_bytes,
         on_cpu=job.on_cpu,
@@ -53,6 +57,7 @@ def device_of(job: Job) -> Device:
         pairs=job.has_pairs,
         context_ranks=job.degrees.context,
         is_ring=job.degrees.context > 1 and job.cfg.cp_comm_type == "p2p",
+        widens=job.on_cpu and job.element_bytes == 2 and not onednn.is_available(half),
     )
 
 
@@ -245,7 +250,11 @@ def _alone(device: Device) -> Device:
 def _behind_layers(job: Job, device: Device, model: CausalLM) -> list[Operation]:
     """Final norm, output head with its loss, and multi-token prediction."""
     width = job.model.hidden_size
-    result = [ops.norm(device, width, device.own_tokens, "output head"), _head(job, device, model)]
+    normed = ops.norm(device, width, device.own_tokens, "output head")
+    from_teacher = _head(job, device, model, _divergence_logits(job)) if job.is_distilled else None
+    if from_teacher is not None and job.cfg.method.options:  # no other loss
+        return [normed, from_teacher]
+    result = [normed, _head(job, device, model)]
     for block in model.model.mtp_block if job.mtp_depths else ():
         tokens = device.own_tokens
         joined = Operation(
@@ -254,12 +263,21 @@ def _behind_layers(job: Job, device: Device, model: CausalLM) -> list[Operation]
         recomputes = job.cfg.recompute and job.cfg.use_recompute_mtp
         inside = layer_operations(job, device, model, block, -1 if recomputes else job.model.num_hidden_layers)
         result += [joined, *ops.with_kind(inside, "multi-token prediction")]
-        result += [ops.norm(device, width, tokens, "output head"), _head(job, device, model)]
-    return result
+        result += [normed, _head(job, device, model)]
+    return result if from_teacher is None else [*result, normed, from_teacher]
 
 
-def _head(job: Job, device: Device, model: CausalLM) -> Operation:
-    """Logits chunk by chunk with the loss. Next-token losses form the gradients in the forward pass; preference losses
+def _divergence_logits(job: Job) -> int:
+    """How many tensors of the size of the logits exist at one time in losses/distillation.py: log p and log r, p and r,
+    and what their divergence is made of, which is more of a mixture.
+    """
+    beta = job.cfg.gkd_beta if job.cfg.method.options else 0.0
+    return {0.0: 7, 1.0: 8}.get(beta, 9)
+
+
+def _head(job: Job, device: Device, model: CausalLM, divergence_logits: int = 0) -> Operation:
+    """Logits chunk by chunk with the loss. Next-token losses and divergences from a teacher, which take
+    `divergence_logits` of the size of the logits at one time, form the gradients in the forward pass; preference losses
     compute the logits again in the backward pass.
     """
     if model.score is not None:  # one row of each answer
@@ -275,17 +293,29 @@ def _head(job: Job, device: Device, model: CausalLM) -> Operation:
     # fp32 logits and probabilities, beside the probabilities of the chunk before; on a GPU also the 16-bit logits
     last = FP32 * min(rows, labelled - rows) * vocabulary
     chunk = max(2 * logits, logits + 2 * last) if several else 2 * logits
+    if divergence_logits:  # beside the terms and the gradient of the chunk before
+        chunk = max(divergence_logits * logits, several * (2 * logits + divergence_logits * last))
     chunk += 0 if device.on_cpu else logits / 2
     # the gradient of the logits, also in 16 bits where the head has these, and that of the weight by this chunk
     narrow = 0.0 if device.element == FP32 else logits * device.element / FP32
-    products = logits + narrow + 3 * FP32 * rows * width + (weight if several else 0.0)
+    narrow += logits if device.widens else 0.0
+    products = logits + narrow + 3 * FP32 * rows * width + weight + (3 * logits if divergence_logits else 0.0)
+    # beside the gradient of the weight by the chunks before
+    most = gathered + gradients + max(chunk, products) + (weight if several else 0.0)
     waits = device.element / FP32 * weight if device.master_grad else weight * device.waiting
-    if job.cfg.method.options:
-        backward = gathered + gradients + weight + max(chunk, products)
-        return Operation("output head", gathered, gathered + chunk, backward, waits)
-    forward = gathered + gradients + weight + max(chunk, products)
+    if job.cfg.method.options and not divergence_logits:
+        return Operation("output head", gathered, gathered + chunk, most, waits)
     normed = device.element * device.tokens * width
-    return Operation("output head", gathered + gradients + weight, forward, gradients + 2 * normed, waits)
+    return Operation("output head", gathered + gradients + weight, most, gradients + 2 * normed, waits)
+
+
+def teacher_bytes(job: Job, model: CausalLM) -> float:
+    """The states in front of the output head that a teacher gives for all microbatches of a step before its first
+    pass; `model` is the part of a stage.
+    """
+    if not (job.is_distilled and model.shard.has_head):
+        return 0.0
+    return job.element_bytes * job.labelled_tokens * job.model.hidden_size * job.num_microbatches
 
 
 def _input_bytes(job: Job, model: CausalLM) -> float:

@@ -12,6 +12,7 @@ _COLORS = {
     "gradients": "#efb118",
     "optimizer state": "#ff725c",
     "reference model": "#9c6b4e",
+    "states of the teacher": "#c9a227",
     "average of weights": "#ff8ab7",
     "base of adapters": "#a463f2",
     "activations": "#3ca951",

@@ -10,7 +10,7 @@ from erniekit.models.decoder import CausalLM
 from erniekit.parallel.buckets import Bucket, item_bytes
 from erniekit.parallel.grad_sync import IN_FLIGHT
 from erniekit.parallel.mesh import Mesh, rank_lists
-from erniekit.plan.activations import StageActivations, stage_activations
+from erniekit.plan.activations import StageActivations, stage_activations, teacher_bytes
 from erniekit.plan.job import Job
 from erniekit.plan.operations import FP32
 from erniekit.plan.tensors import RankTensors, rank_tensors
@@ -101,12 +101,19 @@ def plan_memory(job: Job, capacity: float, outline: Outline, stages: Sequence[in
         model, mesh = outline(job, stage)
         if id(model) not in counted:
             counted[id(model)] = rank_tensors(job, mesh, model)
-        planned.append(_stage(job, stage, capacity, counted[id(model)], stage_activations(job, model, stage), mesh))
+        activations, states = stage_activations(job, model, stage), teacher_bytes(job, model)
+        planned.append(_stage(job, stage, capacity, counted[id(model)], activations, mesh, states))
     return MemoryPlan(job, tuple(planned))
 
 
 def _stage(
-    job: Job, stage: int, capacity: float, tensors: RankTensors, activations: StageActivations, mesh: Mesh
+    job: Job,
+    stage: int,
+    capacity: float,
+    tensors: RankTensors,
+    activations: StageActivations,
+    mesh: Mesh,
+    teacher_states: float,
 ) -> StageMemory:
     exchanged, kept = _exchange(job, tensors)
     parts = {
@@ -114,6 +121,7 @@ def _stage(
         "gradients": float(tensors.gradients),
         "optimizer state": float(tensors.state),
         "reference model": float(tensors.reference),
+        "states of the teacher": teacher_states,
         "average of weights": float(tensors.average),
         "base of adapters": float(tensors.copies),
         # Gradients are exchanged, and parameters gathered, when no activations are left.

@@ -52,6 +52,7 @@ class Device:
     pass and become fp32 then (`master_grad`). fp32 gradients wait for their exchange after the pass, as far as they are
     not among those that are kept: this part of a weight's and of an expert's. `context_ranks` share the tokens of each
     document, of which `tokens` are on this rank; keys and values go around a ring, or heads are exchanged for tokens.
+    `widens`: products of 16-bit tensors are computed from copies in fp32.
     """
 
     element: int
@@ -67,6 +68,7 @@ class Device:
     pairs: bool = False
     context_ranks: int = 1
     is_ring: bool = False
+    widens: bool = False
 
     @property
     def computed(self) -> int:

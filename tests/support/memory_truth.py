@@ -54,9 +54,12 @@ class Layout(NamedTuple):
     keys: dict[str, Any]
 
 
+_PATHS = ("train_dataset_path", "lora_path", "teacher_model_name_or_path")
 _LONG = {"max_seq_len": 1024}
 _LORA = {"fine_tuning": "LoRA", "continue_training": True}
 _DPO = {"stage": "DPO", "train_dataset_path": str(ROOT / "examples" / "data" / "dpo-train.jsonl"), "max_seq_len": 768}
+_OWN_HEAD = {"max_seq_len": 512, "vocab_size": 4096, "tie_word_embeddings": False}
+_GKD = {"stage": "GKD", "teacher_model_name_or_path": "tiny-dense", "lmbda": 0.0}
 _100M = {
     "hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 12, "num_attention_heads": 12,
     "num_key_value_heads": 4, "head_dim": 64, "vocab_size": 32000, "max_seq_len": 1024,
@@ -91,6 +94,11 @@ LAYOUTS = (
     Layout("dense, LoRA on 8 bits", 1, "tiny-dense", _LONG | _LORA | {"compute_type": "wint8"}),
     Layout("dense, DPO", 1, "tiny-dense", _DPO),
     Layout("dense, DPO of an adapter", 1, "tiny-dense", _DPO | _LORA | {"lora_path": "adapter"}),
+    Layout("dense, vocabulary 4096 with a head of its own", 1, "tiny-dense", _OWN_HEAD),
+    Layout("dense, distilled", 1, "tiny-dense", _LONG | {"qat": "wint8", "qat_distill_weight": 0.5}),
+    Layout("dense, GKD", 1, "tiny-dense", _LONG | _GKD),
+    Layout("dense, GKD by chunks of 300", 1, "tiny-dense",
+           _LONG | _GKD | {"gkd_beta": 0.0, "loss_subbatch_seqlen": 300}),
     Layout("moe", 1, "tiny-moe", _LONG),
     Layout("moe, LoRA", 1, "tiny-moe", _LONG | _LORA),
     Layout("moe, experts recomputed", 1, "tiny-moe", _LONG | {"recompute": True, "recompute_granularity": "moe"}),
@@ -135,6 +143,7 @@ LAYOUTS = (
     Layout("moe, FP8 experts, inputs in 16 bits", 1, "tiny-moe", _LONG | _FP8 | {"fp8_store": False}),
     Layout("moe, FP8 experts, LoRA", 1, "tiny-moe", _LONG | _FP8 | _LORA),
     Layout("dense, bf16", 1, "tiny-dense", _LONG | _BF16),
+    Layout("dense, bf16, vocabulary 4096 with a head of its own", 1, "tiny-dense", _OWN_HEAD | _BF16),
     Layout("vl", 1, "tiny-vl", _VISION),
     Layout("vl, recompute", 1, "tiny-vl", _VISION | {"recompute": True}),
     Layout("vl, vision frozen", 1, "tiny-vl", _VISION | {"freeze_config": "freeze_vision"}),
@@ -173,7 +182,7 @@ def prepare(directory: Path) -> None:
 def run_keys(layout: Layout, directory: Path) -> dict[str, Any]:
     """The keys of a layout's run."""
     keys = keys_of(directory / layout.model, directory / "train.jsonl", directory / "out", **layout.keys)
-    paths = {key: str(directory / keys[key]) for key in ("train_dataset_path", "lora_path") if key in keys}
+    paths = {key: str(directory / keys[key]) for key in _PATHS if key in keys}
     return keys | paths
 
 
@@ -186,6 +195,7 @@ def measure(keys: dict[str, Any]) -> dict[str, dict[str, int]]:
     from erniekit.parallel.mesh import ParallelDims, build_mesh
     from erniekit.training.build import build_run
     from erniekit.training.outline import drop_outlines
+    from erniekit.training.recipes.distilled import Teacher
     from erniekit.training.trainer import Trainer
 
     cfg = config.load(None, keys, "train")
@@ -209,6 +219,9 @@ def measure(keys: dict[str, Any]) -> dict[str, dict[str, int]]:
     held = allocated()
     if run.recipe.reference is not None:
         run.recipe.reference = None
+    for value in vars(run.recipe).values():
+        if isinstance(value, Teacher):
+            del value.model
     reference = held - allocated()
     measured = {
         "parameters": built - before - state - reference,
@@ -262,13 +275,14 @@ def make_batch(cfg: Any, model: Any, seed: int) -> Any:
 
 
 def _row(cfg: Any, model: Any, seed: int) -> Any:
+    from erniekit.config.schema_preference import PreferenceArgs
     from erniekit.data.packed_batch import Document, PairLayout, make_row
 
     length, random = cfg.max_seq_len, np.random.default_rng(seed)
     ids = random.integers(20, 500, length).astype(np.int32)
     labels = np.append(ids[1:], -100).astype(np.int32)
     pair = None
-    if cfg.method.options:
+    if PreferenceArgs in cfg.method.options:
         third = length // 3
         pair = PairLayout(length - 2 * third, third, third, 1.0)
         labels[: length - 2 * third] = -100
@@ -314,5 +328,5 @@ def planned_bytes(cfg: Any, model: Any, mesh: Any) -> dict[str, int]:
         "gradients": tensors.gradients,
         "state": tensors.state,
         "reference": tensors.reference,
-        "activations": round(parts["activations"] + exchange),
+        "activations": round(parts["activations"] + parts.get("states of the teacher", 0.0) + exchange),
     }
