@@ -228,9 +228,11 @@ def _report(job: Job, card: Hardware, plan_options: PlanOptions) -> Any:
     from erniekit.plan.report import Report
     from erniekit.plan.search import search
     from erniekit.plan.timing import plan_time
+    from erniekit.quantize.trained import check_export
     from erniekit.training.freezing import check_frozen
     from erniekit.training.outline import outline_layers, outline_stage
 
+    check_export(job.cfg.qat, job.model, job.cfg.quantization_group_size)
     if not job.cfg.lora_path:  # else what is trained follows from the saved adapter
         check_frozen(job.cfg, job.model)
     capacity = plan_options.memory or _capacity(job, card)

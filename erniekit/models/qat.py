@@ -19,18 +19,8 @@ from erniekit.utils.errors import ConfigError
 
 def attach_qat(model: CausalLM, options: QatOptions) -> None:
     """Let the projections of the decoder's layers multiply fake-quantised operands. Raises ConfigError for a matrix
-    that the scheme cannot take; no weight has to be read before.
+    that cannot be trained so; no weight has to be read before. What can be exported is quantize/trained.py's.
     """
-    if options.needs_experts and not model.config.moe_num_experts:
-        raise ConfigError(
-            f"qat: {options.name}: its 4-bit codes are those of experts, which this model does not have. Set qat: "
-            f"{'w8a8' if options.name == 'w4a8' else 'wint4'}"
-        )
-    if options.name == "w4a8" and model.config.vision is not None:
-        raise ConfigError(
-            "qat: w4a8: these codes are for FastDeploy, which has no names for those of a vision-language model, so "
-            "that no export writes them. Set qat: fp8_static for FastDeploy, or wint4/8 for vLLM"
-        )
     attach_products(model, _sized(model, options).product)
     for name, projection, product in _found(model):
         reason = _refused(projection, product, model.shard.tensor_degree)

@@ -39,11 +39,6 @@ class QatOptions:
     experts_down: Recipe
     group: int | None = None
 
-    @property
-    def needs_experts(self) -> bool:
-        """Whether the scheme is one of mixtures of experts."""
-        return self.experts.weight.bits != self.projections.weight.bits
-
     def for_widths(self, widths: Iterable[int], widths_of_experts: Iterable[int]) -> "QatOptions":
         """The options for a model whose projections, and those of whose routed experts, have these numbers of inputs:
         as an export does, the first of GROUPS that divides all that have groups. ConfigError if there is none.

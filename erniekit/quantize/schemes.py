@@ -84,9 +84,11 @@ class Scheme:
         return (matrix for logical in logical_tensors(config) for matrix in self.matrices(logical))
 
 
-def scheme_for(name: str, format: Format, config: ModelConfig, options: Options = Options()) -> Scheme:
-    """The scheme `name` in files of `format` for a model. ConfigError: no reader of the scheme knows the format, or the
-    model's sizes do not allow it (the tensor is named).
+def scheme_for(
+    name: str, format: Format, config: ModelConfig, options: Options = Options(), fits: bool = True
+) -> Scheme:
+    """The scheme `name` in files of `format` for a model. ConfigError: no reader of the scheme knows the format or such
+    a model, or, if it has to be one that `fits`, the model's sizes (the tensor is named).
     """
     make = SCHEMES.get((name, format))
     if make is None:
@@ -102,11 +104,17 @@ def scheme_for(name: str, format: Format, config: ModelConfig, options: Options 
             "remove it"
         )
     scheme = make(config, options)
-    for matrix in scheme.every_matrix(config):
-        reason = matrix.codec.unfit(matrix.shape)
-        if reason:
-            raise ConfigError(f"quantization: {name}: {matrix.name} [{matrix.shape[0]}, {matrix.shape[1]}]: {reason}")
+    if fits and (reason := unfit(scheme, config)):
+        raise ConfigError(reason)
     return scheme
+
+
+def unfit(scheme: Scheme, config: ModelConfig) -> str:
+    """Which matrix of a model has a size that the readers of the scheme do not take, and why; empty if all fit."""
+    for matrix in scheme.every_matrix(config):
+        if reason := matrix.codec.unfit(matrix.shape):
+            return f"quantization: {scheme.name}: {matrix.name} [{matrix.shape[0]}, {matrix.shape[1]}]: {reason}"
+    return ""
 
 
 def _group_of(config: ModelConfig, options: Options, name: str, experts_only: bool = False) -> int:

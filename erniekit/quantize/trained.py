@@ -13,7 +13,7 @@ from erniekit.config.schema_qat import STATIC
 from erniekit.config.stored import stored_settings
 from erniekit.models.config import Format, ModelConfig
 from erniekit.quantize.quantiser import RoundToNearest
-from erniekit.quantize.schemes import Matrix, Options, Scheme, scheme_for
+from erniekit.quantize.schemes import Matrix, Options, Scheme, scheme_for, unfit
 from erniekit.utils import log
 from erniekit.utils.errors import ConfigError
 
@@ -49,20 +49,20 @@ class AsTrained(RoundToNearest):
         return {name.removesuffix(_ENDING): state.read(name) for name in state.keys() if name.endswith(_ENDING)}  # noqa: SIM118
 
 
-def warn_if_not_exported(qat: str, config: ModelConfig, group: int | None) -> None:
-    """Log a warning if `erniekit export` will refuse to write a model that is trained for `qat`: engines want other
-    sizes, or read no such model. Training itself can be done for every size.
+def check_export(qat: str, config: ModelConfig, group: int | None) -> None:
+    """ConfigError if `erniekit export` has no codes of `qat` for such a model. Log a warning if it will refuse the
+    model's sizes, for which training itself can be done.
     """
     if qat == "none":
         return
     name, format = _EXPORTS.get(qat, (qat, "pt"))
+    command = f"qat: {qat}: `erniekit export quantization={name} format={format}` will refuse what this run trains"
     try:
-        scheme_for(name, format, config, Options(group))
+        scheme = scheme_for(name, format, config, Options(group), fits=False)
     except ConfigError as error:
-        log.warning(
-            f"qat: {qat}: `erniekit export quantization={name} format={format}` will refuse what this run trains: "
-            f"{error}"
-        )
+        raise ConfigError(f"{command}: {error}") from None
+    if reason := unfit(scheme, config):
+        log.warning(f"{command}: {reason}")
 
 
 def say_if_qat_differs(directory: Path, qat: str) -> None:

@@ -50,7 +50,7 @@ from erniekit.parallel.grad_sync import GradientSync
 from erniekit.parallel.mesh import Mesh
 from erniekit.parallel.pipeline_schedule import Action
 from erniekit.parallel.zero import ShardedParameters
-from erniekit.quantize.trained import warn_if_not_exported
+from erniekit.quantize.trained import check_export
 from erniekit.training import muon
 from erniekit.training.adamw import AdamW, parameter_rules
 from erniekit.training.batch_warmup import last_step, warmup_steps
@@ -182,8 +182,8 @@ def build_run(cfg: Config, mesh: Mesh, method: Method | None = None) -> Run:
     check_frozen(cfg, prepared.config, prepared.adapter)
     with all_or_none(mesh.world_group):
         method.check(cfg, prepared, tokenizer, mesh.degrees)
+    check_export(cfg.qat, prepared.config, cfg.quantization_group_size)
     warn_if_too_large(cfg, prepared.config, mesh)
-    warn_if_not_exported(cfg.qat, prepared.config, cfg.quantization_group_size)
     # All checks of the configuration are done; weights are read from here on.
     chunks = assign_layers(cfg, prepared.config, mesh.degrees.pipeline)[mesh.pipe]
     model = prepared.build(mesh, chunks)

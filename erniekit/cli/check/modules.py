@@ -11,7 +11,7 @@ from erniekit.data.chat.tokenizer import load_tokenizer
 from erniekit.models.config import ModelConfig
 from erniekit.models.pipeline_layout import assign_layers
 from erniekit.parallel.mesh import Mesh, ParallelDims
-from erniekit.quantize.trained import warn_if_not_exported
+from erniekit.quantize.trained import check_export
 from erniekit.training.freezing import check_frozen
 from erniekit.training.methods import method_of
 from erniekit.utils import log
@@ -40,7 +40,7 @@ def _check(cfg: Config, directory: Path, tokenizer: Path, model_config: ModelCon
     )
     prepared = build.prepare_model(directory, options, model_config if starts_at_random else None)
     frozen = check_frozen(cfg, prepared.config, prepared.adapter)
-    warn_if_not_exported(cfg.qat, prepared.config, cfg.quantization_group_size)
+    check_export(cfg.qat, prepared.config, cfg.quantization_group_size)
     for stage, chunks in enumerate(assign_layers(cfg, prepared.config, degrees.pipeline)):
         mesh = Mesh.outline(degrees, stage * degrees.data * degrees.tensor)
         build.outline(prepared.config, options, mesh, chunks, prepared.adapter)

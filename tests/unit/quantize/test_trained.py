@@ -8,21 +8,23 @@ import pytest
 from support.quantised import SIZES
 from support.tiny_directories import model_directory, write_lines
 from support.tiny_sizes import KINDS
+from support.vision_directories import vision_config
 
 from erniekit import config
 from erniekit.checkpoint.safetensors_write import Writer
-from erniekit.cli import check
+from erniekit.cli import check, plan
 from erniekit.models.config import ModelConfig
 from erniekit.parallel.mesh import Mesh
 from erniekit.quantize.schemes import scheme_for
-from erniekit.quantize.trained import AsTrained, warn_if_not_exported
+from erniekit.quantize.trained import AsTrained, check_export
 from erniekit.training.build import build_run
 from erniekit.utils import log
+from erniekit.utils.errors import ConfigError
 
 
 def warnings(kind: str, qat: str, group: int | None = None, **sizes: int) -> list[str]:
     with log.captured() as lines:
-        warn_if_not_exported(qat, ModelConfig.from_dict(KINDS[kind] | SIZES | sizes), group)
+        check_export(qat, ModelConfig.from_dict(KINDS[kind] | SIZES | sizes), group)
     assert all(is_warning for is_warning, _ in lines)
     return [text for _, text in lines]
 
@@ -46,6 +48,25 @@ def test_nothing_is_said_where_the_export_takes_the_model(qat: str):
     assert warnings("moe", qat) == []
     if qat.startswith("wint4"):
         assert warnings("moe", qat, group=32) == []
+
+
+@pytest.mark.parametrize(
+    ("given", "qat", "expected"),
+    [
+        (KINDS["dense"], "w4a8", "codes are those of experts, which this model does not have: .* w8a8"),
+        (KINDS["dense"], "wint4/8", "codes are those of experts, which this model does not have: .* wint4"),
+        (vision_config(), "w4a8", "FastDeploy has no names for quantised vision-language weights"),
+    ],
+)
+def test_a_model_for_which_a_scheme_has_no_codes_is_not_trained(given: dict, qat: str, expected: str):
+    with pytest.raises(ConfigError, match=rf"^qat: {qat}: `erniekit export .* will refuse .*{expected}"):
+        check_export(qat, ModelConfig.from_dict(given), None)
+
+
+def test_a_plan_refuses_it_too(tmp_path: Path):
+    path = model_directory(tmp_path, weights=False)
+    with pytest.raises(ConfigError, match=r"qat: w4a8: .* are those of experts"):
+        plan.run([f"model_name_or_path={path}", "train_dataset_path=x", "output_dir=y", "qat=w4a8"])
 
 
 def test_a_run_and_its_check_say_so_before_weights_are_read(tmp_path: Path):
