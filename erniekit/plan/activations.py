@@ -302,7 +302,9 @@ def _head(job: Job, device: Device, model: CausalLM, divergence_logits: int = 0)
     products = logits + narrow + 3 * FP32 * rows * width + weight + (3 * logits if divergence_logits else 0.0)
     # beside the gradient of the weight by the chunks before
     most = gathered + gradients + max(chunk, products) + (weight if several else 0.0)
-    waits = device.element / FP32 * weight if device.master_grad else weight * device.waiting
+    # A gradient of a weight that is also the embedding waits for the other one, which is the last of the pass.
+    is_shared = job.model.tie_word_embeddings and model.shard.has_embedding
+    waits = device.element / FP32 * weight if device.master_grad else weight * (1.0 if is_shared else device.waiting)
     if job.cfg.method.options and not divergence_logits:
         return Operation("output head", gathered, gathered + chunk, most, waits)
     normed = device.element * device.tokens * width
