@@ -18,6 +18,7 @@ Correction = Literal["none", "tis", "mis", "icepop", "icepop_sequence", "misc"]
 KLEstimator = Literal["k1", "k2", "k3"]
 
 _MAX_LOG_RATIO = 20.0  # beyond it a ratio has no meaning, and its exponential leaves fp32
+_ROUNDING = 1e-5  # of an entropy in fp32, which other microbatches and ranks compute in another order
 
 
 class Variant(NamedTuple):
@@ -247,8 +248,9 @@ def _sums(
     terms, weights = {"policy": loss}, {"policy": 1.0}
     if o.kl_coef and given.ref_logps is not None:
         kl = kl_estimate(given.logps, given.ref_logps, o.kl_estimator)
+        kl = kl * ratio if o.kl_bias_correction else kl
         metrics["kl"] = (kl.detach() * mask).sum()
-        terms["kl"], weights["kl"] = (kl * ratio if o.kl_bias_correction else kl), o.kl_coef
+        terms["kl"], weights["kl"] = kl, o.kl_coef
     scale = {"sequences": 1 / given.lengths, "constant": 1.0 / (o.max_completion_length or 1), "tokens": 1.0}[mean]
     sums = {name: (value * mask * scale).sum() for name, value in terms.items()}
     divisors = dict.fromkeys(terms, "tokens" if mean == "tokens" else "sequences")
@@ -289,9 +291,10 @@ def pair_loss(
 
 def entropy_threshold(entropies: np.ndarray, share: float) -> float:
     """The entropy that `share` of the tokens [N] reach, for policy_loss's min_entropy (Wang et al. 2025, arXiv
-    2506.01939, who keep 0.2): the quantile 1 - share, between two values by linear interpolation; 0 without tokens.
+    2506.01939, who keep 0.2): the quantile 1 - share, between two values by linear interpolation; 0 without tokens. It
+    is a little less than the quantile, so that tokens whose entropies differ by rounding alone are kept together.
     """
-    return float(np.quantile(entropies.astype(np.float64), 1 - share)) if len(entropies) else 0.0
+    return float(np.quantile(entropies.astype(np.float64), 1 - share)) - _ROUNDING if len(entropies) else 0.0
 
 
 def _check(

@@ -203,12 +203,13 @@ class Job:
     @property
     def passes_ahead(self) -> float:
         """Forward passes without gradients over as many tokens as a step has, before it: of a reference; KTO's over
-        mismatched pairs, of the policy and of the reference; reinforcement learning's, once for each rollout.
+        mismatched pairs, of the policy and of the reference; reinforcement learning's, once for each rollout, and that
+        for entropies once for each step.
         """
         cfg, options = self.cfg, self.cfg.method.options
         if RLArgs in options:
-            count = self.has_reference + pointless_rl.wants_old_log_probs(cfg) + (cfg.top_entropy_quantile < 1)
-            return count / cfg.num_iterations
+            count = self.has_reference + pointless_rl.wants_old_log_probs(cfg)
+            return count / cfg.num_iterations + (cfg.top_entropy_quantile < 1)
         return self.has_reference + 2 * (KtoArgs in options and cfg.kto_loss_type == "kto")
 
     @property

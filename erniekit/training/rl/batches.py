@@ -104,12 +104,14 @@ def _has_loss(completion: Completion, options: BatchOptions) -> np.ndarray:
     return completion.is_sampled & (not (options.mask_truncated and completion.is_truncated))
 
 
-def min_entropy_of(completions: Sequence[Completion], share: float, options: BatchOptions) -> float:
+def min_entropy_of(
+    completions: Sequence[Completion], entropies: Sequence[np.ndarray], share: float, options: BatchOptions
+) -> float:
     """The entropy that `share` of the tokens with loss reach, over all completions of a step, so that its division into
-    microbatches changes nothing.
+    microbatches changes nothing. `entropies`: of the tokens of each completion by the weights of the step.
     """
-    parts = [c.entropies[_has_loss(c, options)] for c in completions if c.entropies is not None]
-    return entropy_threshold(np.concatenate(parts) if parts else np.zeros(0), share)
+    parts = [values[_has_loss(c, options)] for c, values in zip(completions, entropies, strict=True)]
+    return entropy_threshold(np.concatenate(parts), share)
 
 
 def _pairs_of(completions: Sequence[Completion], options: BatchOptions) -> np.ndarray:

@@ -23,7 +23,7 @@ class Completion:
     float32 [n]: log-probabilities that generating reported, NaN where there is none. is_truncated: whether it ended
     without an end token. reward: the weighted sum of its rewards with penalties, NaN where no function gave one.
     old_logps, reference_logps float32 [n]: of the policy before the first update and of the reference, as the training
-    computation evaluates them, and entropies float32 [n] of the policy's distributions; None where nobody needs them.
+    computation evaluates them; None where nobody needs them.
 
     experts unsigned [n, S, K]: the experts of the last token of the prompt and of the completion's tokens but the last,
     as the engine chose them in each of S sparse layers; prompt_experts [prompt - 1, S, K] those of the tokens before,
@@ -44,7 +44,6 @@ class Completion:
     advantage: float = 0.0
     old_logps: np.ndarray | None = None
     reference_logps: np.ndarray | None = None
-    entropies: np.ndarray | None = None
     inputs: np.ndarray | None = None
     experts: np.ndarray | None = None
     prompt_experts: np.ndarray | None = None
@@ -63,7 +62,7 @@ class Completion:
         return int(self.is_sampled.sum())
 
 
-_ARRAYS = ("ids", "is_sampled", "rollout_logps", "old_logps", "reference_logps", "entropies", "inputs", "experts")
+_ARRAYS = ("ids", "is_sampled", "rollout_logps", "old_logps", "reference_logps", "inputs", "experts")
 
 
 def to_bytes(completions: Sequence[Completion]) -> bytes:

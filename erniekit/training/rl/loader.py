@@ -153,7 +153,9 @@ class RolloutLoader:
             replays_experts=self._replays_experts,
         )
         if cfg.top_entropy_quantile < 1:
-            options = replace(options, min_entropy=min_entropy_of(completions, cfg.top_entropy_quantile, options))
+            entropies = self._scored(completions, partial(self._token_scorer.entropies, self._model))
+            least = min_entropy_of(completions, entropies, cfg.top_entropy_quantile, options)
+            options = replace(options, min_entropy=least)
         where = (cfg.batch_size, mesh.data, mesh.degrees.data)
         batches = microbatches(completions, self.prompts.__getitem__, *where, options)
         if self._pairs is not None:
@@ -251,11 +253,9 @@ class RolloutLoader:
             self._fill(completions, "old_logps", partial(self._token_scorer.log_probs, self._model))
         if cfg.rollout_base_url is not None:
             require_same_weights(cfg, completions)
-        if cfg.top_entropy_quantile < 1:
-            self._fill(completions, "entropies", partial(self._token_scorer.entropies, self._model))
         if self._reference is not None:
             self._fill(completions, "reference_logps", self._reference.log_probs)
-        if wants_old or self._reference is not None or cfg.top_entropy_quantile < 1:
+        if wants_old or self._reference is not None:
             self._seconds["log_probs"] += time.perf_counter() - began
 
     def _drawn_pairs(self) -> list[Completion]:
@@ -281,12 +281,19 @@ class RolloutLoader:
         prompt_of: Callable[[int], Prompt] | None = None,
     ) -> None:
         """Set one column of each completion's tokens by a pass over them."""
-        options = BatchOptions(replays_experts=self._replays_experts)
-        found = score_completions(
-            self._cfg, self._mesh, completions, prompt_of or self.prompts.__getitem__, score, options
-        )
-        for completion, values in zip(completions, found, strict=True):
+        for completion, values in zip(completions, self._scored(completions, score, prompt_of), strict=True):
             setattr(completion, name, values)
+
+    def _scored(
+        self,
+        completions: list[Completion],
+        score: Callable[[Sequence[PackedBatch]], list[paddle.Tensor]],
+        prompt_of: Callable[[int], Prompt] | None = None,
+    ) -> list[np.ndarray]:
+        """What a pass over completions says of their tokens (score_completions)."""
+        options = BatchOptions(replays_experts=self._replays_experts)
+        prompt_of = prompt_of or self.prompts.__getitem__
+        return score_completions(self._cfg, self._mesh, completions, prompt_of, score, options)
 
     def _add_advantages(self, groups: list[Group], num_padded: int) -> None:
         """Advantages of all completions; those of the last `num_padded` groups are 0."""

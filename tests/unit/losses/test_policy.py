@@ -92,6 +92,7 @@ def test_loss_gradient_and_metrics_equal_trl(case: dict[str, Any]):
     if "cispo_clip_ratio" in metrics:
         assert means["clip_ratio/high"] == pytest.approx(metrics["cispo_clip_ratio"], abs=EXACT)
     assert means["entropy"] == pytest.approx(metrics["entropy"], abs=EXACT)
+    assert means.get("kl") == pytest.approx(metrics.get("kl"), abs=EXACT)
 
 
 INDEPENDENT = {

@@ -45,7 +45,9 @@ def test_a_reference_belongs_to_the_losses_that_compare_with_one():
 
 
 def test_passes_without_gradients_are_counted():
-    """KTO's mismatched pairs take one of the policy and one of the reference; a rollout of policies is scored once."""
+    """KTO's mismatched pairs take one of the policy and one of the reference; a rollout of policies is scored once, and
+    its entropies are those of each update.
+    """
     passes = {
         ("stage=SFT",): 0,
         ("stage=DPO",): 1,
@@ -53,6 +55,7 @@ def test_passes_without_gradients_are_counted():
         ("stage=KTO", "kto_loss_type=apo_zero_unpaired"): 1,
         ("stage=RL",): 0,
         ("stage=RL", "kl_coef=0.1", "num_iterations=4"): 0.5,
+        ("stage=RL", "top_entropy_quantile=0.2", "num_iterations=4"): 1.25,
     }
     assert {keys: job(*keys).passes_ahead for keys in passes} == passes
 

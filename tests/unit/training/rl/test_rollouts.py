@@ -12,6 +12,8 @@ from support.tiny_directories import write_lines
 
 from erniekit import config
 from erniekit.checkpoint.safetensors_read import Reader
+from erniekit.losses import policy_loss
+from erniekit.training.recipes import policy
 from erniekit.training.reporting.completions import CompletionLog
 from erniekit.training.reporting.plot import LossPlot
 from erniekit.training.rl import loader
@@ -125,6 +127,23 @@ def test_gdpo_scales_penalties_as_rewards_of_their_own(keys):
 def _completion(length: int) -> Completion:
     ones = np.ones(length, np.float32)
     return Completion(0, 0, ones.astype(np.int32), ones > 0, ones, False, 0.0, 0.0, ones * 0.3, ones * 0.2)
+
+
+def test_the_share_of_tokens_with_high_entropy_is_that_of_each_update(keys, monkeypatch):
+    """Also after updates that have changed the entropies."""
+    shares = []
+
+    def noted(log_probs, old, advantages, mask, **options):
+        kept = (options["entropy"] >= options["min_entropy"]).astype(mask.dtype) * mask
+        shares.append((float(kept.sum()), float(mask.sum())))
+        return policy_loss(log_probs, old, advantages, mask, **options)
+
+    monkeypatch.setattr(policy, "policy_loss", noted)
+    changes = {"num_iterations": 3, "steps_per_generation": 1, "batch_size": 16, "learning_rate": 0.05}
+    run(keys, top_entropy_quantile=0.25, max_steps=3, lr_scheduler_type="constant", save_strategy="no", **changes)
+    assert len(shares) == 3
+    for kept, count in shares:  # the first tokens of a prompt's completions have the same entropy
+        assert abs(kept - 0.25 * count) <= 4
 
 
 def test_a_rollout_is_divided_into_steps_of_whole_groups(keys):
