@@ -71,7 +71,7 @@ class PolicyLoss:
     weights: of each term in the loss.
     counts: "sequences", "tokens" and "clipped_of" of these completions, on the device where they depend on the mask.
     metrics: scalars without gradient; sums over these completions under the names of METRIC_DIVISORS, smallest and
-        largest values under "ratio/min", "ratio/max" and "rollout/logp_difference/max".
+        largest values under "ratio/min", "ratio/max" (infinite without tokens) and "rollout/logp_difference/max".
     loss: the sum of weight * sum / divisor over the terms, with the divisors that were given or, by default, those of
         these completions.
     """
@@ -365,11 +365,13 @@ def _clip_metrics(o: PolicyOptions, ratio: paddle.Tensor, given: _Inputs) -> dic
     is_low = (ratio < (0.0 if is_cispo else 1 - o.clip_low)) & (given.advantages < 0)
     is_high = (ratio > (o.upper if is_cispo else 1 + o.upper)) & (given.advantages > 0)
     per_token = ratio.expand_as(mask)
-    shown = paddle.where(mask > 0, per_token, paddle.ones_like(per_token))
+    least, largest = (
+        paddle.where(mask > 0, per_token, paddle.full_like(per_token, no_token)) for no_token in (np.inf, -np.inf)
+    )
     of = paddle.ones_like(ratio) if o.variant.level == "sequence" else mask
     parts = {"low": is_low, "high": is_high, "region": is_low | is_high}
     metrics = {f"clip_ratio/{name}": (part.astype(of.dtype) * of).sum() for name, part in parts.items()}
-    return metrics | {"ratio/mean": (per_token * mask).sum(), "ratio/min": shown.min(), "ratio/max": shown.max()}
+    return metrics | {"ratio/mean": (per_token * mask).sum(), "ratio/min": least.min(), "ratio/max": largest.max()}
 
 
 @paddle.no_grad()

@@ -86,9 +86,11 @@ class Scorer:
             missing = [field for field in needed if fields.get(field) in empty]
             if missing:
                 keys = ", ".join(repr(field) for field in missing)
+                is_answer = builtin is not None and self._cfg.answer_key in missing
+                other = "name the field of the right answer (answer_key), " if is_answer else ""
                 raise DataError(
-                    f"{place}: the record has no {keys}, which the reward {name} needs. Add it, name the field of the "
-                    "right answer (answer_key), or leave the function out of reward_funcs"
+                    f"{place}: the record has no {keys}, which the reward {name} needs. Add it, {other}or leave the "
+                    "function out of reward_funcs"
                 )
             try:
                 if builtin is not None:

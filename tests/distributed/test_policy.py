@@ -77,6 +77,15 @@ def check(world, keys: dict[str, Any], wanted: list[dict[str, Any]], texts: list
                 assert found.get(name) == pytest.approx(expected.get(name)), name
 
 
+@pytest.mark.slow
+def test_a_rank_without_completions_changes_nothing(world2, tmp_path):
+    """One group in one microbatch: the other data rank has none in any step."""
+    keys = rl_workspace(tmp_path) | KEYS | {"rollout_batch_size": 1, "steps_per_generation": 1, "num_iterations": 2}
+    keys |= {"batch_size": 4, "top_entropy_quantile": 0.5, "entropy_coef": 0.05, "dynamic_sample": False}
+    wanted = train_rl(keys | {"output_dir": f"{tmp_path}/one"})
+    check(world2, keys, wanted, completions(tmp_path / "one"), {"data_parallel_degree": 2})
+
+
 @pytest.fixture(scope="module")
 def replayed(tmp_path_factory) -> tuple[dict[str, Any], list[dict[str, Any]], list[str]]:
     """As one_rank, with routing replay and pairs that were made in advance."""

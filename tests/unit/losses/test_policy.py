@@ -145,6 +145,15 @@ def test_differences_of_the_two_computations_equal_independent_numpy():
     assert means["rollout/logp_difference/max"] == pytest.approx(expected["logp_difference_max"], abs=EXACT)
 
 
+@pytest.mark.parametrize("level", ["token", "sequence"])
+def test_the_extreme_ratios_are_those_of_tokens(level: str):
+    """Not of padding, of which the longest row alone has none."""
+    given = inputs()
+    advantages = tensor(np.ones(len(INPUTS["mask"])))
+    result = policy_loss(given["logp"], given["logp"] + 0.5, advantages, given["mask"], level=level).metrics
+    np.testing.assert_allclose([float(result["ratio/min"]), float(result["ratio/max"])], np.exp(-0.5), rtol=1e-12)
+
+
 @pytest.mark.parametrize("estimator", ["k1", "k2", "k3"])
 def test_kl_estimators_equal_their_formulas(estimator: str):
     given, expected = inputs(), VECTORS["kl"][estimator]
