@@ -85,13 +85,7 @@ class Scorer:
             empty: tuple[object, ...] = (None, "") if builtin and builtin.may_be_empty else (None, "", [])
             missing = [field for field in needed if fields.get(field) in empty]
             if missing:
-                keys = ", ".join(repr(field) for field in missing)
-                is_answer = builtin is not None and self._cfg.answer_key in missing
-                other = "name the field of the right answer (answer_key), " if is_answer else ""
-                raise DataError(
-                    f"{place}: the record has no {keys}, which the reward {name} needs. Add it, {other}or leave the "
-                    "function out of reward_funcs"
-                )
+                raise _lacking(place, name, missing, self._cfg.answer_key)
             try:
                 if builtin is not None:
                     builtin.check(Sample([], "", (), fields, place), self._cfg)
@@ -249,6 +243,17 @@ def _collect(result: Result, num_samples: int, logged: dict[str, list[float]], e
         rows = extras.setdefault(name, [None] * num_samples)
         for number, value in zip(result.numbers, column, strict=False):
             rows[number] = value
+
+
+def _lacking(place: str, name: str, fields: Sequence[str], answer_key: str) -> DataError:
+    """The error of a record without fields that a function needs."""
+    keys = ", ".join(repr(field) for field in fields)
+    is_answer = name in BUILTINS and answer_key in fields  # functions of the user's name their fields themselves
+    other = "name the field of the right answer (answer_key), " if is_answer else ""
+    return DataError(
+        f"{place}: the record has no {keys}, which the reward {name} needs. Add it, {other}or leave the function out "
+        "of reward_funcs"
+    )
 
 
 def _check_packages(names: Sequence[str]) -> None:

@@ -233,7 +233,7 @@ def test_records_are_checked_before_training(scorer):
     one.check({"solution": 0}, "d:1")
     with pytest.raises(DataError, match="d:2: the record has no 'solution', which the reward accuracy needs"):
         one.check({"answer": "5"}, "d:2")
-    with pytest.raises(DataError, match="d:2: the record has no 'solution', .* reward needs needs. Add it, or leave"):
+    with pytest.raises(DataError, match=r"d:2: the record has no 'solution', .* reward needs needs. Add it, or leave"):
         one.check({"answer": "5", "reward_funcs": ["needs"]}, "d:2")
     with pytest.raises(DataError, match="d:3: 'reward_funcs' has 'format', which is none of"):
         one.check({"solution": "5", "reward_funcs": "format"}, "d:3")

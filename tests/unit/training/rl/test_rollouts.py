@@ -181,6 +181,8 @@ def test_microbatches_change_nothing(keys, changes):
     for one, two in zip(first, other, strict=True):
         assert one.keys() == two.keys()
         for name in one.keys() - {"rollout/tokens_per_second", "num_tokens"}:  # neighbours share their prompt's tokens
+            if one[name] is two[name] is None:
+                continue  # a ratio, in a step without tokens that carry loss
             # fp32 sums in another order, after up to three updates
             assert one[name] == pytest.approx(two[name], rel=1e-4, abs=2e-5), name
 
