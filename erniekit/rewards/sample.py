@@ -59,16 +59,15 @@ class ScoreTable:
 
     values: float64 [N] of each function by its name, NaN where it gave none. total: float64 [N], the weighted sum of
     those that are given, scaled by domain if that is asked for; NaN where none is. accuracy: the values of the function
-    that says what is right, if there is one. failures: how often each function failed. seconds: computing time of each.
-    metrics: means of what the user's functions logged (`log_metric`) since Scorer.begin_rollout. extras: lists of N
-    values, for the table of completions (`log_extra`).
+    that says what is right, if there is one. failures: how often each function failed. metrics:
+    means of what the user's functions logged (`log_metric`) since Scorer.begin_rollout. extras: lists of N values, for
+    the table of completions (`log_extra`).
     """
 
     values: dict[str, np.ndarray]
     total: np.ndarray
     accuracy: np.ndarray | None
     failures: dict[str, int]
-    seconds: dict[str, float]
     metrics: dict[str, float] = field(default_factory=dict)
     extras: dict[str, list[Any]] = field(default_factory=dict)
 

@@ -1,7 +1,6 @@
 """Scores completions by the configured functions, in processes with time limits."""
 
 import math
-import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib.util import find_spec
@@ -111,10 +110,8 @@ class Scorer:
         """
         values = {name: np.full(len(samples), np.nan) for name in self.names}
         failures: Counter[str] = Counter()
-        seconds = dict.fromkeys(self.names, 0.0)
         extras: dict[str, list[Any]] = {}
         for result in self._results(samples, step):
-            seconds[result.name] += result.seconds
             for number, value in zip(result.numbers, result.values, strict=True):
                 if isinstance(value, str):
                     failures[result.name] += 1
@@ -129,7 +126,6 @@ class Scorer:
             self._totals(values, samples),
             values[self._right] if self._right else None,
             dict(failures),
-            seconds,
             {name: float(np.mean(sorted(numbers))) for name, numbers in sorted(self._logged.items())} | self._usage(),
             extras,
         )
@@ -151,23 +147,20 @@ class Scorer:
 
     def _results(self, samples: Sequence[Sample], step: int) -> Iterator[Result]:
         """The results of all functions; the judge works while the processes do."""
-        begin, asked = time.perf_counter(), {}
+        asked = {}
         if self._judge:
             judged = [i for i, sample in enumerate(samples) if "judge" in self._wanted(sample.fields, sample.place)]
             asked = dict(zip(judged, self._judge.ask([samples[i] for i in judged]), strict=True))
         if self._workers:
             yield from self._workers.run(self._chunks(samples), step)
         for name, function in self._given.items():
-            start = time.perf_counter()
             chosen = [i for i, sample in enumerate(samples) if name in self._wanted(sample.fields, sample.place)]
             found = function([samples[i] for i in chosen])
             assert found.shape == (len(chosen),), (name, found.shape)
             values = [checked(None if math.isnan(value) else value) for value in found.tolist()]
-            yield Result(name, tuple(chosen), values, time.perf_counter() - start)
+            yield Result(name, tuple(chosen), values)
         for number, future in asked.items():
             yield Result("judge", (number,), [future.result()])
-        if asked:
-            yield Result("judge", (), [], time.perf_counter() - begin)
 
     def _usage(self) -> dict[str, float]:
         """What the judge has been asked since the start of the process."""

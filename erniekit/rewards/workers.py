@@ -59,7 +59,6 @@ class Result:
     name: str
     numbers: tuple[int, ...]
     values: list[float | str | None]
-    seconds: float = 0.0
     logged: Logged = field(default_factory=Logged)
 
 
@@ -195,7 +194,7 @@ class Workers:
             raise ConfigError(f"reward_funcs: {content}")
         chunk = worker.chunk
         assert chunk is not None
-        values, seconds, logged = content
+        values, logged = content
         step = chunk.steps.popleft()
         if chunk.steps:
             worker.deadline = time.monotonic() + self._allowed(chunk)
@@ -211,7 +210,7 @@ class Workers:
                 )
         else:
             values = [values] if isinstance(values, str) else values
-            yield Result(step.name, tuple(chunk.numbers[i] for i in step.places), values, seconds, logged)
+            yield Result(step.name, tuple(chunk.numbers[i] for i in step.places), values, logged)
 
     def _too_long(self, worker: _Worker) -> str:
         if worker.chunk is None:
@@ -263,9 +262,8 @@ def serve(descriptor: int, parent: int) -> None:
         while True:
             samples, steps, number = connection.recv()
             for step in steps:
-                start = time.perf_counter()
                 values, logged = _call(cfg, users, step, [samples[i] for i in step.places], number)
-                connection.send(("values", (values, time.perf_counter() - start, logged)))
+                connection.send(("values", (values, logged)))
     except (EOFError, BrokenPipeError, ConnectionResetError):
         os._exit(0)  # the parent has closed its end
 
