@@ -60,7 +60,8 @@ def test_a_profile_names_the_parts_and_adds_up(directory: Path, tmp_path: Path, 
     for events in rows.values():
         for before, after in itertools.pairwise(events):
             assert after["ts"] == pytest.approx(before["ts"] + before["dur"], abs=0.01)
-        assert sum(event["dur"] for event in events) / 1e6 == pytest.approx(measured, rel=0.15)
+        # Another program may take the processor between the two clocks' readings.
+        assert 0.5 * measured < sum(event["dur"] for event in events) / 1e6 < 1.15 * measured
     # Each layer's attention in every pass: forward, again, and backward.
     for phase in ("forward", "recompute", "backward"):
         names = {event["name"] for event in rows[1] if event["args"]["phase"] == phase}
