@@ -122,7 +122,7 @@ def guesses(modules: Iterable[Module]) -> list[str]:
     found = [
         f"{module.shown}:{node.lineno}: {node.func.id}"
         for module in modules
-        for node in ast.walk(module.tree)
+        for node in module.nodes
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in ("hasattr", "getattr")
     ]
     return [f"{len(found)} calls, at most {MAX_GUESSES}:", *found] if len(found) > MAX_GUESSES else []
@@ -159,7 +159,7 @@ def _uses(modules: Iterable[Module], unwanted: Callable[[str], bool], allowed: s
         if module.shown in allowed:
             continue
         names = aliases(module)
-        for node in ast.walk(module.tree):
+        for node in module.nodes:
             if isinstance(node, ast.Attribute):
                 # self.group.all_reduce(...), f().all_reduce(...): no dotted name, but its last part tells.
                 found = [dotted(node, names) or f"?.{node.attr}"]

@@ -85,7 +85,7 @@ def prose_of(module: Module) -> list[tuple[int, str]]:
     """(first line, text) of every string and comment of a module."""
     strings = [
         (node.lineno, node.value)
-        for node in ast.walk(module.tree)
+        for node in module.nodes
         if isinstance(node, ast.Constant) and isinstance(node.value, str)
     ]
     tokens = tokenize.generate_tokens(io.StringIO(module.text).readline)

@@ -88,7 +88,7 @@ def keys_read() -> set[str]:
     """
     package, found = read_package(REPOSITORY), set[str]()
     for module in package.values():
-        for node in ast.walk(module.tree) if module.unit != "config" else ():
+        for node in module.nodes if module.unit != "config" else ():
             if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name | ast.Attribute):
                 owner = node.value.id if isinstance(node.value, ast.Name) else node.value.attr
                 if owner.lstrip("_") in ("cfg", "args"):

@@ -143,7 +143,7 @@ def test_one_module_pads_what_a_model_takes(package: dict[str, Module]):
         module.name
         for module in package.values()
         if module.unit in ("data", "models", "training", "losses", "evaluate")
-        for node in ast.walk(module.tree)
+        for node in module.nodes
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "pad"
     }
     assert padding == {"erniekit.models.inputs"}

@@ -90,7 +90,7 @@ def test_nobody_but_the_table_asks_for_the_method():
     ],
 )
 def test_a_question_is_found(tmp_path: Path, source: str):
-    assert questions(Module("erniekit.x", tmp_path / "x.py", "erniekit/x.py", source))
+    assert questions(Module("erniekit.x", tmp_path / "x.py", "erniekit/x.py", source, ast.parse(source)))
 
 
 def test_every_method_that_is_built_has_a_row_of_both_kinds():

@@ -1,6 +1,7 @@
 """Reads the source of a package with `ast`, for tests/test_layering.py and tests/test_budgets.py."""
 
 import ast
+import gc
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -28,10 +29,12 @@ class Module:
     path: Path
     shown: str  # the path for messages, relative to the root
     text: str
+    tree: ast.Module
 
     @cached_property
-    def tree(self) -> ast.Module:
-        return ast.parse(self.text, filename=str(self.path))
+    def nodes(self) -> list[ast.AST]:
+        """All nodes of the tree, which many tests look through."""
+        return list(ast.walk(self.tree))
 
     @property
     def is_package(self) -> bool:
@@ -46,7 +49,11 @@ class Module:
 
 def read_files(root: Path, pattern: str) -> list[Module]:
     """All Python files under `root` that match, named by their path."""
-    return [_read(path, root) for path in sorted(root.glob(pattern)) if "__pycache__" not in path.parts]
+    gc.disable()  # it would look again and again through trees that stay: three quarters of the time
+    try:
+        return [_read(path, root) for path in sorted(root.glob(pattern)) if "__pycache__" not in path.parts]
+    finally:
+        gc.enable()
 
 
 def read_package(root: Path, package: str = "erniekit") -> dict[str, Module]:
@@ -59,14 +66,15 @@ def _read(path: Path, root: Path) -> Module:
     parts = list(relative.with_suffix("").parts)
     if parts[-1] == "__init__":
         parts.pop()
-    return Module(".".join(parts), path, str(relative), path.read_text(encoding="utf-8"))
+    text = path.read_text(encoding="utf-8")
+    return Module(".".join(parts), path, str(relative), text, ast.parse(text, filename=str(path)))
 
 
 def imports(module: Module, known: dict[str, Module]) -> list[Import]:
     """Everything the module imports, inside functions and under TYPE_CHECKING too."""
     found = []
-    late = _nodes_run_late(module.tree)
-    for node in ast.walk(module.tree):
+    late = _nodes_run_late(module)
+    for node in module.nodes:
         if isinstance(node, ast.Import):
             targets = [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
@@ -86,19 +94,19 @@ def _absolute_base(module: Module, node: ast.ImportFrom) -> str:
     return ".".join([*parts[:keep], *([node.module] if node.module else [])])
 
 
-def _nodes_run_late(tree: ast.Module) -> set[int]:
+def _nodes_run_late(module: Module) -> set[int]:
     """The ids of nodes that do not run on import: function bodies, and `if TYPE_CHECKING:`."""
     late: set[int] = set()
-    for node in ast.walk(tree):
+    for node in module.nodes:  # from the outside to the inside
         is_typing = isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test)
-        if is_typing or isinstance(node, FunctionNode):
+        if id(node) not in late and (is_typing or isinstance(node, FunctionNode)):
             late.update(id(inner) for statement in node.body for inner in ast.walk(statement))
     return late
 
 
 def functions(module: Module) -> Iterator[FunctionNode]:
     """Every function of the module, methods and nested ones included."""
-    return (node for node in ast.walk(module.tree) if isinstance(node, FunctionNode))
+    return (node for node in module.nodes if isinstance(node, FunctionNode))
 
 
 def public_functions(module: Module) -> Iterator[FunctionNode]:
@@ -140,7 +148,7 @@ def _decisions(node: ast.AST) -> int:
 def aliases(module: Module) -> dict[str, str]:
     """What imported names stand for: `import paddle.distributed as dist` -> {"dist": "paddle.distributed"}."""
     names = {}
-    for node in ast.walk(module.tree):
+    for node in module.nodes:
         if isinstance(node, ast.Import):
             for alias in node.names:
                 head = alias.name.partition(".")[0]
