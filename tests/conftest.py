@@ -1,6 +1,7 @@
 """What every test runs under: no network, no display, the same examples each time."""
 
 import os
+import sys
 import tempfile
 from pathlib import Path
 
@@ -9,6 +10,9 @@ import pytest
 from erniekit.utils import runtime
 
 runtime.prepare()  # before any test imports paddle
+# Else each process that a test starts would compile the whole package.
+sys.dont_write_bytecode = False
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["MPLBACKEND"] = "Agg"
 # The threads of several test processes share the cores: they sleep when they wait, which changes no bit.
@@ -34,9 +38,13 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     lines = Path(__file__).with_name("slow_cases.txt").read_text(encoding="utf-8").splitlines()
     entries = [line for line in lines if line and not line.startswith("#")]
     matched = set()
+    of_tests: dict[str, list[str]] = {}
+    for entry in entries:
+        of_tests.setdefault(entry.partition("[")[0], []).append(entry)
     for item in items:
-        for entry in entries:
-            if item.nodeid == entry or item.nodeid.startswith(entry if "[" in entry else f"{entry}["):
+        name = item.nodeid
+        for entry in of_tests.get(name.partition("[")[0], ()):
+            if name.startswith(entry):
                 item.add_marker(pytest.mark.slow)
                 matched.add(entry)
     if config.args == ["tests"] and (unknown := [entry for entry in entries if entry not in matched]):

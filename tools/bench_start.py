@@ -150,6 +150,8 @@ def main() -> None:
     args = parser.parse_intermixed_args()
     with tempfile.TemporaryDirectory() as directory:
         os.environ["XDG_CACHE_HOME"] = f"{directory}/cache"
+        # An installed package has compiled modules; a checkout has them from the second start on.
+        os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
         words = words_of(args.config, args.keys, f"{directory}/run")
         rounds = [run(words) for _ in range(args.rounds)]
         samples = [dict(parts_of(words)) for _ in range(args.rounds)]
