@@ -130,6 +130,7 @@ def _train(spec: dict, words: list[str]) -> int:
     for step in range(first + 1, spec["steps"] + 1):
         time.sleep(0.05)
         if step == at:
+            (directory / f"acts-{rank}").touch()
             _act(what.removeprefix("always "))
         if rank == 0:
             _write(saved, step)

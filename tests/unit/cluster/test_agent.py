@@ -123,7 +123,7 @@ def hanging(directory, world=3):
     """A job whose ranks 1 and 2 are stuck in their fifth step."""
     process = fake_job.start(directory, world=world, steps=2000, acts={"1": ["loop", 5], "2": ["wait", 5]}, fault=60.0)
     workers = fake_job.pids(directory, world)
-    while int((directory / "saved").read_text()) < 8:
+    while not all((directory / f"acts-{rank}").exists() for rank in (1, 2)):
         time.sleep(0.02)
     return process, workers
 
