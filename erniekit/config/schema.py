@@ -135,6 +135,8 @@ def fields() -> Mapping[str, "dataclasses.Field[Any]"]:
 
 
 def _yaml_line(name: str, value: Any) -> str:
+    if value is None or isinstance(value, bool | int):  # most keys; PyYAML takes 0.2 ms for each
+        return f"{name}: {'null' if value is None else str(value).lower()}"
     written = {name: _escaped(value)}
     # PyYAML does not escape these three line breaks, and would read them back as a space.
     readable = not any(character in str(value) for character in "\x85\u2028\u2029")

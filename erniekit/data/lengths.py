@@ -69,15 +69,19 @@ class Lengths:
         sums = np.concatenate([[0], np.cumsum(self.tokens, dtype=np.int64)])
         return int((sums[self.starts + self.counts] - sums[self.starts]).sum())
 
-    def of(self, number: int) -> list[int]:
-        """The number of tokens of each document of a record."""
-        start = self.starts[number]
-        return self.tokens[start : start + self.counts[number]].tolist()
+    def of(self, numbers: np.ndarray) -> list[int]:
+        """The number of tokens of each document of the records `numbers`, int64 [K], in their order."""
+        return self.tokens[self._documents(numbers)].tolist()
 
-    def patches_of(self, number: int) -> list[int]:
-        """The patches of each document of a record."""
-        start = self.starts[number]
-        return self.patches[start : start + self.counts[number]].tolist()
+    def patches_of(self, numbers: np.ndarray) -> list[int]:
+        """The patches of each document of the records `numbers`, int64 [K], in their order."""
+        return self.patches[self._documents(numbers)].tolist()
+
+    def _documents(self, numbers: np.ndarray) -> np.ndarray:
+        """Where the documents of records are in `tokens`, int64."""
+        counts = self.counts[numbers].astype(np.int64)
+        ends = np.cumsum(counts)
+        return np.repeat(self.starts[numbers] - (ends - counts), counts) + np.arange(counts.sum())
 
 
 @dataclass(frozen=True)

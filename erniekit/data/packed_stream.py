@@ -3,7 +3,7 @@ any row.
 """
 
 import math
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -259,30 +259,29 @@ class PackedStream:
         pending: list[tuple[int, int]] = []
         for start in range(0, len(ids), self._window):
             stop = min(start + self._window, len(ids))
-            sizes = list(pending)
-            for n in ids[start:stop].tolist():
-                sizes += zip(lengths.of(n), lengths.patches_of(n), strict=True)
+            window = ids[start:stop]
+            sizes = pending + list(zip(lengths.of(window), lengths.patches_of(window), strict=True))
             groups, carried = self._packer([tokens for tokens, _ in sizes], self._max_seq_len, stop == len(ids))
             for group in groups:
                 yield sum(sizes[i][0] for i in group), sum(sizes[i][1] for i in group)
             pending = [sizes[i] for i in carried]
 
-    def rows_left(self, position: Position, lengths_of: Callable[[int], Sequence[int]]) -> int:
+    def rows_left(self, position: Position, lengths: Lengths) -> int:
         """The number of rows from `position` to the end of a training that is not endless (see count_rows)."""
         number, start, emitted, rows = position.round, position.start, position.emitted, 0
         if self._is_beyond(position):
             return 0
         ids = self.ids(number)
-        pending = [lengths_of(int(ids[i]))[j] for i, j in position.carried]
+        pending = [lengths.of(ids[i : i + 1])[j] for i, j in position.carried]
         while self._more(number):
             ids = self.ids(number)
             stop, last = self._window_end(start, len(ids), position if emitted else None)
             if start == stop and not pending:
                 break
-            lengths = pending + [length for n in ids[start:stop].tolist() for length in lengths_of(n)]
-            groups, carried = self._packer(lengths, self._max_seq_len, last)
+            tokens = pending + lengths.of(ids[start:stop])
+            groups, carried = self._packer(tokens, self._max_seq_len, last)
             rows += len(groups) - emitted
-            emitted, start, pending = 0, stop, [lengths[i] for i in carried]
+            emitted, start, pending = 0, stop, [tokens[i] for i in carried]
             if stop == len(ids) and not pending:
                 number, start = number + 1, 0
         return rows

@@ -43,7 +43,7 @@ def greedy(lengths: Sequence[int], capacity: int, last: bool) -> Packed:
     """
     rows: list[list[int]] = []
     spaces: list[tuple[int, int]] = []  # (free tokens, row), sorted
-    for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+    for i in sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True):  # equal ones keep their order
         at = bisect_left(spaces, (lengths[i], -1))
         if at < len(spaces):
             free, row = spaces.pop(at)

@@ -70,6 +70,7 @@ class RecordFeed:
         self._stream, self._service, self._extent = stream, service, extent
         self._lengths: Lengths | None = None
         self._measured: tuple[float, Lengths] | None = None
+        self._left: tuple[Position, int] | None = None  # the last answer of rows_left()
 
     @property
     def exact(self) -> bool:
@@ -175,7 +176,9 @@ class RecordFeed:
             return 0.0
         rows, lengths = self._measure()
         if lengths.exact:
-            return float(self._stream.rows_left(position, lengths.of))
+            if self._left is None or self._left[0] != position:
+                self._left = position, self._stream.rows_left(position, lengths)  # packs all of the data
+            return float(self._left[1])
         # larger than the expected error with a sample of this size
         margin = 0.005 + 0.25 / math.sqrt(lengths.num_measured)
         left = rows * (epochs - self._stream.epochs(replace(position, emitted=0))) - position.emitted

@@ -161,6 +161,15 @@ def test_the_cache_is_the_users(monkeypatch, tmp_path):
     assert runtime.cache_directory() == tmp_path / "erniekit"
 
 
+def test_lengths_of_records_are_those_of_their_documents_in_the_order_asked_for():
+    counts, tokens = np.array([2, 0, 1, 3], np.int32), np.arange(10, 16, dtype=np.int32)
+    starts = np.array([0, 2, 2, 3], np.int64)
+    known = lengths.Lengths(starts, counts, tokens, tokens * 2, 4, 1, 0, 0)
+    assert known.of(np.array([3, 1, 0])) == [13, 14, 15, 10, 11]
+    assert known.patches_of(np.array([2, 3])) == [24, 26, 28, 30]
+    assert known.of(np.array([], np.int64)) == []
+
+
 def test_the_nearest_record_in_size_stands_for_another_and_equal_ones_take_turns():
     known, wanted = np.array([30, 10, 10, 20]), np.array([10, 10, 10, 14, 16, 99, 1])
     assert lengths._nearest(known, wanted).tolist()[:3] == [1, 2, 1]
