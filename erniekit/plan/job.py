@@ -21,7 +21,8 @@ from erniekit.parallel.mesh import ParallelDims
 from erniekit.parallel.pipeline_schedule import Compute, compute_order
 from erniekit.utils.errors import ConfigError
 
-_CHUNK_ELEMENTS, _GPU_CHUNK_ELEMENTS = 1 << 24, 1 << 28  # logits at one time, as in losses/lm.py
+# logits and tokens at one time, as in losses/lm.py
+_CHUNK_ELEMENTS, _CHUNK_TOKENS, _GPU_CHUNK_ELEMENTS = 1 << 24, 1 << 11, 1 << 28
 CPU = "cpu"  # the name of the device on which nothing is in 16 bits
 
 
@@ -146,9 +147,12 @@ class Job:
     @property
     def head_rows(self) -> float:
         """Tokens whose logits are in memory at a time."""
-        elements = _CHUNK_ELEMENTS if self.on_cpu else _GPU_CHUNK_ELEMENTS
         vocabulary = self.model.vocab_size // self.degrees.tensor
-        return max(1.0, min(self.labelled_tokens, self.cfg.loss_subbatch_seqlen, elements // vocabulary))
+        if self.on_cpu:
+            room = min(_CHUNK_ELEMENTS // vocabulary, _CHUNK_TOKENS)
+        else:
+            room = _GPU_CHUNK_ELEMENTS // vocabulary
+        return max(1.0, min(self.labelled_tokens, self.cfg.loss_subbatch_seqlen, room))
 
     # Precision
 
