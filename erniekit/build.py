@@ -221,7 +221,7 @@ class PreparedModel:
         if precision.fp8 is not None and (adapted := adapted_layers(model, precision.fp8)):
             log.info(
                 f"fp8_recompute_up_gate_layers: {adapted}: no effect: the experts of these layers have adapters, "
-                "beside which each projection is a product of its own"
+                "and are therefore computed projection by projection"
             )
         if options.recompute is not None:
             activation_checkpoint.apply(model.model, options.recompute)
@@ -278,7 +278,7 @@ def _check_ring(mesh: Mesh, options: ModelOptions) -> None:
     """ConfigError where context ranks would need a ring between GPUs."""
     if mesh.degrees.context > 1 and options.context_exchange == "p2p" and paddle.get_device() != "cpu":
         raise ConfigError(
-            f"context_parallel_degree: {mesh.degrees.context}: the ring (cp_comm_type: p2p) is built for CPUs. On GPUs "
+            f"context_parallel_degree: {mesh.degrees.context}: the ring (cp_comm_type: p2p) runs on CPUs only. On GPUs "
             "set cp_comm_type: a2a"
         )
 
@@ -289,7 +289,7 @@ def _check_stored(adapter: StoredAdapter, options: ModelOptions, has_head: bool)
     """
     if options.divides_weights and adapter.options.dora:
         raise ConfigError(
-            f"sharding: stage3 is not built for the columns' lengths of DoRA, which the adapter {adapter.path} has. "
+            f"sharding: stage3 does not shard the magnitudes of DoRA, which the adapter {adapter.path} has. "
             "Set sharding: stage2"
         )
     if options.precision.qat is not None and adapter.options.dora:

@@ -92,12 +92,12 @@ def _resolve(name: str, hub: str | None, key: str, kind: str, patterns: list[str
     if path is not None:
         return path
     title, download = _HUBS[hub or "huggingface"]
-    log.info(f"{key}: {name} is no local path; asking {title}")
+    log.info(f"{key}: {name} is not a local path; asking {title}")
     try:
         return Path(download(name, kind, patterns))
     except ImportError as error:
         raise error_type(
-            f"{key}: {name!r} is no local path, and download_hub: {hub} needs the extra `hubs` ({error}). "
+            f"{key}: {name!r} is not a local path, and download_hub: {hub} needs the extra `hubs` ({error}). "
             "Hint: pip install 'erniekit[hubs]', or leave out download_hub to use the Hugging Face Hub."
         ) from error
     # No connection, unknown name, no access, no disk space: the libraries and their HTTP clients have no common base
@@ -105,7 +105,7 @@ def _resolve(name: str, hub: str | None, key: str, kind: str, patterns: list[str
     except Exception as error:
         reason = str(error).strip().split("\n")[0] or type(error).__name__
         raise error_type(
-            f"{key}: {name!r} is no local path and could not be downloaded from {title} "
+            f"{key}: {name!r} is not a local path and could not be downloaded from {title} "
             f"({type(error).__name__}: {reason}). "
             "Hint: check the name and the connection, or give the path of a local copy."
         ) from error

@@ -131,10 +131,10 @@ def _root(text: str) -> yaml.MappingNode | None:
     try:
         root = yaml.compose(text, Loader=yaml.SafeLoader)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise UserError(f"the text is no YAML: {' '.join(str(error).split())[:300]}") from None
+        raise UserError(f"the text is not YAML: {' '.join(str(error).split())[:300]}") from None
     if root is None or isinstance(root, yaml.MappingNode):
         return root
-    raise UserError("the text is no YAML with lines `key: value`.")
+    raise UserError("the text is not YAML with lines `key: value`.")
 
 
 def _leaves(node: yaml.Node | None, depth: int = 0) -> Iterator[tuple[yaml.ScalarNode, yaml.Node]]:

@@ -48,7 +48,7 @@ def serve(
             board = Board(runs, keys, host, allowed_hosts, f"erniekit-board-{listening.getsockname()[1]}")
             log.info(f"runs are in {short(runs.root)}, and continue when the board ends; it may read and write below:")
             log.info("  " + ", ".join(dict.fromkeys(str(root) for root in runs.roots)))
-            log.info(f"board: {link} (this process ends by Ctrl-C)")
+            log.info(f"board: {link} (Ctrl-C stops it)")
             config = uvicorn.Config(make_app(board), timeout_graceful_shutdown=1, **UVICORN)
             uvicorn.Server(config).run(sockets=[listening])
     finally:

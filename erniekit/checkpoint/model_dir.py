@@ -135,7 +135,12 @@ def require_adapter(lora_path: str) -> Path:
     return Path(lora_path)
 
 
-def require_weights(directory: Path, cure: str = "Set continue_training: false for a random start.") -> None:
+_NEEDS_WEIGHTS = (
+    "Name a model with weights, or set continue_training: false (with fine_tuning: Full) for a random start."
+)
+
+
+def require_weights(directory: Path, cure: str = _NEEDS_WEIGHTS) -> None:
     """Raises ConfigError if training is to start from weights and model_name_or_path has none; `cure`: what to do where
     there are none at all.
     """

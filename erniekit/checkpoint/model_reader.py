@@ -30,6 +30,7 @@ from erniekit.models.weights import (
 from erniekit.nn.frequencies import inverse_frequencies, scaled_frequencies
 from erniekit.utils import log
 from erniekit.utils.errors import CheckpointError
+from erniekit.utils.wording import count_of
 
 # The last words of tensors that belong to quantised weights, of any method.
 _QUANTISED_PARTS = ("weight_packed", "weight_scale", "weight_scale_inv", "quant_weight", "qweight")
@@ -145,14 +146,15 @@ class ModelReader:
         others = [name for name in found if not self._follows_from(config, name)]
         if others:
             log.warning(
-                f"{self.path}: {len(others)} tensors of rotary frequencies differ from those of {CONFIG_FILE}, which "
-                f"are used, as in transformers: {listed(others)}. If the model was trained with the stored ones, its "
-                f"answers will be wrong: compare rope_theta, rope_scaling and head_dim in {CONFIG_FILE} with the source"
+                f"{self.path}: {count_of(len(others), 'tensor')} of rotary frequencies left out, although not those of "
+                f"{CONFIG_FILE}, which are used, as in transformers: {listed(others)}. If the model was trained with "
+                "the stored ones, its answers will be wrong: compare rope_theta, rope_scaling and head_dim in "
+                f"{CONFIG_FILE} with the source"
             )
         elif found:
             log.info(
-                f"{self.path}: {len(found)} tensors of rotary frequencies left out, which follow from {CONFIG_FILE}: "
-                f"{listed(found)}"
+                f"{self.path}: {count_of(len(found), 'tensor')} of rotary frequencies left out, which follow from "
+                f"{CONFIG_FILE}: {listed(found)}"
             )
 
     def _follows_from(self, config: ModelConfig, name: str) -> bool:
@@ -194,7 +196,10 @@ class ModelReader:
             if keep:
                 return 1 + max(stored.values())
             count = len(stored)
-            log.info(f"{self.path}: {count} multi-token-prediction tensors left out (num_nextn_predict_layers is 0)")
+            log.info(
+                f"{self.path}: {count_of(count, 'multi-token-prediction tensor')} left out (num_nextn_predict_layers "
+                "is 0)"
+            )
             self.left_out.update(stored)
         elif expected and not stored and adapt:
             log.info(

@@ -162,7 +162,9 @@ class Unpacked(Codec):
         """See Codec."""
         for size, block in zip(shape, self.spec.block or (), strict=False):
             if size > block and size % block:
-                return f"{size} is no multiple of {block}, the size of a block, so transformers misreads it. Use w8a8"
+                return (
+                    f"{size} is not a multiple of {block}, the size of a block, so transformers misreads it. Use w8a8"
+                )
         return ""
 
     def row_unit(self, shape: Shape) -> int | None:

@@ -22,6 +22,7 @@ from erniekit.utils import log
 from erniekit.utils.arrays import transposed
 from erniekit.utils.errors import CheckpointError
 from erniekit.utils.user_files import read_json_object
+from erniekit.utils.wording import count_of
 
 
 class QuantisedReader:
@@ -98,7 +99,9 @@ def open_weights(path: Path, say: bool = True) -> Reader | QuantisedReader:
             "directory again from where it was quantised."
         )
     for reason, names in found.left_out.items() if say else ():
-        log.info(f"{path}: {len(names)} tensors are not read, because {reason}: {listed(names)}")
+        log.info(
+            f"{path}: {count_of(len(names), 'tensor is', 'tensors are')} not read, because {reason}: {listed(names)}"
+        )
     return QuantisedReader(reader, found, str(method))
 
 

@@ -18,6 +18,7 @@ import numpy as np
 from erniekit.checkpoint.dtypes import STORAGE
 from erniekit.utils.errors import CheckpointError
 from erniekit.utils.user_files import kind, open_regular, parse_json, read_json_object
+from erniekit.utils.wording import count_of
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -153,8 +154,8 @@ def unusable_weights(directory: Path) -> str | None:
     shards = list(directory.glob("model-*-of-*.safetensors"))
     if shards:
         return (
-            f"{directory} holds {len(shards)} weight shards but no {INDEX_FILE}: a download or a save was interrupted. "
-            "Copy the model again, or use an earlier checkpoint."
+            f"{directory} holds {count_of(len(shards), 'weight shard')} but no {INDEX_FILE}: a download or a save was "
+            "interrupted. Copy the model again, or use an earlier checkpoint."
         )
     other = sorted(file.name for file in directory.glob("*") if file.suffix in (".pdparams", ".bin", ".safetensors"))
     if not other:

@@ -25,6 +25,7 @@ from erniekit.checkpoint.safetensors_header import (
 )
 from erniekit.utils import log
 from erniekit.utils.errors import CheckpointError
+from erniekit.utils.wording import count_of
 
 
 class Reader:
@@ -72,14 +73,15 @@ class Reader:
         absent = [f"{name} (in {file})" for name, file in weight_map.items() if name not in headers[file]]
         if absent:
             raise CheckpointError(
-                f"{index} names {len(absent)} tensors that their files do not hold: {listed(absent)}. "
+                f"{index} names {count_of(len(absent), 'tensor')} that the named files do not hold: {listed(absent)}. "
                 "The index and the shards are of different models: copy the model again."
             )
         self._entries = {name: headers[file][name] for name, file in weight_map.items()}
         unlisted = [name for header in headers.values() for name in header if name not in weight_map]
         if unlisted:
             log.warning(
-                f"{len(unlisted)} tensors are in the shards but not in {index}, and left out: {listed(unlisted)}"
+                f"{count_of(len(unlisted), 'tensor is', 'tensors are')} in the shards but not in {index}, and left "
+                f"out: {listed(unlisted)}"
             )
         _name_repeated(index, weight_map, headers.values())
 
@@ -141,8 +143,8 @@ def _name_repeated(index: Path, weight_map: Mapping[str, str], headers: Iterable
     repeated = [f"{name} (read from {file})" for name, file in weight_map.items() if count[name] > 1]
     if repeated:
         log.once(
-            f"{len(repeated)} tensors are in several shards of {index}, which need not hold the same values; those of "
-            f"the shard that the index names are read: {listed(repeated)}"
+            f"{count_of(len(repeated), 'tensor is', 'tensors are')} in several shards of {index}, which need not hold "
+            f"the same values; what the shard that the index names holds is read: {listed(repeated)}"
         )
 
 

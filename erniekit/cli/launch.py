@@ -33,6 +33,7 @@ from erniekit.utils.addresses import is_loopback
 from erniekit.utils.directory_lock import DirectoryLock, make_directory
 from erniekit.utils.errors import ConfigError
 from erniekit.utils.version import __version__
+from erniekit.utils.wording import count_of
 
 _PROCESS_COUNTS = ("NNODES", "PADDLE_TRAINERS_NUM")
 # The variables in which schedulers that start one process per host give the host's number.
@@ -114,8 +115,8 @@ def degrees_of(cfg: Config, command: str = "train") -> ParallelDims:
     if devices and degrees.world > num_gpus:
         raise ConfigError(
             f"pipeline_parallel_degree {degrees.pipeline} * expert_parallel_degree {degrees.expert} * "
-            f"tensor_parallel_degree {degrees.tensor} = {degrees.world} processes, but there are {num_gpus} GPUs. "
-            "Lower a degree, or start on more hosts (NNODES)."
+            f"tensor_parallel_degree {degrees.tensor} = {degrees.world} processes, but this host has "
+            f"{count_of(num_gpus, 'GPU')}. Lower a degree, or start on more hosts (NNODES)."
         )
     return degrees
 
@@ -220,7 +221,7 @@ def _layouts(cfg: Config, degrees: ParallelDims) -> tuple[Layout, ...]:
         # A degree of 1 or -1 needs no override: either nothing is sharded, or it is over all data ranks.
         sharding = math.gcd(cfg.sharding_parallel_degree, batch) if cfg.sharding_parallel_degree > 1 else 1
         overrides = [f"--data_parallel_degree={batch // sharding}"]
-        note = f"{data} data ranks instead of {degrees.data}"
+        note = f"{count_of(data, 'data rank')} instead of {degrees.data}"
         if accumulates:
             overrides.append(f"--gradient_accumulation_steps={batches // batch}")
             note += (

@@ -16,6 +16,7 @@ from erniekit.config.token_files import checked_prefix
 from erniekit.config.values import to_bool, to_float, to_int
 from erniekit.data.chat.tokenizer import load_tokenizer
 from erniekit.data.tokens import build
+from erniekit.utils.wording import count_of
 
 
 def run(args: list[str]) -> int:
@@ -26,10 +27,11 @@ def run(args: list[str]) -> int:
     tokenizer = load_tokenizer(hub.resolve_model(values.pop("tokenizer"), key="tokenizer"))
     prefix = Path(values.pop("output"))
     result = build.build_token_files(files, prefix, tokenizer, **values)
-    skipped = f", {result.skipped} bad records skipped" if result.skipped else ""
+    skipped = f", {count_of(result.skipped, 'bad record')} skipped" if result.skipped else ""
     print(
-        f"{prefix}.bin and .idx: {result.documents} documents, {result.tokens} tokens{skipped}, from "
-        f"{result.read / 1e6:.1f} MB in {time.monotonic() - started:.1f} s"
+        f"{prefix}.bin and .idx: {count_of(result.documents, 'document')}, "
+        f"{count_of(result.tokens, 'token')}{skipped}, from {result.read / 1e6:.1f} MB in "
+        f"{time.monotonic() - started:.1f} s"
     )
     return 0
 

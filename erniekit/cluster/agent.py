@@ -194,7 +194,7 @@ class _Agent:
             signalled = signal.SIGINT
         if verdict["code"] == 0:
             if self._is_spare:
-                log.info("the job has ended well; this host had no ranks in it")
+                log.info("the job has ended without an error; this host had no ranks in it")
             return stop_signals.EXIT_INTERRUPTED if signalled == signal.SIGINT else 0
         if signalled is not None and self._ended_untrained(verdict["code"]):
             log.info(stop_signals.interrupted(signalled))

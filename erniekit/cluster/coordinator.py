@@ -228,7 +228,7 @@ class Coordinator:
                     "on each host, and give each its own PADDLE_NODE_RANK (or none of them any)."
                 )
         if len(others) >= self._wanted:
-            return f"all {self._wanted} hosts of the job are here already: {', '.join(h.label for h in others)}"
+            return f"the job has all hosts already (NNODES={self._wanted}): {', '.join(h.label for h in others)}"
         return ""
 
     def _gather(self, now: float) -> None:
@@ -253,7 +253,8 @@ class Coordinator:
             else:
                 smallest = self._layouts[-1].world
                 self._give_up(
-                    f"{self._present_hosts()}\nThe job needs at least {smallest} processes, there are {num_slots}"
+                    f"{self._present_hosts()}\nThe job needs at least {smallest} processes, and these hosts can run "
+                    f"{num_slots}"
                 )
         elif waited > self._limits.rendezvous:
             hint = (
@@ -272,7 +273,7 @@ class Coordinator:
         nodes_present = {host.node for host in hosts}
         absent = [str(node) for node in range(self._wanted) if node not in nodes_present]
         missing = f"; missing: node {', '.join(absent[:20])}" if None not in nodes_present and absent else ""
-        return f"{len(hosts)} of {self._wanted} hosts are here: {present or 'none'}{missing}"
+        return f"hosts that have come: {len(hosts)} of {self._wanted} ({present or 'none'}){missing}"
 
     def _start(self, layout: Layout) -> None:
         def sort_key(host: Host) -> tuple[float, int]:

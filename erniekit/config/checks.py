@@ -17,6 +17,7 @@ from erniekit.config.schema_rewards import reward_problems
 from erniekit.config.schema_shape import NEEDED, NEEDED_OF_EXPERTS, ShapeArgs
 from erniekit.config.schema_use import LEAST_LEARNED_TEMPERATURE
 from erniekit.config.token_files import weighted_prefixes
+from erniekit.utils.wording import count_of
 
 # The schemes that each algorithm with calibration serves: SmoothQuant is about activations in 8 bits, and AWQ about
 # few bits of weights that no engine rotates.
@@ -99,8 +100,8 @@ def _datasets(cfg: Config) -> Iterator[str]:
         wrong = [f"{name} has {len(values)}" for name, values in others.items() if values and len(values) != len(paths)]
         if paths and wrong:
             yield (
-                f"{split}_dataset_path: {len(paths)} paths, but {' and '.join(wrong)}. Give one for each path, or "
-                "leave the key out."
+                f"{split}_dataset_path: {count_of(len(paths), 'path')}, but {' and '.join(wrong)}. Give one for each "
+                "path, or leave the key out."
             )
         elif shares and split != "eval" and cfg.mix_strategy != "concat" and abs(sum(shares) - 1) > _SUM_ROOM:
             total = f"they sum to {sum(shares):g}"
@@ -172,8 +173,8 @@ def _pictures(cfg: Config) -> Iterator[str]:
     sizes, rates = cfg.adaptive_max_imgtoken_option, cfg.adaptive_max_imgtoken_rate
     if len(sizes) != len(rates):
         yield (
-            f"adaptive_max_imgtoken_rate: {len(rates)} rates for {len(sizes)} numbers of adaptive_max_imgtoken_option; "
-            "give one for each"
+            f"adaptive_max_imgtoken_rate: {count_of(len(rates), 'rate')} for {count_of(len(sizes), 'number')} of "
+            "adaptive_max_imgtoken_option; give one for each"
         )
     elif rates and abs(sum(rates) - 1) > _SUM_ROOM:
         yield f"adaptive_max_imgtoken_rate: rates must sum to 1, they sum to {sum(rates):g}"
@@ -264,7 +265,7 @@ def _sharding(cfg: Config) -> Iterator[str]:
     if cfg.qat != "none":
         yield f"sharding: stage3 is not built for the rounded weights of qat: {cfg.qat}. {instead}, or qat: none"
     if cfg.fine_tuning == "LoRA" and cfg.use_dora:
-        yield f"sharding: stage3 is not built for the columns' lengths of use_dora. {instead}, or use_dora: False"
+        yield f"sharding: stage3 does not shard the magnitudes of use_dora. {instead}, or use_dora: False"
 
 
 def _needed(cfg: Config, command: str) -> Iterator[str]:
@@ -383,7 +384,7 @@ def _qat(cfg: Config) -> Iterator[str]:
         )
     order = cfg.hadamard_block_size
     if order is not None and order & (order - 1):
-        yield f"hadamard_block_size: {order} is no power of two; there is no such Hadamard matrix here. Leave it out"
+        yield f"hadamard_block_size: {order} is not a power of two; there is no such Hadamard matrix here. Leave it out"
 
 
 def _qat_training(cfg: Config) -> Iterator[str]:

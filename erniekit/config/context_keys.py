@@ -23,11 +23,11 @@ def problems(cfg: Config) -> Iterator[str]:
         yield f"{key}: not built with qat_distill_weight: {cfg.qat_distill_weight:g}. Leave one of the two out"
     if cfg.cp_comm_type == "p2p" and cfg.attention_probs_dropout_prob > 0:
         yield (
-            f"{key}: the ring has no attention_probs_dropout_prob: {cfg.attention_probs_dropout_prob:g}. Set "
-            "cp_comm_type: a2a, or attention_probs_dropout_prob: 0"
+            f"{key}: the ring (cp_comm_type: p2p) does not support attention_probs_dropout_prob: "
+            f"{cfg.attention_probs_dropout_prob:g}. Set cp_comm_type: a2a, or attention_probs_dropout_prob: 0"
         )
     if cfg.cp_comm_type == "p2p" and cfg.emulate_precision:
         yield (
-            f"{key}: the ring computes in fp32, and emulate_precision asks for 16 bits. Set cp_comm_type: a2a, or "
-            "emulate_precision: False"
+            f"{key}: the ring (cp_comm_type: p2p) computes in fp32, and emulate_precision asks for 16 bits. Set "
+            "cp_comm_type: a2a, or emulate_precision: False"
         )

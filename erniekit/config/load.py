@@ -61,6 +61,11 @@ class _Given:
     place: str
     rank: int = 0
 
+    def place_of(self, name: str) -> str:
+        """The place for a message about the key `name`, with the name that the user wrote where it is another one."""
+        written = self.written.partition(":")[0]
+        return self.place if written == name else f"{self.place}, written {written}"
+
 
 @dataclasses.dataclass
 class _State:
@@ -346,7 +351,7 @@ def _finish(state: _State, path: str | None, command: str) -> Config:
     hidden = "***"  # in place of secrets, since extras are written into every config.yaml
     extras = tuple((name, hidden if name in SECRETS else given.value) for name, given in state.extras.items())
     cfg = Config(**values, extras=extras, given=state.keys_given(), source=path or "")
-    places = {name: given.place for name, given in state.given.items()}
+    places = {name: given.place_of(name) for name, given in state.given.items()}
     for problem in checks.problems(cfg, command):
         key = problem.partition(":")[0]
         state.problems.append(f"{problem} ({places.get(key) or path or 'command line'})")

@@ -19,6 +19,7 @@ from erniekit.config.schema_rollout_server import server_problems
 from erniekit.config.schema_rollout_tools import tool_problems
 from erniekit.config.schema_use import LEAST_LEARNED_TEMPERATURE
 from erniekit.config.values import plain
+from erniekit.utils.wording import count_of
 
 # Names of TRL's GRPOConfig and KTOConfig for keys that have another name here, because theirs belongs to another method
 # or is new.
@@ -174,7 +175,8 @@ def _offline_pairs(cfg: Config) -> Iterator[str]:
         yield "upo_offline_path: needed with upo_offline_weight; a file of preference data"
     elif cfg.upo_offline_type and len(cfg.upo_offline_type) != len(cfg.upo_offline_path):
         yield (
-            f"upo_offline_type: {len(cfg.upo_offline_type)} formats for {len(cfg.upo_offline_path)} entries of "
+            f"upo_offline_type: {count_of(len(cfg.upo_offline_type), 'format')} for "
+            f"{count_of(len(cfg.upo_offline_path), 'entry', 'entries')} of "
             "upo_offline_path; give one for each"
         )
     if cfg.batch_size % 2:

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from erniekit.config.fields import key, list_of
+from erniekit.utils.wording import count_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,18 +74,22 @@ def curriculum_problems(
             yield "rl_stages: needed with rl_stage_steps: the stage of each entry of train_dataset_path"
         return
     if len(stages) != num_datasets:
-        yield f"rl_stages: {len(stages)} entries for {num_datasets} data sets in train_dataset_path; give one for each"
+        yield (
+            f"rl_stages: {count_of(len(stages), 'entry', 'entries')} for {count_of(num_datasets, 'data set')} in "
+            "train_dataset_path; give one for each"
+        )
     if missing := sorted(set(range(1, max(stages) + 1)) - set(stages)):
         yield f"rl_stages: stage {missing[0]} has no data set; number the stages 1, 2, ... without a gap"
     if len(steps) != max(stages) - 1:
         yield (
-            f"rl_stage_steps: {len(steps)} entries for {max(stages)} stages; give the steps of each stage but the last"
+            f"rl_stage_steps: {count_of(len(steps), 'entry', 'entries')} for {count_of(max(stages), 'stage')}; give "
+            "the steps of each stage but the last"
         )
     for count in steps:
         if count % steps_of_rollout:
             yield (
-                f"rl_stage_steps: {count} is no multiple of the {steps_of_rollout} steps that a rollout is used for "
+                f"rl_stage_steps: {count} is not a multiple of the {steps_of_rollout} steps that a rollout is used for "
                 "(num_iterations x steps_per_generation)"
             )
     if max_steps > 0 and sum(steps) >= max_steps:
-        yield f"rl_stage_steps: {sum(steps)} steps before the last stage, and max_steps is {max_steps}"
+        yield f"rl_stage_steps: {count_of(sum(steps), 'step')} before the last stage, and max_steps is {max_steps}"

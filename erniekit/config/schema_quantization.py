@@ -55,7 +55,10 @@ class QuantizationArgs:
         False, "Calibrate every expert with all tokens, instead of those that its router sends to it."
     )
     quantization_damping: float = key(
-        0.01, "gptq: share of the mean of H's diagonal that is added to it; raised where H needs more.", ge=0
+        0.01,
+        "gptq: share of the mean of the Hessian's diagonal that is added to the diagonal; raised where that is too "
+        "little.",
+        ge=0,
     )
     quantization_act_order: bool = key(
         True, "gptq: round inputs with larger activations first; the file is the same for its readers."

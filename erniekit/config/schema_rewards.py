@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from erniekit.config.fields import key, list_of
+from erniekit.utils.wording import count_of
 
 # The built-in functions, each with what it is about; erniekit/rewards/table.py has the functions themselves.
 REWARD_FUNCS = {
@@ -152,7 +153,7 @@ def _name_problems(args: RewardArgs) -> Iterator[str]:
 def _weight_problems(args: RewardArgs) -> Iterator[str]:
     weights, count = args.reward_weights, len(args.reward_funcs)
     if weights and len(weights) != count:
-        yield f"reward_weights: {len(weights)} weights for {count} of reward_funcs; give one for each"
+        yield f"reward_weights: {count_of(len(weights), 'weight')} for {count} of reward_funcs; give one for each"
     if weights and not any(weights):
         yield "reward_weights: all weights are 0, so every completion has the same reward"
 

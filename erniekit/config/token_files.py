@@ -26,7 +26,9 @@ def weighted_prefixes(words: Sequence[str]) -> list[tuple[float | None, str]]:
 def checked_prefix(path: str) -> str:
     """The path, if names can begin with it. Raises ValueError for one that is a directory alone (., .., /)."""
     if PurePath(path).name in ("", "..", ".bin", ".idx"):
-        raise ValueError(f"{path} is no prefix: the files are PREFIX.bin and PREFIX.idx. Write one, such as data/part0")
+        raise ValueError(
+            f"{path} is not a prefix: the files are PREFIX.bin and PREFIX.idx. Write one, such as data/part0"
+        )
     return path
 
 

@@ -246,7 +246,7 @@ class PackedStream:
     def _check_not_empty(counts: Counts) -> None:
         if counts.rows == 0:
             raise DataError(
-                f"all {counts.dropped} samples were dropped, nothing is left to read. "
+                f"nothing is left to read: every sample was dropped ({counts.dropped}). "
                 "Hint: raise max_seq_len, or set truncation: cut (with pictures: shrink); the lines above give the "
                 "reasons."
             )

@@ -29,6 +29,7 @@ from erniekit.data.vision.sequence import MediaTokens
 from erniekit.utils import log
 from erniekit.utils.errors import DataError, UserError
 from erniekit.utils.progress import track
+from erniekit.utils.wording import count_of
 
 _SHOWN = 3  # places that a message names; the others are only counted
 _LIMIT = "the smaller of max_prompt_len and max_seq_len - max_completion_length"
@@ -209,20 +210,20 @@ class PromptSet:
         if self.num_too_long:
             more = ", ..." if self.num_too_long > len(self._places_of_long) else ""
             log.warning(
-                f"{self.num_too_long} of {len(self.dataset)} prompts have more than {limit} tokens ({_LIMIT}) "
-                f"and are left out ({', '.join(self._places_of_long)}{more})"
+                f"left out: {self.num_too_long} of {count_of(len(self.dataset), 'prompt')} with more than {limit} "
+                f"tokens ({_LIMIT}): {', '.join(self._places_of_long)}{more}"
             )
         if not len(self):
             raise DataError(
                 f"{', '.join(source.spec.path for source in self.dataset.sources)}: no prompt can be used: "
-                f"{self.num_too_long} have more than {limit} tokens ({_LIMIT}), {self.num_bad} were skipped. Hint: "
+                f"{self.num_too_long} with more than {limit} tokens ({_LIMIT}), {self.num_bad} skipped. Hint: "
                 "raise max_prompt_len or max_seq_len, or check the data."
             )
         if self._without_answer:
             first = self[self._without_answer[0]].place
             log.warning(
-                f"{len(self._without_answer)} of {len(self)} prompts have no answer (fields answer, solution, "
-                f"ground_truth or reward_model.ground_truth; the first: {first}): a reward that compares with one "
-                "cannot score them"
+                f"{len(self._without_answer)} of {count_of(len(self), 'prompt')} without an answer (fields answer, "
+                f"solution, ground_truth or reward_model.ground_truth; the first: {first}): a reward that compares "
+                "with one cannot score them"
             )
-        log.info(f"prompts: {len(self)} of {len(self.dataset)} are used, the longest has {longest} tokens")
+        log.info(f"prompts: {len(self)} of {len(self.dataset)} used, the longest with {count_of(longest, 'token')}")

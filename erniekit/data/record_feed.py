@@ -24,6 +24,7 @@ from erniekit.data.vision.template import load_vision_template
 from erniekit.data.workers import EncoderSpec, EncodingService
 from erniekit.utils import log
 from erniekit.utils.errors import DataError
+from erniekit.utils.wording import count_of
 
 _COUNTED = 100_000  # samples of an epoch that are packed to estimate its rows
 _GLANCED = 2_000  # samples measured where max_steps decides the end, only to know their sizes
@@ -147,8 +148,8 @@ class RecordFeed:
             hint = "the lines above say which max_seq_len or max_pixels would do"
         paths = ", ".join(source.spec.path for source in self.dataset.sources)
         raise DataError(
-            f"{paths}: none of {lengths.num_measured} samples can be used ({lengths.num_dropped} dropped). Hint: the "
-            f"lines above say why; {hint}."
+            f"{paths}: none of {count_of(lengths.num_measured, 'sample')} can be used ({lengths.num_dropped} "
+            f"dropped). Hint: the lines above say why; {hint}."
         )
 
     def encode(self, numbers: Iterable[int], num_workers: int | None = None) -> Generator[Encoded, None, None]:
@@ -194,8 +195,8 @@ class RecordFeed:
         ids = len(stream.ids(0))
         if not ids:
             raise DataError(
-                f"num_train_epochs: {extent.num_epochs:g}: that is none of the {stream.round_length(0)} samples of an "
-                "epoch. Hint: raise num_train_epochs, or set max_steps."
+                f"num_train_epochs: {extent.num_epochs:g}: that is less than one sample, and an epoch has "
+                f"{stream.round_length(0)}. Hint: raise num_train_epochs, or set max_steps."
             )
         limit = ids if lengths.exact else min(ids, _COUNTED)
         epoch_samples = extent.samples_per_epoch or stream.round_length(0)
@@ -204,9 +205,10 @@ class RecordFeed:
         shrunk = f", {lengths.num_shrunk} with smaller pictures" if lengths.num_shrunk else ""
         estimated = "" if lengths.exact else " (estimated)"
         log.info(
-            f"data: {lengths.num_measured} samples measured ({lengths.num_dropped} dropped, {lengths.num_truncated} "
-            f"cut{shrunk}), {lengths.total_tokens} tokens{estimated}; an epoch is "
-            f"{epoch_samples} samples in {round(rows)} rows ({_basis_of_estimate(lengths, self.exact)})"
+            f"data: {count_of(lengths.num_measured, 'sample')} measured ({lengths.num_dropped} dropped, "
+            f"{lengths.num_truncated} cut{shrunk}), {count_of(lengths.total_tokens, 'token')}{estimated}; an epoch is "
+            f"{count_of(epoch_samples, 'sample')} in {count_of(round(rows), 'row')} "
+            f"({_basis_of_estimate(lengths, self.exact)})"
         )
         if self._decoder is not None and sizes:
             tokens, patches = (max(size[i] for size in sizes) for i in (0, 1))
@@ -221,7 +223,7 @@ class RecordFeed:
 def _basis_of_estimate(lengths: Lengths, exact: bool) -> str:
     if lengths.exact:
         return "exact" if exact else "estimated from all samples"
-    return f"estimated from {lengths.num_measured} samples"
+    return f"estimated from {count_of(lengths.num_measured, 'sample')}"
 
 
 def specs_of(cfg: Config, split: str) -> list[SourceSpec]:
@@ -247,8 +249,7 @@ def open_text(
         vision = vision if split == "train" else replace(vision, drawn_bounds=None)  # only a training draws
     on_bad_line = "gather" if inspection.gather_faults else cfg.on_bad_line
     dataset = Dataset([Source(spec, split, on_bad_line, cfg.download_hub, inspection.every, vision) for spec in specs])
-    sizes = ", ".join(f"{spec.path} ({size})" for spec, size in zip(specs, dataset.sizes, strict=True))
-    log.info(f"{split} data: {len(dataset)} samples from {sizes}")
+    log.info(f"{split} data: {dataset.describe('sample')}")
     _warn_of_one_judgement(cfg, dataset, split)
     packer, window = _packer(cfg)
     if template is None and not _is_plain(specs):

@@ -31,6 +31,7 @@ from erniekit.parallel import comm
 from erniekit.rewards.call_answers import call_scores, same_calls
 from erniekit.rewards.picture_answers import answer_score, picture_scores
 from erniekit.utils import log
+from erniekit.utils.wording import count_of
 
 _BATCH = 128  # the number of questions that are answered at a time
 _SHOWN = 3  # the number of too long questions that are named; the others are only counted
@@ -106,7 +107,7 @@ def read_questions(cfg: Config, dataset: Dataset, found: PreparedChatModel) -> l
             if skipped <= _SHOWN:
                 log.warning(f"not asked: {error}")
     if skipped:
-        log.warning(f"on_bad_line: skip: {skipped} of {count} samples are not asked")
+        log.warning(f"on_bad_line: skip: not asked: {skipped} of {count_of(count, 'sample')}")
     unread = [q.where for q in questions if q.calls and not same_calls(read_calls(q.reference).calls, q.calls)]
     if unread:
         log.warning(
@@ -164,8 +165,8 @@ def _within_context(questions: Sequence[Question], context: int) -> list[int]:
     too_long = [question.where for question in questions if len(question.prompt_ids) >= context]
     if too_long:
         log.warning(
-            f"{len(too_long)} of {len(questions)} questions fill the model's context of {context} tokens and are "
-            f"counted as wrong ({', '.join(too_long[:_SHOWN])}{', ...' if len(too_long) > _SHOWN else ''})"
+            f"counted as wrong: {len(too_long)} of {count_of(len(questions), 'question')}, too long for the model's "
+            f"context of {context} tokens ({', '.join(too_long[:_SHOWN])}{', ...' if len(too_long) > _SHOWN else ''})"
         )
     return [i for i, question in enumerate(questions) if len(question.prompt_ids) < context]
 
@@ -189,7 +190,7 @@ def answer_questions(cfg: Config, opened: ChatModel, questions: Sequence[Questio
         predictions[i] = Prediction(questions[i], text, thought, answer.stop)
     cut = sum(answer.stop == "length" for answer in answers)
     if cut:
-        log.info(f"{cut} of {len(answers)} answers were cut at max_new_tokens: {cfg.max_new_tokens}")
+        log.info(f"{cut} of {count_of(len(answers), 'answer')} cut at max_new_tokens: {cfg.max_new_tokens}")
     return predictions
 
 
@@ -201,7 +202,10 @@ def _decode(
     how = "the likeliest token (temperature: 0)"
     if not sampling.greedy:
         how = f"drawn tokens (temperature: {cfg.temperature}, seed: {cfg.seed})"
-    log.info(f"answering {len(questions)} questions with {how}, at most {cfg.max_new_tokens} tokens each")
+    log.info(
+        f"answering {count_of(len(questions), 'question')} with {how}, at most "
+        f"{count_of(cfg.max_new_tokens, 'token')} each"
+    )
     with progress_bar(cfg) as progress:
         task = progress.add_task("answers", total=len(questions))
         return decode(

@@ -26,6 +26,7 @@ from erniekit.parallel.mesh import Mesh
 from erniekit.rewards.picture_answers import option_of
 from erniekit.utils import log
 from erniekit.utils.errors import ConfigError, EvaluationError
+from erniekit.utils.wording import count_of
 
 _KEY = "eval_benchmark_path"
 _BATCH = 128  # the number of questions that are answered at a time
@@ -98,8 +99,9 @@ def measure_benchmark(cfg: Config, mesh: Mesh) -> tuple[dict[str, Any], list[Cho
     reserve = cfg.max_new_tokens if generates else 0
     asked, num_cut = _within_context(asked, found.prepared.config.max_position_embeddings - reserve)
     log.info(
-        f"{cfg.eval_benchmark}: {len(questions)} questions of {len(by_subject(questions))} subjects, "
-        f"{cfg.num_fewshot} examples each, {cfg.eval_benchmark_mode}"
+        f"{cfg.eval_benchmark}: {count_of(len(questions), 'question')} of "
+        f"{count_of(len(by_subject(questions)), 'subject')}, {count_of(cfg.num_fewshot, 'example')} each, "
+        f"{cfg.eval_benchmark_mode}"
     )
     opened = found.load(mesh, chunks)  # keys and data are checked: from here on weights are read
     choices = (_by_generation if generates else _by_likelihood)(cfg, opened, asked)
@@ -168,7 +170,7 @@ def print_benchmark(results: dict[str, Any]) -> None:
         table.add_row("answers that are the letter alone", "", f"{results['exact_match']:.2%}", "")
     console = Console()
     with console.capture() as text:  # printed by us: where nobody reads, a console ends the process by itself
-        how = f"{results['benchmark']}, {results['num_fewshot']} examples, {results['eval_benchmark_mode']}"
+        how = f"{results['benchmark']}, {count_of(results['num_fewshot'], 'example')}, {results['eval_benchmark_mode']}"
         console.print(f"{results['model']}: {how}", markup=False, soft_wrap=True)
         console.print(table)
     print(text.get(), end="", flush=True)
@@ -187,8 +189,8 @@ def _examples(cfg: Config, root: Path, questions: Sequence[ChoiceQuestion]) -> d
         count = len(dev.get(subject, []))
         if count < cfg.num_fewshot:
             raise ConfigError(
-                f"num_fewshot: {cfg.num_fewshot}, and the split dev of {subject} in {root} has {count} questions. "
-                f"Set num_fewshot to {count}, or add examples."
+                f"num_fewshot: {cfg.num_fewshot}, and the split dev of {subject} in {root} has "
+                f"{count_of(count, 'question')}. Set num_fewshot to {count}, or add examples."
             )
     return {subject: dev[subject][: cfg.num_fewshot] for subject in by_subject(questions)}
 
@@ -211,7 +213,7 @@ def _within_context(asked: Sequence[_BenchmarkPrompt], context: int) -> tuple[li
     cut = [each.item.where for each in asked if len(each.ids) > context]
     if cut:
         log.warning(
-            f"{len(cut)} of {len(asked)} prompts are longer than {context} tokens: their beginning is left out "
+            f"{len(cut)} of {count_of(len(asked), 'prompt')} longer than {context} tokens: the beginning is left out "
             f"({', '.join(cut[:_SHOWN])}{', ...' if len(cut) > _SHOWN else ''}). A smaller num_fewshot avoids it."
         )
     return [replace(each, ids=each.ids[-context:]) for each in asked], len(cut)

@@ -19,6 +19,7 @@ from typing import Any
 from erniekit.data.records.errors import BadLine, BadRecord, reading
 from erniekit.utils.errors import ConfigError, DataError
 from erniekit.utils.user_files import kind, parse_json, read_text
+from erniekit.utils.wording import count_of
 
 LETTERS = "ABCD"
 _MAX_LINES = 5  # bad lines that an error names; the others are counted
@@ -123,14 +124,16 @@ def _csv_records(path: Path) -> Iterator[tuple[str, Record]]:
             if len(row) != len(names):
                 raise DataError(
                     f"{where}: expected a header with {', '.join(_COLUMNS)}, or a row with these six and no header, "
-                    f"got {len(row)} columns."
+                    f"got {count_of(len(row), 'column')}."
                 )
         yield where, lambda names=names, row=row: _row(names, row)  # type: ignore[misc]
 
 
 def _row(names: Sequence[str], row: Sequence[str]) -> dict[str, str]:
     if len(row) != len(names):
-        raise BadRecord(f"{len(row)} columns instead of {len(names)}", "check the commas and quotes of this row")
+        raise BadRecord(
+            f"{count_of(len(row), 'column')} instead of {len(names)}", "check the commas and quotes of this row"
+        )
     return dict(zip(names, row, strict=True))
 
 

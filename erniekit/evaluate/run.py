@@ -33,6 +33,7 @@ from erniekit.utils import atomic, log
 from erniekit.utils.directory_lock import make_directory
 from erniekit.utils.errors import ConfigError, UserError
 from erniekit.utils.user_files import read_json_object
+from erniekit.utils.wording import count_of
 
 Watch = Callable[[CausalLM], AbstractContextManager[None]]
 
@@ -154,7 +155,7 @@ def print_table(results: dict[str, Any]) -> None:
             table.add_row(shown, form.format(results[name]))
     console = Console()
     with console.capture() as text:  # printed by us: where nobody reads, a console ends the process by itself
-        console.print(f"{results['model']}: {results['num_samples']} samples", markup=False, soft_wrap=True)
+        console.print(f"{results['model']}: {count_of(results['num_samples'], 'sample')}", markup=False, soft_wrap=True)
         console.print(table)
     print(text.get(), end="", flush=True)
 

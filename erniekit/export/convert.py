@@ -27,6 +27,7 @@ from erniekit.models.overrides import Overrides
 from erniekit.models.weights import Logical
 from erniekit.utils import log
 from erniekit.utils.errors import CheckpointError
+from erniekit.utils.wording import count_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,7 +39,10 @@ class Report:
     num_files: int
 
     def __str__(self) -> str:
-        return f"{self.num_tensors} tensors, {self.num_bytes / 1e9:.3f} GB, {self.num_files} weight file(s)"
+        return (
+            f"{count_of(self.num_tensors, 'tensor')}, {self.num_bytes / 1e9:.3f} GB, "
+            f"{count_of(self.num_files, 'weight file')}"
+        )
 
 
 def convert(

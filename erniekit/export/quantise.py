@@ -23,6 +23,7 @@ from erniekit.quantize.tensor_parallel import Degrees, degrees_of
 from erniekit.utils import log
 from erniekit.utils.errors import CheckpointError, ConfigError
 from erniekit.utils.runtime import keep_freed_memory, wanted_threads
+from erniekit.utils.wording import count_of
 
 # More threads need more memory, one weight each, and four are faster than most disks. Operations on small matrices are
 # over before another thread has the interpreter: two threads took twice as long as one with 131,072 weights a matrix.
@@ -153,8 +154,9 @@ def describe(report: QuantisedReport) -> str:
         lost.append(f"{role} {100 * relative:.3g} %")
     count = sum(error.size for error in report.errors)
     return (
-        f"{report.scheme.name}: {len(report.errors)} matrices, {count / 1e6:,.1f} M weights: {report.scheme.method}; "
-        f"error |W' - W| / |W|: {', '.join(lost)}; read by {report.scheme.readers}; {report.degrees}"
+        f"{report.scheme.name}: {count_of(len(report.errors), 'matrix', 'matrices')}, {count / 1e6:,.1f} M weights: "
+        f"{report.scheme.method}; error |W' - W| / |W|: {', '.join(lost)}; read by {report.scheme.readers}; "
+        f"{report.degrees}"
     )
 
 

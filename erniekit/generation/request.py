@@ -13,6 +13,7 @@ from erniekit.models.decoder import CausalLM
 from erniekit.models.pictures import PictureTables
 from erniekit.utils import log
 from erniekit.utils.errors import UserError
+from erniekit.utils.wording import count_of
 
 # Tokens whose scores become -inf: a function of the answer so far, which gives a mask [V] (True: allowed) or None.
 Constraint = Callable[[Sequence[int]], np.ndarray | None]
@@ -204,8 +205,8 @@ def check_prompts(model: CausalLM, prompts: Sequence[Sequence[int]]) -> None:
             )
         if len(prompt) >= config.max_position_embeddings:
             raise UserError(
-                f"prompt {row} has {len(prompt)} tokens and leaves no room for an answer: the model's context is "
-                f"{config.max_position_embeddings} tokens (max_position_embeddings in its config.json). "
+                f"prompt {row} has {count_of(len(prompt), 'token')} and leaves no room for an answer: the model's "
+                f"context is {config.max_position_embeddings} tokens (max_position_embeddings in its config.json). "
                 "Shorten the prompt."
             )
         if min(prompt) < 0 or max(prompt) >= config.vocab_size:
@@ -220,6 +221,6 @@ def report_full(answers: Sequence[Answer], model: CausalLM) -> None:
     full = sum(answer.stop == "context" for answer in answers)
     if full:
         log.warning(
-            f"{full} of {len(answers)} answers stopped because the model's context of "
+            f"{full} of {count_of(len(answers), 'answer')} stopped because the model's context of "
             f"{model.config.max_position_embeddings} tokens (max_position_embeddings in its config.json) is full"
         )

@@ -29,6 +29,7 @@ from erniekit.nn.shard import ShardSpec, shard
 from erniekit.utils import log
 from erniekit.utils.arrays import seeded_generator
 from erniekit.utils.errors import ConfigError
+from erniekit.utils.wording import count_of
 
 __all__ = [
     "LoraOptions",
@@ -216,7 +217,10 @@ def describe(state: LoraState) -> str:
     scalings = ", ".join(f"{scaling:g}" for scaling in sorted({slot.scaling for slot in slots}))
     dora = ", DoRA" if state.options.dora else ""
     saved = f", whole: {', '.join(state.saved)}" if state.saved else ""
-    return f"{len(state.slots)} projections ({', '.join(leaves)}), rank {ranks}, scaling {scalings}{dora}{saved}"
+    return (
+        f"{count_of(len(state.slots), 'projection')} ({', '.join(leaves)}), "
+        f"rank {ranks}, scaling {scalings}{dora}{saved}"
+    )
 
 
 def adapters(model: nn.Layer) -> Iterator[tuple[str, Projection, Adapter]]:

@@ -10,6 +10,7 @@ from erniekit.precision.fp8 import Fp8Options
 from erniekit.precision.fp8_counts import Fp8Counts
 from erniekit.precision.fp8_product import Fp8Product
 from erniekit.utils.errors import ConfigError
+from erniekit.utils.wording import count_of
 
 
 def attach_fp8(model: CausalLM, options: Fp8Options) -> None:
@@ -44,7 +45,10 @@ def describe_fp8(model: CausalLM, options: Fp8Options) -> str:
     kept = [part for part in sorted(EVERY_PART & others) if not matrices[part]]
     kept += ["multi-token prediction"] if model.config.num_nextn_predict_layers else []
     kept += ["vision transformer", "resampler"] if model.config.vision is not None else []
-    found = ", ".join(f"{part} ({count} weights)" for part, count in matrices.items() if count) or "nothing here"
+    found = (
+        ", ".join(f"{part} ({count_of(count, 'weight')})" for part, count in matrices.items() if count)
+        or "nothing here"
+    )
     without = ", ".join([*kept, "routers", "norms", "embedding", "head"])
     return f"FP8 ({options.describe()}): {found}; without FP8: {without}"
 

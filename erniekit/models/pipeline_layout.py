@@ -14,6 +14,7 @@ from erniekit.parallel.mesh import ParallelDims, check_model
 from erniekit.parallel.pipeline_schedule import Action, describe, plan
 from erniekit.parallel.pipeline_split import layer_costs, split_layers
 from erniekit.utils.errors import ConfigError
+from erniekit.utils.wording import count_of
 
 if TYPE_CHECKING:  # the agent plans a job without Paddle
     from erniekit.models.decoder import CausalLM
@@ -140,9 +141,9 @@ def layout_lines(cfg: Config, model_config: ModelConfig, degrees: ParallelDims) 
     tokens = " sharing the tokens" if cfg.sequence_parallel and degrees.tensor > 1 else ""
     microbatches = cfg.num_microbatches(degrees.batch)
     lines = [
-        f"{degrees.world} ranks = {degrees.pipeline} pipeline stages x {degrees.data} data ranks x {degrees.tensor} "
-        f"tensor ranks{tokens}{experts}{shared}; a step takes {cfg.batch_size} rows x {microbatches} microbatches x "
-        f"{degrees.batch} = {cfg.batch_size * microbatches * degrees.batch} rows"
+        f"{degrees.world} ranks = {degrees.describe()}{tokens}{experts}{shared}; a step takes "
+        f"{count_of(cfg.batch_size, 'row')} x {count_of(microbatches, 'microbatch', 'microbatches')} x "
+        f"{degrees.batch} = {count_of(cfg.batch_size * microbatches * degrees.batch, 'row')}"
     ]
     if degrees.pipeline > 1:
         stages = assign_layers(cfg, model_config, degrees.pipeline)

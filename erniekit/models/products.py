@@ -10,6 +10,7 @@ from erniekit.models.decoder import CausalLM, DecoderLayer
 from erniekit.moe.layer import MoELayer
 from erniekit.nn.linear import EVERY_PART, SHARED_EXPERTS, Part, ProductFactory, Projection
 from erniekit.nn.product import Product
+from erniekit.utils.wording import count_of
 
 
 def attach_products(model: CausalLM, factory: ProductFactory, parts: Collection[Part] = EVERY_PART) -> None:
@@ -73,11 +74,11 @@ def describe(model: CausalLM) -> str:
     attached, held = products(model).values(), held_weights(model).values()
     names = " and ".join(sorted({product.name for _, product in attached}))
     if not held:
-        return f"{len(attached)} projections multiply in {names}"
+        return f"{count_of(len(attached), 'projection multiplies', 'projections multiply')} in {names}"
     stored = sum(product.num_bytes(projection.weight) for projection, product in held)
     element_size = next(model.model.layers.children()).input_layernorm.weight.element_size()
     plain = element_size * sum(prod(projection.weight_shape) for projection, _ in held)
-    return f"{len(held)} frozen weights in {names}: {_size(stored)} instead of {_size(plain)}"
+    return f"{count_of(len(held), 'frozen weight')} in {names}: {_size(stored)} instead of {_size(plain)}"
 
 
 def _size(num_bytes: float) -> str:

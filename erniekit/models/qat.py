@@ -15,6 +15,7 @@ from erniekit.parallel.process_group import Group
 from erniekit.precision.fake_quant import FakeQuant
 from erniekit.precision.qat import QatOptions, describe_recipe
 from erniekit.utils.errors import ConfigError
+from erniekit.utils.wording import count_of
 
 
 def attach_qat(model: CausalLM, options: QatOptions) -> None:
@@ -81,7 +82,7 @@ def describe_qat(model: CausalLM, options: QatOptions) -> str:
         how = describe_recipe(options.experts if part == "experts" else options.projections)
         if part == "experts" and options.experts_down != options.experts:
             how += f"; their last projection: {describe_recipe(options.experts_down)}"
-        ways.setdefault(how, []).append(f"{part} ({matrices[part]} weights)")
+        ways.setdefault(how, []).append(f"{part} ({count_of(matrices[part], 'weight')})")
     found = "; ".join(f"{', '.join(parts)}: {how}" for how, parts in ways.items())
     others = "routers, norms, biases, embedding, head, multi-token prediction"
     if model.config.vision is not None:

@@ -37,6 +37,7 @@ from erniekit.parallel.memory import gradient_bytes, state_bytes
 from erniekit.parallel.process_group import Group
 from erniekit.parallel.zero import ShardedParameters
 from erniekit.utils import heartbeat
+from erniekit.utils.wording import count_of
 
 # In ZeRO stages 2 and 3, the buckets that may be under way at a time; more would need more memory than the chunks.
 IN_FLIGHT = 2
@@ -230,7 +231,7 @@ class GradientSync:
         gradients = gradient_bytes(entries, self.zero_stage, self.master_grad)
         return (
             f"optimizer state: {_mib(own)} on this rank, {_mib(whole)} if it were not divided; gradients "
-            f"{_mib(gradients)}, sent in {len(self._buckets)} buckets (sharding stage {self.zero_stage})"
+            f"{_mib(gradients)}, sent in {count_of(len(self._buckets), 'bucket')} (sharding stage {self.zero_stage})"
         )
 
     def clear(self) -> None:

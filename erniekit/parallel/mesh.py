@@ -14,6 +14,7 @@ from erniekit.config.schema import Config
 from erniekit.parallel.model_sizes import ModelSizes
 from erniekit.parallel.process_group import ALONE, Group, Ranks
 from erniekit.utils.errors import ConfigError
+from erniekit.utils.wording import count_of
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,13 @@ class ParallelDims:
         """Number of processes."""
         return self.pipeline * self.data * self.tensor
 
+    def describe(self) -> str:
+        """The three axes in words, such as 2 pipeline stages x 4 data ranks x 1 tensor rank."""
+        return (
+            f"{count_of(self.pipeline, 'pipeline stage')} x {count_of(self.data, 'data rank')} x "
+            f"{count_of(self.tensor, 'tensor rank')}"
+        )
+
     @property
     def batch(self) -> int:
         """Number of groups of context ranks: of data ranks that have different rows."""
@@ -78,8 +86,9 @@ class ParallelDims:
             raise ConfigError(
                 f"pipeline_parallel_degree {pipeline} * data ranks {data} (data_parallel_degree {replicas} * "
                 f"sharding_parallel_degree {sharding}{shared}, at least expert_parallel_degree {expert}) * "
-                f"tensor_parallel_degree {tensor} = {pipeline * data * tensor} processes, but there are {world}. "
-                f"Change a degree, or start {pipeline * data * tensor} processes."
+                f"tensor_parallel_degree {tensor} = {count_of(pipeline * data * tensor, 'process', 'processes')}, but "
+                f"there are {world}. Change a degree, or start "
+                f"{count_of(pipeline * data * tensor, 'process', 'processes')}."
             )
         return cls(pipeline, data, tensor, expert, data if cfg.sharding_parallel_degree == -1 else sharding, context)
 
@@ -265,7 +274,7 @@ def build_mesh(degrees: ParallelDims) -> Mesh:
     if world.size != degrees.world:
         raise ConfigError(
             f"The degrees need {degrees.pipeline} (pipeline) * {degrees.data} (data) * {degrees.tensor} (tensor) = "
-            f"{degrees.world} processes, but {world.size} were started."
+            f"{count_of(degrees.world, 'process', 'processes')}, but {world.size} started."
         )
     backend.open_channels(list(dict.fromkeys(pipe_pairs(degrees))))
     local_lists = rank_lists(degrees, world.rank)

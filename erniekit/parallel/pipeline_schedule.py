@@ -26,6 +26,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from erniekit.utils.wording import count_of
+
 SCHEDULES = ("1f1b", "interleaved", "memory_efficient")
 Payload = Literal["activation", "gradient"]
 
@@ -114,7 +116,8 @@ def describe(schedule: str, microbatches: int, layers: Sequence[Sequence[Sequenc
     peaks = [peak_live(schedule, s, stages, microbatches, chunks) for s in range(stages)]
     shown = " | ".join("+".join(_layer_range(chunk) for chunk in of_stage) for of_stage in layers)
     return (
-        f"pipeline: {schedule}, {stages} stages x {chunks} chunks, {microbatches} microbatches, bubble {bubble:.1%}, "
+        f"pipeline: {schedule}, {count_of(stages, 'stage')} x {count_of(chunks, 'chunk')}, "
+        f"{count_of(microbatches, 'microbatch', 'microbatches')}, bubble {bubble:.1%}, "
         f"at most {', '.join(map(str, peaks))} chunk activations stored; layers {shown}"
     )
 

@@ -241,7 +241,7 @@ def _gather_ranks(
 def _missing(world: World, absent: list[int], waited: float) -> TrainError:
     names = ", ".join(world.name(rank) for rank in absent)
     return TrainError(
-        f"After {waited:.0f} s {len(absent)} of {world.size} ranks have not come: {names}. Look at their logs, check "
+        f"{len(absent)} of {world.size} ranks did not come within {waited:.0f} s: {names}. Look at their logs, check "
         "that each host was started and that the hosts reach one another under these addresses."
     )
 

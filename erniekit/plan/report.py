@@ -150,8 +150,8 @@ def _headline(job: Job) -> list[str]:
     size = f"{count / 1e9:.2f} B parameters" if count >= 1e8 else f"{count / 1e6:.2f} M parameters"
     return [
         f"{name}: {size}, {cfg.fine_tuning} {cfg.stage}, {cfg.compute_type}",
-        f"{devices}{hosts}: {degrees.pipeline} pipeline stages x {degrees.data} data ranks x {degrees.tensor} tensor "
-        f"ranks{experts}; a microbatch has {cfg.batch_size} x {job.row_tokens} tokens, a step {job.step_tokens:,}",
+        f"{devices}{hosts}: {degrees.describe()}{experts}; a microbatch has {cfg.batch_size} x {job.row_tokens} "
+        f"tokens, a step {job.step_tokens:,}",
     ]
 
 

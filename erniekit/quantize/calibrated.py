@@ -20,6 +20,7 @@ from erniekit.quantize.run import CalibratedModel, calibrate
 from erniekit.quantize.schemes import Matrix, Scheme
 from erniekit.utils import log
 from erniekit.utils.errors import DataError
+from erniekit.utils.wording import count_of
 
 # Beside the exported directory: the layers that are finished, until all are.
 WORK_DIRECTORY = "export.calibration"
@@ -77,9 +78,9 @@ def _require_pictures(calibration: Calibration, scheme: Scheme, config: ModelCon
     name = next(needing, None)
     if name is not None and all((batch.modality == Modality.TEXT).all() for batch in calibration.batches):
         raise DataError(
-            f"quantization_calibration_path: {path} has no pictures in its {len(calibration.batches)} rows, and a file "
-            f"of quantization: {scheme.name} with format: {scheme.format} keeps the largest magnitude of the inputs of "
-            f"{name}. Hint: name records with pictures, or raise quantization_calibration_samples."
+            f"quantization_calibration_path: {path} has no pictures in {count_of(len(calibration.batches), 'row')}, "
+            f"and a file of quantization: {scheme.name} with format: {scheme.format} keeps the largest magnitude of "
+            f"the inputs of {name}. Hint: name records with pictures, or raise quantization_calibration_samples."
         )
 
 

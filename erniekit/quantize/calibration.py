@@ -24,6 +24,7 @@ from erniekit.hub import resolve_dataset, resolve_tokenizer
 from erniekit.models.config import ModelConfig
 from erniekit.utils import log
 from erniekit.utils.errors import DataError
+from erniekit.utils.wording import count_of
 
 _KEY = path_key("calibration")
 
@@ -80,12 +81,12 @@ def read_calibration(
     least = -(-config.hidden_size // 4)
     if found.num_tokens < least:
         raise DataError(
-            f"{_KEY}: {source.path} has {found.num_tokens} tokens; a model of width {config.hidden_size} needs at "
-            f"least {least}, and some 100,000 for good statistics. Hint: name more data."
+            f"{_KEY}: {source.path} has {count_of(found.num_tokens, 'token')}; a model of width {config.hidden_size} "
+            f"needs at least {least}, and some 100,000 for good statistics. Hint: name more data."
         )
     if len(found.batches) < source.samples:
         log.warning(
-            f"{_KEY}: {source.path} fills {len(found.batches)} rows of {source.length} tokens, and "
+            f"{_KEY}: {source.path} fills {count_of(len(found.batches), 'row')} of {source.length} tokens, and "
             f"quantization_calibration_samples asks for {source.samples}: all {found.num_tokens:,} tokens are used"
         )
     return found
@@ -165,6 +166,6 @@ def _prose(path: Path, source: CalibrationSource, tokenizer: Tokenizer) -> Calib
         for begin in range(0, len(ids), source.length)
         if len(part := ids[begin : begin + source.length])
     ]
-    log.info(f"{path}: plain text, {len(ids):,} tokens in {len(batches)} rows")
+    log.info(f"{path}: plain text, {len(ids):,} tokens in {count_of(len(batches), 'row')}")
     digest = hashlib.blake2b(ids.tobytes(), digest_size=8).hexdigest()
     return Calibration(batches, {"calibration tokens": digest, "quantization_calibration_length": source.length})

@@ -309,7 +309,7 @@ class LayerPass:
             factor = factorise_blocks(statistics.pop_hessian(), damping)
         else:
             factor = factorise(statistics.pop_hessian(), damping, act_order)
-        return factor, note if factor is not None else "rtn: its inputs have no positive definite H"
+        return factor, note if factor is not None else "rtn: the Hessian of its inputs is not positive definite"
 
     def _codes(
         self, weight: np.ndarray, statistics: InputStatistics, factor: Factor | BlockFactor | None, spec: CodeSpec
@@ -333,8 +333,8 @@ class LayerPass:
                 line = f"no calibration token reaches the{kind} experts: they are rounded to nearest"
             elif few:
                 line = (
-                    f"{few} of {len(counts)}{kind} experts have fewer than {self._hidden.shape[1] // 4} calibration "
-                    f"tokens (expert {int(np.argmin(counts))} has {min(counts)}): their statistics are blended with "
+                    f"{few} of {len(counts)}{kind} experts with fewer than {self._hidden.shape[1] // 4} calibration "
+                    f"tokens (expert {int(np.argmin(counts))} has {min(counts)}): such statistics are blended with "
                     "those of all tokens"
                 )
             else:

@@ -34,6 +34,7 @@ from erniekit.quantize.store import LayerStore, code_entries, read_codes, stored
 from erniekit.utils import log
 from erniekit.utils.errors import CheckpointError
 from erniekit.utils.progress import track
+from erniekit.utils.wording import count_of
 
 
 class CalibratedModel:
@@ -90,10 +91,10 @@ def calibrate(
     store = LayerStore(directory, identity | _identity(config, source, scheme, options))
     count, begin = config.num_hidden_layers, store.num_finished
     if begin:
-        log.info(f"{directory}: {begin} of {count} layers are quantised already")
+        log.info(f"{directory}: {begin} of {count_of(count, 'layer')} quantised already")
     tokens = sum(batch.num_tokens for batch in batches)
     log.info(
-        f"quantising with {options.algorithm}: {count} layers, {tokens:,} calibration tokens, up to "
+        f"quantising with {options.algorithm}: {count_of(count, 'layer')}, {tokens:,} calibration tokens, up to "
         f"{peak_bytes(config, options, tokens) / 1e9:.2f} GB of memory"
     )
     widest = max(matrix.shape[1] for matrix in scheme.every_matrix(config))

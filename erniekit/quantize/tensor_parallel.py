@@ -59,5 +59,5 @@ def _refused(matrix: Matrix, degree: int, config: ModelConfig) -> str:
     else:
         unit = spec.block[0] if spec.block else 1
     if share % unit:
-        return f"a rank has {share} {'inputs' if by_inputs else 'outputs'} of {matrix.name}, no multiple of {unit}"
+        return f"a rank has {share} {'inputs' if by_inputs else 'outputs'} of {matrix.name}, not a multiple of {unit}"
     return ""

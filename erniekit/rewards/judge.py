@@ -15,6 +15,7 @@ from erniekit.rewards.sample import Sample, text_of
 from erniekit.utils import log, runtime, user_files
 from erniekit.utils.errors import ConfigError
 from erniekit.utils.http_json import JsonClient
+from erniekit.utils.wording import count_of
 
 KEY_VARIABLE = runtime.JUDGE_KEY_VARIABLE
 _INSTRUCTION = """You mark an answer to a question. First name its merits and mistakes in a few sentences. Then write, \
@@ -189,5 +190,5 @@ def _read_cache(path: Path) -> dict[str, float]:
         except (ValueError, LookupError, TypeError):
             broken += 1
     if broken:
-        log.warning(f"judge_cache: {path}: {broken} lines are no marks and were skipped")
+        log.warning(f"judge_cache: {path}: skipped {count_of(broken, 'line')} that cannot be read as a mark")
     return marks

@@ -30,7 +30,7 @@ def right_answers(sample: Sample, cfg: RewardArgs) -> list[str]:
     found = [_text(item) for item in (value if isinstance(value, list | tuple) else [value])]
     answers = [text for text in found if text is not None and text.strip()]
     if not answers or len(answers) < len(found):
-        raise ValueError(f"{cfg.answer_key!r} of the record is no text or number: {str(value)[:60]!r}")
+        raise ValueError(f"{cfg.answer_key!r} of the record is neither text nor a number: {str(value)[:60]!r}")
     return answers
 
 

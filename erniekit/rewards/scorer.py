@@ -21,6 +21,7 @@ from erniekit.rewards.table import BUILTINS
 from erniekit.rewards.workers import Chunk, Result, Step, Workers, checked
 from erniekit.utils import log
 from erniekit.utils.errors import ConfigError, DataError, TrainError
+from erniekit.utils.wording import count_of
 
 _SHOWN_FAILURES = 3  # of each function; the others are only counted
 GIVEN = ("reward_model",)  # functions that the caller gives, since they need the engine
@@ -214,7 +215,7 @@ class Scorer:
         for name, count in self._num_failed.items():
             if count > self._cfg.reward_max_failures * self._num_scored:
                 raise TrainError(
-                    f"reward {name}: failed for {count} of {self._num_scored} completions, more than "
+                    f"reward {name}: failed for {count} of {count_of(self._num_scored, 'completion')}, more than "
                     f"reward_max_failures: {self._cfg.reward_max_failures:g}. Correct the function or the records (see "
                     "the warnings above), or raise reward_max_failures"
                 )

@@ -54,7 +54,7 @@ def right_letters(sample: Sample, cfg: RewardArgs) -> set[str]:
     right = _letters("".join(right_answers(sample, cfg)).strip())
     if not right:
         raise ValueError(
-            f"{cfg.answer_key!r} of the record is no letter from A to H: {sample.fields[cfg.answer_key]!r}"
+            f"{cfg.answer_key!r} of the record is not a letter from A to H: {sample.fields[cfg.answer_key]!r}"
         )
     return right
 
@@ -105,7 +105,7 @@ def _checked_schema(text: str) -> tuple[Any, Any]:
     try:
         validator.check_schema(schema)
     except jsonschema.SchemaError as error:
-        raise ValueError(f"'json_schema' of the record is no JSON schema: {error.message[:200]}") from None
+        raise ValueError(f"'json_schema' of the record is not a valid JSON schema: {error.message[:200]}") from None
     return schema, validator
 
 

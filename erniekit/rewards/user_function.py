@@ -10,6 +10,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from erniekit.rewards.sample import Sample
+from erniekit.utils.wording import count_of
 
 # What a function may take beside the fields of the records.
 _GIVEN = ("prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric")
@@ -73,14 +74,16 @@ def _as_list(result: Any, count: int) -> list[Any]:
     if not is_list and not _is_array(result):
         raise ValueError(f"it returned {type(result).__name__}, not a list with a number for each completion")
     if len(result) != count:
-        raise ValueError(f"it returned {len(result)} values for {count} completions")
+        raise ValueError(f"it returned {count_of(len(result), 'value')} for {count_of(count, 'completion')}")
     return list(result)
 
 
 def _column(name: Any, values: Any, count: int) -> list[Any]:
     column = [_plain(value) for value in values]
     if len(column) != count:
-        raise ValueError(f"log_extra({str(name)!r}) got {len(column)} values for {count} completions")
+        raise ValueError(
+            f"log_extra({str(name)!r}) got {count_of(len(column), 'value')} for {count_of(count, 'completion')}"
+        )
     return column
 
 

@@ -215,7 +215,7 @@ class Workers:
     def _too_long(self, worker: _Worker) -> str:
         if worker.chunk is None:
             return f"its process did not start within {_START_SECONDS:g} seconds"
-        return f"it took more than {self._allowed(worker.chunk):g} seconds (reward_timeout) and was killed"
+        return f"it took more than {self._allowed(worker.chunk):g} s (reward_timeout) and was killed"
 
     def _lose(self, worker: _Worker, why: str, waiting: deque[Chunk]) -> Iterator[Result]:
         """A worker hangs or has ended: the call that it was at has failed, and another worker makes the others."""

@@ -28,6 +28,7 @@ from erniekit.serve.server_text import AnswerReader, Piece, Reading
 from erniekit.utils import log
 from erniekit.utils.errors import CheckpointError, ConfigError, UserError
 from erniekit.utils.progress import track
+from erniekit.utils.wording import count_of
 
 # vLLM's names of keys.
 _KEYS = {"tokenizer": "tokenizer_name_or_path", "dtype": "compute_type"}
@@ -230,7 +231,7 @@ class LLM:
         try:
             return score_prompt(self._served.chat_model.model, request.prompt, num, request.adapter)
         except CheckpointError as error:
-            log.warning(f"prompt_logprobs: a prompt of {len(request.prompt)} tokens has none: {error}")
+            log.warning(f"prompt_logprobs: a prompt of {count_of(len(request.prompt), 'token')} has none: {error}")
             return None
 
     def _answers(self, pending: dict[int, "_Answer"]) -> Iterator[None]:
@@ -332,7 +333,7 @@ def _warn_of_failed(generations: Sequence[Generation]) -> None:
     if errors and len(errors) == len(generations):
         raise UserError(f"every answer has failed: {errors[0]}")
     if errors:
-        log.warning(f'{len(errors)} of {len(generations)} answers have failed (finish_reason "error"): {errors[0]}')
+        log.warning(f'{len(errors)} of {len(generations)} answers failed (finish_reason "error"): {errors[0]}')
 
 
 @contextmanager
@@ -366,7 +367,9 @@ def _params_list(params: SamplingParams | Sequence[SamplingParams] | None, count
     if not isinstance(params, Sequence) or not all(isinstance(one, SamplingParams) for one in params):
         raise UserError("sampling_params: expected SamplingParams, or a list with one for each prompt.")
     if len(params) != count:
-        raise UserError(f"sampling_params: {len(params)} are given for {count} prompts. Give one, or one for each.")
+        raise UserError(
+            f"sampling_params: got {len(params)} for {count_of(count, 'prompt')}. Give one, or one for each."
+        )
     return list(params)
 
 

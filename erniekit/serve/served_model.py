@@ -13,6 +13,7 @@ from erniekit.models.config import ModelConfig
 from erniekit.serve.server_errors import ApiError
 from erniekit.serve.server_text import hidden_ids
 from erniekit.utils.errors import ConfigError
+from erniekit.utils.wording import count_of
 
 NUM_KEPT = 4  # conversations whose keys and values are kept for the next question
 
@@ -62,7 +63,8 @@ class ServedModel:
             what = " and leaves no room for an answer" if is_answered else ""
             raise ApiError(
                 400,
-                f"{name}: the prompt has {num_tokens} tokens{what}: the context is {self.context} tokens. Shorten it.",
+                f"{name}: the prompt has {count_of(num_tokens, 'token')}{what}: the context is {self.context} "
+                "tokens. Shorten it.",
                 name,
                 "context_length_exceeded",
             )

@@ -13,6 +13,7 @@ from erniekit.serve.served_adapters import open_with_adapters
 from erniekit.serve.served_model import context_of, engine_of, name_of
 from erniekit.utils import log, runtime
 from erniekit.utils.errors import CheckpointError, UserError
+from erniekit.utils.wording import count_of
 
 try:
     import uvicorn
@@ -90,8 +91,8 @@ def _say(served: "Served", listening: socket.socket) -> None:
         f"max_tokens {most} (the YAML's, or the defaults of `erniekit chat`)"
     )
     log.info(
-        f"up to {engine.max_running} answers at a time, {cfg.max_waiting_requests} may wait; keys and values of up to "
-        f"{engine.max_running} + {engine.num_kept} conversations of {served.context} tokens are kept"
+        f"up to {count_of(engine.max_running, 'answer')} at a time, {cfg.max_waiting_requests} may wait; keys and "
+        f"values of up to {engine.max_running} + {engine.num_kept} conversations of {served.context} tokens are kept"
     )
     keyless = "" if served.keys else ", no key is asked for"
-    log.info(f"{served.name} is served at {url_of(listening)}/v1 (this process ends by Ctrl-C{keyless})")
+    log.info(f"{served.name} is served at {url_of(listening)}/v1 (Ctrl-C stops it{keyless})")

@@ -60,7 +60,7 @@ def _check(body: Any) -> None:
                 value.encode()
             except UnicodeEncodeError:
                 raise ApiError(
-                    400, "the body holds half of a surrogate pair (\\ud800 to \\udfff), which is no character."
+                    400, "the body holds half of a surrogate pair (\\ud800 to \\udfff), which is not a character."
                 ) from None
         elif isinstance(value, dict | list):
             if depth > MAX_DEPTH:

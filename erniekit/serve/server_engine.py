@@ -110,7 +110,7 @@ class EngineThread:
         """Take places in the queue for `count` answers. Raises QueueFull. Followed by `submit` or `release`."""
         if self._open + self.num_reserved + count > self.engine.max_running + self.max_waiting:
             raise QueueFull(
-                f"{self._open + self.num_reserved} answers run or wait, and at most "
+                f"answers that run or wait: {self._open + self.num_reserved}; at most "
                 f"{self.engine.max_running + self.max_waiting} may (max_num_seqs + max_waiting_requests). Try again."
             )
         self.num_reserved += count

@@ -294,7 +294,7 @@ def bias_table(value: Mapping[str, Any], vocab_size: int) -> tuple[tuple[int, fl
     for name, bias in value.items():
         token = int(name) if name.isascii() and name.isdigit() and len(name) < 10 else -1
         if not 0 <= token < vocab_size or str(token) != name:  # "05" would be a second entry for 5
-            message = f"logit_bias: {name[:40]!r} is no token id, 0 to {vocab_size - 1}."
+            message = f"logit_bias: {name[:40]!r} is not a token id, 0 to {vocab_size - 1}."
             raise ApiError(400, message, "logit_bias", "invalid_value")
         if isinstance(bias, bool) or not isinstance(bias, int | float):
             raise ApiError(400, f"logit_bias: expected numbers, got {type_name(bias)}.", "logit_bias", "invalid_type")

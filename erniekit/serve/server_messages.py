@@ -21,6 +21,7 @@ from erniekit.serve.server_video import uri_content, video_content
 from erniekit.utils import log
 from erniekit.utils.errors import DataError, UserError
 from erniekit.utils.user_files import parse_json
+from erniekit.utils.wording import count_of
 
 MAX_MESSAGES = 10_000
 MAX_IMAGE_PIXELS = 50_000_000
@@ -189,7 +190,11 @@ class Messages:
             raise _wrong(name, "this model reads text alone, so it cannot be shown a picture")
         self.num_images += 1
         if self.num_images > self._max_images:
-            raise _wrong(name, f"at most {self._max_images} pictures and videos in a request (max_request_images)")
+            raise _wrong(
+                name,
+                f"at most {count_of(self._max_images, 'picture or video', 'pictures and videos')} in a request "
+                "(max_request_images)",
+            )
 
     def _pixels(self, url: Any, name: str) -> Any:
         """The pixels of a data URI; nothing else is opened."""

@@ -47,10 +47,14 @@ class Metrics:
         self._registry.register(_Gauges(thread, name))
         self.prompt_tokens = self._counter("prompt_tokens", "Tokens of prompts.")
         self.generation_tokens = self._counter("generation_tokens", "Generated tokens.")
-        self.prefix_cache_queries = self._counter("prefix_cache_queries", "Tokens of prompts that were looked up.")
-        self.prefix_cache_hits = self._counter("prefix_cache_hits", "Tokens of prompts that were not computed.")
+        self.prefix_cache_queries = self._counter(
+            "prefix_cache_queries", "Prompt tokens that were looked up in the prefix cache."
+        )
+        self.prefix_cache_hits = self._counter("prefix_cache_hits", "Prompt tokens that the prefix cache held.")
         self.admission_rejections = self._counter("admission_rejections", "Requests refused by a full queue.")
-        self.tool_calls_unreadable = self._counter("tool_calls_unreadable", "Calls of the model that were no calls.")
+        self.tool_calls_unreadable = self._counter(
+            "tool_calls_unreadable", "Tool calls of the model that could not be read."
+        )
         self._success = Counter(
             "erniekit:request_success", "Answers by their end.", (*_LABEL, "finished_reason"), registry=self._registry
         )

@@ -15,6 +15,7 @@ from erniekit.serve.server_state import Served
 from erniekit.serve.server_stream import client_left
 from erniekit.serve.server_text import AnswerReader, Piece, Reading
 from erniekit.utils import log
+from erniekit.utils.wording import count_of
 
 KEEP_ALIVE = 15.0  # seconds after which a silent stream gets a comment, so that proxies keep it open
 T = TypeVar("T")
@@ -75,13 +76,13 @@ class Run:
             if waits and cfg.queue_timeout < cfg.request_timeout:
                 raise ApiError(
                     408,
-                    f"no answer has begun within {cfg.queue_timeout:g} seconds (queue_timeout). Try again.",
+                    f"no answer has begun within {cfg.queue_timeout:g} s (queue_timeout). Try again.",
                     code="queue_timeout",
                     headers={"Retry-After": "5"},
                     repeats=False,
                 )
             raise ApiError(
-                408, f"the answer took more than {cfg.request_timeout:g} seconds (request_timeout).", code="timeout"
+                408, f"the answer took more than {cfg.request_timeout:g} s (request_timeout).", code="timeout"
             )
         return await self.job.events.get(max(0.001, min(KEEP_ALIVE, left))) or (-1, Event())
 
@@ -114,7 +115,9 @@ class Run:
             metrics.prefix_cache_hits.inc(answer.num_reused)
         if reader.num_unreadable:
             metrics.tool_calls_unreadable.inc(reader.num_unreadable)
-            log.info(f"{reader.num_unreadable} calls of the model could not be read, and stay in its text")
+            log.info(
+                f"{count_of(reader.num_unreadable, 'tool call')} of the model could not be read, and left in its text"
+            )
 
 
 def _require_answer(answer: Answering, end: Event) -> None:

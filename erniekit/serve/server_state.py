@@ -13,6 +13,7 @@ from erniekit.serve.server_engine import EngineThread, QueueFull
 from erniekit.serve.server_errors import ApiError, closing
 from erniekit.serve.server_metrics import Metrics
 from erniekit.utils.errors import UserError
+from erniekit.utils.wording import count_of
 
 T = TypeVar("T")
 
@@ -48,8 +49,8 @@ class Served(ServedModel):
         if count > room:
             raise ApiError(
                 400,
-                f"n: {count} answers are requested, and the server accepts at most {room} at a time (max_num_seqs + "
-                "max_waiting_requests in its YAML). Ask in several requests.",
+                f"n: {count_of(count, 'answer')} requested, and the server accepts at most {room} at a time "
+                "(max_num_seqs + max_waiting_requests in its YAML). Ask in several requests.",
                 "n",
                 "invalid_value",
             )

@@ -18,6 +18,7 @@ from erniekit.data.vision.plan import MediaPlan
 from erniekit.data.vision.video import VideoOptions
 from erniekit.serve.server_errors import ApiError
 from erniekit.serve.server_fields import type_name
+from erniekit.utils.wording import count_of
 
 MAX_FRAME_PIXELS = 50_000_000
 MAX_DECODE_SECONDS = 60.0  # for one video: a request is read by a thread that others wait for
@@ -88,8 +89,9 @@ def decoded(plans: Sequence[MediaPlan], places: Sequence[str], context: int, not
         if plan.geometry.tokens >= context:
             raise _wrong(
                 place,
-                f"a video of {plan.frames} frames has {plan.geometry.tokens} tokens, and the context is {context}; a "
-                "shorter video, or video_max_frames and video_max_pixels in the server's YAML, makes fewer",
+                f"a video of {count_of(plan.frames, 'frame')} has {count_of(plan.geometry.tokens, 'token')}, and the "
+                f"context is {context}; a shorter video, or video_max_frames and video_max_pixels in the server's "
+                "YAML, makes fewer",
             )
         with placed(place):
             result.append(_Decoded(**vars(plan), decoded=plan.patches(notes)))

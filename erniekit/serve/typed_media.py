@@ -16,6 +16,7 @@ from erniekit.data.vision.parts import merged
 from erniekit.data.vision.plan import plan_media
 from erniekit.tools.image_tools import picture_part
 from erniekit.utils.errors import UserError
+from erniekit.utils.wording import count_of
 
 COMMANDS = {"/image": "image", "/video": "video"}
 _TAG = re.compile(r"<(image|img|video)>(.*?)</\1>")
@@ -73,6 +74,6 @@ def open_medium(kind: str, path: str, spec: VisionSpec, notes: Notes) -> Medium:
     except BadRecord as error:
         where = f" (paths are relative to {reader.directory})" if "there is no file" in error.reason else ""
         raise UserError(f"{name}: {error.reason}{where}") from None
-    frames = "" if plan.frames is None else f"{plan.frames} frames of "
+    frames = "" if plan.frames is None else f"{count_of(plan.frames, 'frame')} of "
     size = f"{frames}{plan.width} x {plan.height} pixels"
-    return Medium(part, f"{name}, {size}, {plan.geometry.tokens} tokens")
+    return Medium(part, f"{name}, {size}, {count_of(plan.geometry.tokens, 'token')}")

@@ -90,7 +90,7 @@ def _bounded(value: Any) -> Number:
     if isinstance(value, int):
         value = Fraction(value)
     if isinstance(value, complex):
-        raise BadCall("the result is no real number")
+        raise BadCall("the result is not a real number")
     if isinstance(value, Fraction) and max(value.numerator.bit_length(), value.denominator.bit_length()) > _MAX_BITS:
         raise BadCall("the result is too large")
     if isinstance(value, float) and not math.isfinite(value):

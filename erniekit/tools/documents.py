@@ -25,7 +25,9 @@ class DocumentSearch:
         """Raises ConfigError where there is no text."""
         files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES)
         if not files:
-            raise ConfigError(f"document_search_path: {path} is no file, and no directory with {', '.join(SUFFIXES)}.")
+            raise ConfigError(
+                f"document_search_path: {path} is neither a file nor a directory with {', '.join(SUFFIXES)}."
+            )
         lines = [line.strip() for file in files for line in read_text(file, ConfigError).splitlines() if line.strip()]
         self.documents = lines[:_MAX_DOCUMENTS]
         if not lines:

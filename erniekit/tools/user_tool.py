@@ -51,7 +51,7 @@ class UserTools:
             self._connection.send((name, arguments))
             if not self._connection.poll(self._timeout):
                 self.close()
-                raise BadCall(f"{name} took more than {self._timeout:g} seconds and was stopped")
+                raise BadCall(f"{name} took more than {self._timeout:g} s and was stopped")
             kind, content = self._connection.recv()
         except (EOFError, OSError):
             self.close()

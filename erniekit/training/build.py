@@ -69,6 +69,7 @@ from erniekit.training.state_storage import build_storage
 from erniekit.training.trainable import describe_lora
 from erniekit.utils import log
 from erniekit.utils.errors import ConfigError
+from erniekit.utils.wording import count_of
 
 
 @dataclass
@@ -108,17 +109,17 @@ class Run:
             return
         if self.loader.steps_left() is not None:
             log.info(
-                f"num_train_epochs: {cfg.num_train_epochs:g}: {self.max_steps - done} steps"
+                f"num_train_epochs: {cfg.num_train_epochs:g}: {count_of(self.max_steps - done, 'step')}"
                 + (f" after step {done}" if done else "")
             )
             return
-        rows = f"{'' if self.loader.exact else 'about '}{self.loader.rows_left():.0f} rows"
+        rows = f"{'' if self.loader.exact else 'about '}{count_of(round(self.loader.rows_left()), 'row')}"
         after = f" after step {done}" if done else ""
         each = cfg.batch_size * cfg.gradient_accumulation_steps * self.mesh.degrees.batch
         fewer = " (fewer during batch_size_warmup_steps)" if done < warmup_steps(cfg) else ""
         log.info(
             f"num_train_epochs: {cfg.num_train_epochs:g}: {rows}{after} at {each} a step{fewer}: "
-            f"{self.max_steps - done} steps"
+            f"{count_of(self.max_steps - done, 'step')}"
         )
 
     def close(self) -> None:
@@ -152,7 +153,10 @@ def build_optimizer(
         return AdamW(*arguments)
     if matrices:
         sizes = sum(entry.size for name, entry in parameters.entries.items() if name in matrices)
-        log.info(f"optim: muon updates {len(matrices)} parameters ({sizes / 1e6:.2f} M numbers), adamw the others")
+        log.info(
+            f"optim: muon updates {count_of(len(matrices), 'parameter')} ({sizes / 1e6:.2f} M numbers), adamw the "
+            "others"
+        )
     return muon.Muon(*arguments, matrices=matrices, options=muon.MuonOptions.from_config(cfg))
 
 

@@ -36,6 +36,7 @@ from erniekit.training.state import (
 from erniekit.training.trainable import load_trained, prepare_save, trained_tensors
 from erniekit.utils import log
 from erniekit.utils.errors import CheckpointError
+from erniekit.utils.wording import count_of
 
 
 class Saver:
@@ -124,7 +125,10 @@ class Saver:
                 if _holds(source, directory, bool(moved)):
                     load_trained(run.model, source / directory, into=tensors)
                 else:
-                    log.info(f"{directory}: {source.name} was trained with that of the beginning, which moves from now")
+                    log.info(
+                        f"{directory}: {source.name} was trained with the one of "
+                        "the beginning; it is updated from now on"
+                    )
         log.info(f"resuming after step {state.step} from {source}")
         self._set_position(state, source)
         run.plan_steps(state.step)
@@ -132,8 +136,9 @@ class Saver:
         if complete:
             key = "max_steps" if self.cfg.max_steps > 0 else "num_train_epochs"
             log.info(
-                f"the run is complete: {key} is {vars(self.cfg)[key]:g}, and {state.step} steps are done. Raise it to "
-                "train more, or set overwrite_output_dir: true to train from scratch"
+                f"the run is complete: {key} is {vars(self.cfg)[key]:g}, and "
+                f"{count_of(state.step, 'step is', 'steps are')} done. Raise it to train more, or set "
+                "overwrite_output_dir: true to train from scratch"
             )
         else:
             with _cure_of(source, "ignore_load_lr_and_optim: true continues with the weights of this one. "):
@@ -235,7 +240,7 @@ class Saver:
     def _kept_line(self) -> str:
         """What ckpt_quant_stage does not round: its codes are for the ratio of two moments, and Muon has one."""
         matrices = sum(entry.endswith(f"/{MOMENTUM}") for entry in self.run.optimizer.state_shapes())
-        return f"; the momentum of {matrices} parameters stays in fp32 (optim: muon)" if matrices else ""
+        return f"; the momentum of {count_of(matrices, 'parameter')} stays in fp32 (optim: muon)" if matrices else ""
 
     def save_final(self, state: TrainState, data_ended: bool = False) -> Path:
         """Write the final model into output_dir: the last step's, or the best checkpoint's with

@@ -26,6 +26,7 @@ from erniekit.training.forward_pass import final_norm, forward_groups, forward_p
 from erniekit.training.reference import PairScorer, Reference
 from erniekit.utils import log
 from erniekit.utils.errors import DataError, EvaluationError
+from erniekit.utils.wording import count_of
 
 
 @dataclass(frozen=True)
@@ -87,8 +88,8 @@ def score(evaluator: Evaluator, evaluated: EvaluatedModel, data: EvaluationData,
             )
     if num_cut := data.report().get("cut"):
         log.once(
-            f"eval data: {num_cut} of the samples do not fit into max_seq_len: {evaluated.cfg.max_seq_len} and were "
-            "cut: a part of them was not read (see truncation). Raise max_seq_len"
+            f"eval data: {count_of(num_cut, 'sample')} cut at max_seq_len: {evaluated.cfg.max_seq_len}, so that a "
+            "part was not read (see truncation). Raise max_seq_len"
         )
     return scores
 

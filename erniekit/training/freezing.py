@@ -22,6 +22,7 @@ from erniekit.nn.roles import Component, named_components
 from erniekit.nn.shard import WHOLE
 from erniekit.utils import log
 from erniekit.utils.errors import ConfigError
+from erniekit.utils.wording import count_of
 
 # The words of freeze_config. As in ERNIE's training code, freeze_vision leaves the resampler and the vision experts
 # trainable, and freeze_lm the vision experts, too.
@@ -116,8 +117,8 @@ def freeze(model: CausalLM, cfg: Config) -> None:
     trained = [parameter for parameter in parameters.values() if not parameter.stop_gradient]
     here = "" if model.shard == WHOLE else " on this rank"
     log.info(
-        f"frozen: {_size(parameters[name] for name in frozen):,} parameters in {len(frozen)} tensors{here}; "
-        f"{_size(trained):,} are trained"
+        f"frozen: {_size(parameters[name] for name in frozen):,} parameters in "
+        f"{count_of(len(frozen), 'tensor')}{here}; {_size(trained):,} are trained"
     )
 
 

@@ -25,6 +25,7 @@ import numpy as np
 from erniekit.checkpoint.dtypes import STORAGE, num_bytes
 from erniekit.models.weights import Shape
 from erniekit.utils.errors import CheckpointError
+from erniekit.utils.wording import count_of
 
 MOMENTS = ("moment1", "moment2")
 _LEAST_INPUTS = 32
@@ -53,9 +54,9 @@ class Rounding:
     def __str__(self) -> str:
         after, before = (size / 2**20 for size in (self.bytes_after, self.bytes_before))
         return (
-            f"the moments of {self.tensors} parameters take {after:.3g} MiB instead of {before:.3g} in this rank's "
-            f"files; rounding changed m / sqrt(v) by {self.ratio_error:.2%} and sqrt(v) by {self.root_error:.2%} "
-            "(relative RMS)"
+            f"the moments of {count_of(self.tensors, 'parameter')} take {after:.3g} MiB instead of {before:.3g} in "
+            f"this rank's files; rounding changed m / sqrt(v) by {self.ratio_error:.2%} and sqrt(v) by "
+            f"{self.root_error:.2%} (relative RMS)"
         )
 
     @property

@@ -187,8 +187,8 @@ class OutputDir:
         below = list_checkpoints(source)
         if below and not (source / STATE_FILE).is_file():
             raise CheckpointError(
-                f"resume_from_checkpoint: {source} is no checkpoint but holds some: {', '.join(p.name for p in below)}."
-                " Name one of them."
+                f"resume_from_checkpoint: {source} is not a checkpoint, but holds some: "
+                f"{', '.join(p.name for p in below)}. Name one of them."
             )
         check_keys(read_state(source).identity, self.cfg, source)
 

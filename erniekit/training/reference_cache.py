@@ -33,6 +33,7 @@ from erniekit.training.forward_pass import forward_groups
 from erniekit.utils import atomic, log
 from erniekit.utils.errors import CheckpointError, UserError
 from erniekit.utils.user_files import open_regular, parse_json
+from erniekit.utils.wording import count_of
 
 _VERSION = 1
 _KEY_BYTES = 16
@@ -145,7 +146,7 @@ def prepare_cache(
             _compute(microbatches, log_probs, mesh, table)
     if len(table) > known:
         on_first(mesh.world_group, lambda: write_cache(path, now, table))
-    log.info(f"ref_logps_cache: {path}: {known} pairs were known, {len(table) - known} computed")
+    log.info(f"ref_logps_cache: {path}: {count_of(known, 'pair')} known, {len(table) - known} computed")
     return CachedReference(table, path)
 
 
@@ -187,7 +188,7 @@ def read_cache(path: Path, now: dict[str, str]) -> Table:
         if keys.dtype != np.uint8 or keys.shape != (len(log_probs), _KEY_BYTES):
             raise ValueError(f"keys of shape {keys.shape}")
         if log_probs.dtype != np.float32 or log_probs.shape != (len(keys), 2) or not np.isfinite(log_probs).all():
-            raise ValueError("log-probabilities that are no pairs of numbers")
+            raise ValueError("log-probabilities that are not pairs of numbers")
     except UserError as error:
         raise CheckpointError(f"ref_logps_cache: {error} Remove it to compute it again.") from None
     # All that zipfile and numpy raise for an archive that is damaged.

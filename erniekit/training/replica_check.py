@@ -14,6 +14,7 @@ from erniekit.parallel import comm
 from erniekit.parallel.mesh import Mesh
 from erniekit.parallel.process_group import Group
 from erniekit.utils.errors import TrainError
+from erniekit.utils.wording import count_of
 
 
 class ReplicaCheck:
@@ -60,9 +61,9 @@ def _message(step: int, group: Group, different: Mapping[str, list[int]]) -> str
     odd = [rank for rank, value in zip(group.ranks, values, strict=True) if value != usual]
     return (
         f"step {step}: ranks {', '.join(map(str, group.ranks))} should hold the same {name}, but on "
-        f"{', '.join(map(str, odd))} it differs ({len(different)} parameters differ in all). Memory or a link of that "
-        "host may be faulty. Start again from the last checkpoint, which an earlier check found sound; "
-        "check_replicas_steps says how often copies are compared."
+        f"{', '.join(map(str, odd))} it differs ({count_of(len(different), 'parameter differs', 'parameters differ')} "
+        "in all). Memory or a link of that host may be faulty. Start again from the last checkpoint, which an earlier "
+        "check found sound; check_replicas_steps says how often copies are compared."
     )
 
 

@@ -16,6 +16,7 @@ from erniekit.training.callbacks import Callback, StepMetrics, build_callbacks
 from erniekit.training.output_dir import OutputDir
 from erniekit.training.trainer import Trainer
 from erniekit.utils import log, runtime
+from erniekit.utils.wording import count_of
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,7 @@ class _History(Callback):
 
 def _device_line(model: nn.Layer, has_masters: bool, mesh: Mesh) -> str:
     """A line about the device: "device: AMD EPYC 9454, 2 threads; weights float32; 1 process"."""
-    ranks = "1 process" if mesh.degrees.world == 1 else f"{mesh.degrees.world} processes"
+    ranks = count_of(mesh.degrees.world, "process", "processes")
     return f"device: {runtime.device_name()}; {policy.describe(model, has_masters)}; {ranks}"
 
 

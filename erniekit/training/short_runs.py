@@ -3,6 +3,7 @@
 from erniekit.config.schema import Config
 from erniekit.training.lr_scheduler import decay_start, warmup_steps
 from erniekit.utils import log
+from erniekit.utils.wording import count_of
 
 
 def warn_if_too_short(cfg: Config, max_steps: int, done: int = 0) -> None:
@@ -23,13 +24,16 @@ def warn_of_long_warmup(cfg: Config, max_steps: int) -> None:
         return
     if warmup > end:
         log.once(
-            f"warmup_steps: {warmup} steps of warm-up, but the schedule ends at step {end}: the learning rate does not "
-            f"reach {cfg.learning_rate:g}"
+            f"warmup_steps: {count_of(warmup, 'step')} of warm-up, but the schedule ends at step {end}: the learning "
+            f"rate does not reach {cfg.learning_rate:g}. Lower "
+            f"{'warmup_steps' if cfg.warmup_steps else 'warmup_ratio'}, or raise "
+            f"{'decay_steps' if cfg.decay_steps else 'the number of steps'}"
         )
     elif cfg.lr_scheduler_type.startswith("wsd") and warmup > (start := decay_start(cfg, max_steps)):
         log.once(
             f"lr_scheduler_type: {cfg.lr_scheduler_type}: the decay counts from step {start:g}, so the "
-            f"learning rate drops when the {warmup} steps of warm-up end. Give a larger number, as in wsd:{warmup}"
+            f"learning rate drops when the warm-up ends, after {count_of(warmup, 'step')}. Give a larger number, as "
+            f"in wsd:{warmup}"
         )
 
 
@@ -42,8 +46,8 @@ def warn_if_nothing_compares(cfg: Config, max_steps: int) -> None:
     keys = [key for key, is_given in given.items() if is_given]
     if keys and cfg.evaluation_strategy == "steps" and (cfg.eval_steps or 0) > max_steps:
         log.once(
-            f"{', '.join(keys)}: no effect: the run has {max_steps} steps and eval_steps is {cfg.eval_steps}: the one "
-            "evaluation comes after the last step. Lower eval_steps"
+            f"{', '.join(keys)}: no effect: the run has {count_of(max_steps, 'step')} and eval_steps is "
+            f"{cfg.eval_steps}: the one evaluation comes after the last step. Lower eval_steps"
         )
 
 
@@ -51,6 +55,6 @@ def warn_if_nothing_is_profiled(cfg: Config, steps: int) -> None:
     """Log a warning if a process that trains `steps` steps ends before the first one that `profile` measures."""
     if cfg.profile and 0 < steps < cfg.profile_step_start:
         log.once(
-            f"profile: no effect: {steps} {'step is' if steps == 1 else 'steps are'} left to train and "
+            f"profile: no effect: {count_of(steps, 'step is', 'steps are')} left to train and "
             f"profile_step_start is {cfg.profile_step_start}. Lower profile_step_start"
         )

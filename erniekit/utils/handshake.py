@@ -19,6 +19,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 
 from erniekit.utils import log
+from erniekit.utils.wording import count_of
 
 _NONCE = 32
 _PROOF = hashlib.sha256().digest_size
@@ -141,7 +142,7 @@ class Authenticator:
         if self._refused:
             with suppress(OSError):
                 port = self._listener.getsockname()[1]
-                log.warning(f"port {port}: refused {self._refused} connections that did not know this job's token")
+                log.warning(f"port {port}: refused {count_of(self._refused, 'connection')} without this job's token")
 
     def _accept(self, now: float) -> None:
         if len(self._callers) >= _MAX_PENDING:

@@ -61,4 +61,4 @@ def test_a_different_copy_is_named(world4: World, degrees: dict[str, int], broke
     messages = world4.run(check, degrees=degrees, broken=broken)
     assert [rank for rank, message in enumerate(messages) if message] == told
     assert all(broken[1] in messages[rank] for rank in told)
-    assert len(told) < 4 or f"but on {broken[0]} it differs (1 parameters" in messages[0]
+    assert len(told) < 4 or f"but on {broken[0]} it differs (1 parameter differs" in messages[0]

@@ -121,7 +121,7 @@ def test_an_elastic_job_goes_on_without_a_host(workspace):
     code, said = launched.finish(hosts[0])
     assert code == 0, said
     assert "lost with its host" in said
-    assert "1 data ranks instead of 2, gradient_accumulation_steps 2 instead of 1: still 4 rows a step" in said
+    assert "1 data rank instead of 2, gradient_accumulation_steps 2 instead of 1: still 4 rows a step" in said
     fake_job.assert_gone(lost.values())
     whole = erniekit.train(
         str(workspace / "run.yaml"), output_dir=str(workspace / "one"), gradient_accumulation_steps=2, max_steps=14

@@ -35,7 +35,7 @@ def test_offline_is_one_clear_error_that_names_the_key(monkeypatch):
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", offline)
     with pytest.raises(
-        CheckpointError, match=r"model_name_or_path: 'owner/name' is no local path .*name resolution failed.*Hint:"
+        CheckpointError, match=r"model_name_or_path: 'owner/name' is not a local path .*name resolution failed.*Hint:"
     ) as error:
         resolve_model("owner/name")
     assert "long tale" not in str(error.value)

@@ -13,6 +13,7 @@ from erniekit.data.vision.boxes import SCALE
 from erniekit.data.vision.frames import FONT
 from erniekit.data.vision.plan import MediaPlan
 from erniekit.utils import atomic
+from erniekit.utils.wording import count_of
 
 MAX_TILES = 60
 _SIDE = 360  # pixels of a tile's picture: larger ones are made smaller, small ones enlarged
@@ -54,11 +55,11 @@ def draw(tile: Tile) -> Image.Image:
         picture = Image.new("RGB", (_SIDE, 2 * _LINE), _BACKGROUND)
         _write(picture, [error.reason[: 2 * _CHARACTERS]], 0)
     size = plan.geometry
-    frames = "" if plan.frames is None else f"{plan.frames} frames of "
+    frames = "" if plan.frames is None else f"{count_of(plan.frames, 'frame')} of "
     lines = [
         _end(tile.where),
         _end(plan.name),
-        f"{frames}{plan.width} x {plan.height} -> {size.width} x {size.height}: {size.tokens} tokens",
+        f"{frames}{plan.width} x {plan.height} -> {size.width} x {size.height}: {count_of(size.tokens, 'token')}",
     ]
     result = Image.new("RGB", (_SIDE, picture.height + _LINE * len(lines) + 4), _BACKGROUND)
     result.paste(picture, (0, 0))

@@ -14,7 +14,7 @@ from erniekit import hub
 from erniekit.cli.check import preview, survey
 from erniekit.cli.check.contact_sheet import Tile, write_sheet
 from erniekit.cli.check.model import ModelFacts
-from erniekit.cli.check.report import Level, Report, Section, count_of
+from erniekit.cli.check.report import Level, Report, Section
 from erniekit.config import Config
 from erniekit.config.methods import Records
 from erniekit.data.chat.tokenizer import Tokenizer
@@ -31,6 +31,7 @@ from erniekit.training.batch_warmup import last_step, repeats_line
 from erniekit.training.short_runs import warn_if_too_short
 from erniekit.utils import atomic
 from erniekit.utils.errors import UserError
+from erniekit.utils.wording import count_of
 
 # Limits that let a check end in seconds. Larger data is sampled, and the report says so.
 CHECKED_BYTES = 64 << 20  # records are parsed and validated at about 20 MB/s
@@ -238,8 +239,7 @@ def _check_records(section: Section, cfg: Config, split: str, opened: dict[str, 
             specs, vision = with_pictures(specs), unsized_spec(cfg)
         sources = [Source(spec, split, "gather", cfg.download_hub, inspection.every, vision) for spec in specs]
         opened[split] = Dataset(sources)
-        sizes = ", ".join(f"{spec.path} ({len(source)})" for spec, source in zip(specs, sources, strict=True))
-        section.add("ok", f"{len(opened[split])} records from {sizes}")
+        section.add("ok", opened[split].describe("record"))
         _faults(section, cfg, opened[split])
 
 
@@ -251,7 +251,7 @@ def _faults(section: Section, cfg: Config, dataset: Dataset) -> None:
             section.add(level, fault)
         more = source.bad_lines - len(source.faults)
         if more > 0:
-            section.add(level, f"{source.spec.path}: {more} more bad lines")
+            section.add(level, f"{source.spec.path}: {count_of(more, 'more bad line')}")
         every = source.check_every
         if every > 1:
             section.add(
@@ -264,7 +264,7 @@ def _faults(section: Section, cfg: Config, dataset: Dataset) -> None:
 def _lengths(section: Section, lengths: Lengths, cfg: Config) -> None:
     tokens = lengths.tokens
     middle, high = (int(np.quantile(tokens, q)) for q in (0.5, 0.95))
-    measured = "all samples" if lengths.exact else f"a sample of {lengths.num_measured} of {len(lengths.starts)}"
+    measured = "all samples" if lengths.exact else f"{lengths.num_measured} of {len(lengths.starts)} samples"
     section.add(
         "ok",
         f"tokens of {measured}: median {middle}, 95 % have at most {high}, the longest {int(tokens.max())} "
@@ -278,7 +278,7 @@ def _lengths(section: Section, lengths: Lengths, cfg: Config) -> None:
 def _steps(section: Section, cfg: Config, loader: Loader, data_ranks: int, steps: Steps) -> None:
     """Reports the steps of the training and the number of epochs. Data that is drawn at random has no epochs."""
     if cfg.mix_strategy == "random" and _reads_text(cfg, "train"):
-        section.add("ok", f"training: {cfg.max_steps} steps of samples drawn by mix_strategy: random")
+        section.add("ok", f"training: {count_of(cfg.max_steps, 'step')} of samples drawn by mix_strategy: random")
         return
     counted = last_step(_counted(cfg), loader, data_ranks)
     rows = cfg.batch_size * cfg.gradient_accumulation_steps * data_ranks
@@ -291,7 +291,11 @@ def _steps(section: Section, cfg: Config, loader: Loader, data_ranks: int, steps
         epochs = cfg.num_train_epochs
     about = "" if loader.exact else "about "
     total = f"{'' if cfg.max_steps > 0 else about}{count_of(steps.total, 'step')}"
-    section.add("ok", f"training: {total}; an epoch is {about}{count_of(steps.per_epoch, 'step')}: {epochs:.3g} epochs")
+    section.add(
+        "ok",
+        f"training: {total}; an epoch is {about}{count_of(steps.per_epoch, 'step')}: "
+        f"{count_of(float(epochs), 'epoch')}",
+    )
     if min(rows, epochs * of_epoch) >= 2 * of_epoch:
         section.add("warning", repeats_line(rows))
     if epochs > _MANY_EPOCHS:

@@ -16,7 +16,7 @@ from erniekit.checkpoint.model_reader import read_config
 from erniekit.checkpoint.model_shape import adds_vision, model_config, processor_directory, require_pictures
 from erniekit.checkpoint.processor import settings_of
 from erniekit.cli import launch
-from erniekit.cli.check.report import Report, Section, count_of
+from erniekit.cli.check.report import Report, Section
 from erniekit.config import Config
 from erniekit.config.compat import DATA
 from erniekit.config.judged_steps import lone_answer_line
@@ -32,6 +32,7 @@ from erniekit.models.overrides import overrides_of, training_overrides
 from erniekit.models.pipeline_layout import check_layout, chunks_to_use, layout_lines
 from erniekit.models.weights import num_parameters
 from erniekit.parallel.mesh import ParallelDims
+from erniekit.utils.wording import count_of
 
 _COMMON_RANKS = 128  # up to this one a rank is not compared with the model, which takes seconds
 
@@ -122,8 +123,8 @@ def _model_config(section: Section, cfg: Config, directory: Path, command: str) 
     start = "" if wants_weights else f"; training starts at random (seed {cfg.seed})"
     section.add(
         "ok",
-        f"{directory}: {stored.model_type}, {num_parameters(stored):,} parameters, {stored.num_hidden_layers} layers"
-        f"{experts}{start}",
+        f"{directory}: {stored.model_type}, {num_parameters(stored):,} parameters, "
+        f"{count_of(stored.num_hidden_layers, 'layer')}{experts}{start}",
     )
     if cfg.max_seq_len > stored.max_position_embeddings:
         section.add(

@@ -9,12 +9,13 @@ from erniekit.checkpoint.dtypes import num_bytes
 from erniekit.cli import launch
 from erniekit.cli.check.data import Steps
 from erniekit.cli.check.model import ModelFacts
-from erniekit.cli.check.report import Report, Section, count_of
+from erniekit.cli.check.report import Report, Section
 from erniekit.config import Config
 from erniekit.models.config import ModelConfig
 from erniekit.models.weights import Shape, layer_matrices, num_parameters, our_shapes
 from erniekit.training.moment_codes import CODES
 from erniekit.utils.directory_lock import require_usable
+from erniekit.utils.wording import count_of
 
 FP32_BYTES = 4
 MOMENT_BYTES = 8  # AdamW's two moments, which files hold in fp32, whatever moment_dtype

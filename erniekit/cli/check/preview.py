@@ -10,7 +10,7 @@ import numpy as np
 
 from erniekit.cli.check.contact_sheet import Tile
 from erniekit.cli.check.records_file import document_json, record_json
-from erniekit.cli.check.report import Finding, Report, Section, count_of
+from erniekit.cli.check.report import Finding, Report, Section
 from erniekit.data.chat.encode import Encoded
 from erniekit.data.chat.tokenizer import Tokenizer
 from erniekit.data.packed_batch import IGNORE, Document
@@ -18,6 +18,7 @@ from erniekit.data.record_feed import RecordFeed
 from erniekit.data.vision.boxes import boxes_in
 from erniekit.data.vision.plan import MediaPlan
 from erniekit.data.vision.template import PLACEHOLDERS
+from erniekit.utils.wording import count_of
 
 _SHOWN_CHARACTERS = 600  # characters shown of each span of text
 _RUN = re.compile("|".join(f"(?:{re.escape(token)}){{2,}}" for token in PLACEHOLDERS.values()))
@@ -41,7 +42,7 @@ def inspect(
     tiles: list[Tile] = []
     numbers = range(first - 1, min(first - 1 + count, len(feed.dataset)))
     if not numbers and first > 1:
-        report.section(f"{split} record {first}").add("note", f"there are {len(feed.dataset)} records")
+        report.section(f"{split} record {first}").add("note", f"the data has {count_of(len(feed.dataset), 'record')}")
     with closing(feed.encode(numbers)) as records:
         for number in numbers:
             which = f"the first {split} record" if number == 0 else f"{split} record {number + 1}"

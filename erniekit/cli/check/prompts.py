@@ -5,7 +5,7 @@ import numpy as np
 from erniekit.cli.check import preview, survey
 from erniekit.cli.check.contact_sheet import Tile
 from erniekit.cli.check.model import ModelFacts
-from erniekit.cli.check.report import Report, Section, count_of
+from erniekit.cli.check.report import Report, Section
 from erniekit.config import Config
 from erniekit.data.chat.encode import Encoded
 from erniekit.data.chat.tokenizer import Tokenizer
@@ -17,6 +17,7 @@ from erniekit.rewards import Scorer
 from erniekit.training.data import DataContext
 from erniekit.training.rl.loader import RolloutLoader
 from erniekit.training.rl.prompts import check_records, prompt_options, tool_loop
+from erniekit.utils.wording import count_of
 
 
 def inspect(
@@ -52,7 +53,7 @@ def inspect(
             steps = loader.steps_left()
             total = cfg.max_steps if cfg.max_steps > 0 else steps
             epochs = total / loader.steps_per_rollout * cfg.rollout_batch_size / len(prompts)
-            section.add("ok", f"training: {count_of(total, 'step')}, {epochs:.3g} epochs of prompts")
+            section.add("ok", f"training: {count_of(total, 'step')}, {count_of(float(epochs), 'epoch')} of prompts")
     return prompts, steps
 
 
@@ -70,7 +71,7 @@ def show(
     tiles: list[Tile] = []
     numbers = range(first - 1, min(first - 1 + count, len(prompts)))
     if not numbers and first > 1:
-        report.section(f"{split} prompt {first}").add("note", f"there are {len(prompts)} prompts")
+        report.section(f"{split} prompt {first}").add("note", f"the data has {count_of(len(prompts), 'prompt')}")
     for number in numbers:
         which = f"the first {split} prompt" if number == 0 else f"{split} prompt {number + 1}"
         section = report.section(f"{which} as the model gets it")

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from erniekit.utils import log
 from erniekit.utils.errors import ConfigError, UserError
+from erniekit.utils.wording import count_of
 
 Level = Literal["ok", "note", "warning", "error"]
 EXIT_ERRORS, EXIT_WARNINGS = 1, 3
@@ -111,11 +112,6 @@ class Report:
                 for section in self.sections
             ],
         }
-
-
-def count_of(count: int, singular: str, plural: str = "") -> str:
-    """A number with its noun, such as 1 row or 2 rows; `plural` is needed if it is not `singular` with an s."""
-    return f"{count} {singular}" if count == 1 else f"{count} {plural or f'{singular}s'}"
 
 
 def _wrapped(finding: Finding) -> list[str]:

@@ -1,8 +1,9 @@
 """Checks the keys: which take effect, which do not, which are refused, and which defaults differ from ERNIEKit's."""
 
 from erniekit import config
-from erniekit.cli.check.report import Section, count_of
+from erniekit.cli.check.report import Section
 from erniekit.config import Config
+from erniekit.utils.wording import count_of
 
 
 def inspect(section: Section, cfg: Config, command: str) -> None:

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from erniekit.cli.check.report import Level, Section, count_of
+from erniekit.cli.check.report import Level, Section
 from erniekit.config import Config
 from erniekit.data.chat.encode import Encoded
 from erniekit.data.record_feed import RecordFeed
@@ -19,6 +19,7 @@ from erniekit.data.vision.smart_resize import MAX_RATIO
 from erniekit.utils import log
 from erniekit.utils.progress import track
 from erniekit.utils.runtime import num_cores
+from erniekit.utils.wording import count_of
 
 _FEW_RECORDS = 400  # are encoded sooner than workers have started
 _SHOWN = 10  # of the records with one kind of fault; the others are only counted
@@ -155,7 +156,7 @@ def _report(section: Section, cfg: Config, survey: Survey) -> None:
     for fault in survey.first_bad:
         section.add(_level(cfg), fault)
     if survey.bad > len(survey.first_bad):
-        section.add(_level(cfg), f"{survey.bad - len(survey.first_bad)} more records that cannot be used")
+        section.add(_level(cfg), f"{count_of(survey.bad - len(survey.first_bad), 'more record')} that cannot be used")
     if survey.too_long:
         section.add(
             "error" if cfg.truncation == "error" else "warning",
@@ -192,10 +193,10 @@ def _report(section: Section, cfg: Config, survey: Survey) -> None:
     share = survey.vision_tokens / max(int(tokens.sum()), 1)
     section.add(
         "ok",
-        f"{count_of(survey.pictures, 'picture')}, {count_of(survey.videos, 'video')} ({survey.frames} frames): "
-        f"{survey.vision_tokens} tokens ({share:.0%} of all); larger than their max_pixels and made smaller: "
-        f"{survey.made_smaller}; the most patches in one sample are {survey.most_patches.amount} "
-        f"({survey.most_patches.where})",
+        f"{count_of(survey.pictures, 'picture')}, {count_of(survey.videos, 'video')} "
+        f"({count_of(survey.frames, 'frame')}): {survey.vision_tokens} tokens ({share:.0%} of all); larger than "
+        f"their max_pixels and made smaller: {survey.made_smaller}; the most patches in one sample are "
+        f"{survey.most_patches.amount} ({survey.most_patches.where})",
     )
 
 
@@ -232,7 +233,9 @@ class Decoding:
         for fault in self.first_failed:
             section.add(level, fault)
         if self.failed > len(self.first_failed):
-            section.add(level, f"{self.failed - len(self.first_failed)} more pictures and videos cannot be decoded")
+            more = self.failed - len(self.first_failed)
+            what = count_of(more, "more picture or video", "more pictures and videos")
+            section.add(level, f"{what} cannot be decoded")
         for doubt, count in self.doubts.most_common():
             section.add("warning", f"{count} of the pictures and videos, first in {self.first_doubt[doubt]}: {doubt}")
         section.add("ok", f"{count_of(self.decoded, 'picture or video', 'pictures and videos')} decoded")

@@ -48,7 +48,7 @@ def _find_border(encode: Encode, text: str, start: int) -> int:
         if _is_border(encode, text, at):
             return at
     log.warning(
-        f"a text of {len(text):,} characters has no word border near character {at:,}; it is tokenised in pieces of "
+        f"a text of {len(text):,} characters has no word boundary near character {at:,}; it is tokenised in pieces of "
         f"{PIECE:,}, and a token at that place may differ"
     )
     return start + PIECE

@@ -22,6 +22,7 @@ from erniekit.data.packed_batch import IGNORE
 from erniekit.utils import log
 from erniekit.utils.errors import ConfigError, DataError
 from erniekit.utils.user_files import read_text
+from erniekit.utils.wording import count_of
 
 BUILT_IN = Path(__file__).parent / "templates"
 ALIASES = {  # names used by other toolkits
@@ -136,7 +137,10 @@ class Template:
         self._check_shown(messages, tools)
         label = [1] * answers if label is None else label
         if len(label) != answers:
-            raise DataError(f"label has {len(label)} entries for {answers} answers: give one 0 or 1 for each")
+            raise DataError(
+                f"label has {count_of(len(label), 'entry', 'entries')} for {count_of(answers, 'answer')}: give one 0 "
+                "or 1 for each"
+            )
         messages, tools, mark = self._guard(messages, tools)
         sequences = self._sequences(messages, tools, {}, strict=True)
         trained = [turns for turns in sequences if any(label[turn.number] for turn in turns)] or sequences[-1:]

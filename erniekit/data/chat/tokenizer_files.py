@@ -49,7 +49,7 @@ def declared_tokens(directory: Path, config: JsonObject) -> list[Added]:
     tokens: dict[int, Added] = {}
     for name in newer.values:
         if not re.fullmatch("[0-9]{1,9}", name):
-            raise CheckpointError(f"{newer.where}: {name[:40]!r} is no id. {COPY}")
+            raise CheckpointError(f"{newer.where}: {name[:40]!r} is not an id. {COPY}")
         item = newer.get_object(name)
         text = item.get_text("content", None)
         if text is None:

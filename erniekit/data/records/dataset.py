@@ -31,6 +31,7 @@ from erniekit.data.vision.parts import media_of
 from erniekit.data.vision.video import require_decoder
 from erniekit.utils import log
 from erniekit.utils.errors import DataError
+from erniekit.utils.wording import count_of
 
 _SHOWN_BAD_LINES = 5  # the others are only counted
 _SECONDS_BETWEEN_NOTES = 30.0
@@ -142,17 +143,17 @@ class Source:
         empty = [file.path.name for file in self.files if not len(file)]
         if empty and len(self):
             log.warning(
-                f"{spec.path}: {len(empty)} of {len(self.files)} files hold no record ({first_names(empty)}). Are they "
-                "complete?"
+                f"{spec.path}: no record in {len(empty)} of {len(self.files)} files ({first_names(empty)}). Check that "
+                "nothing is missing"
             )
         if self.bad_lines and on_bad_line == "skip":
             log.warning(
-                f"{spec.path}: {self.bad_lines} bad lines were skipped (on_bad_line: skip), {len(self)} records are "
-                "left"
+                f"{spec.path}: skipped {count_of(self.bad_lines, 'bad line')} (on_bad_line: skip); "
+                f"{count_of(len(self), 'record')} left"
             )
         if not len(self):
             raise DataError(
-                f"{spec.path}: no record to read ({self.bad_lines} bad lines were skipped). "
+                f"{spec.path}: no record to read (skipped {count_of(self.bad_lines, 'bad line')}). "
                 f"Hint: is this the right file, and of type {spec.type}?"
                 + (f"\n  the first bad line: {self.faults[0]}" if self.faults else "")
             )
@@ -162,7 +163,10 @@ class Source:
         data, other_files = find_files(path)
         if other_files:
             names = first_names([other_file.name for other_file in other_files])
-            log.info(f"{self.spec.path}: {len(other_files)} files there are not data and are not read ({names})")
+            log.info(
+                f"{self.spec.path}: {count_of(len(other_files), 'other file is', 'other files are')} not data and not "
+                f"read ({names})"
+            )
         if path != Path(self.spec.path).expanduser():  # a Hub data set, which may have a second form of its data
             data = _of_split(data, path, split)
             log.info(f"{self.spec.path}: reading {', '.join(str(file.relative_to(path)) for file in data)} for {split}")
@@ -240,7 +244,7 @@ class Source:
         if self._unused:
             log.info(f"{file.path}: {unused_line(self._unused, self._num_parsed)}")
         for doubt, count in sorted(self._doubts.items()):
-            log.warning(f"{file.path}: {count} of {self._num_parsed} records: {doubt}")
+            log.warning(f"{file.path}: {count} of {count_of(self._num_parsed, 'record')}: {doubt}")
         self._unused.clear()
         self._doubts.clear()
         self._num_parsed = 0
@@ -291,6 +295,13 @@ class Dataset:
 
     def __len__(self) -> int:
         return self._ends[-1]
+
+    def describe(self, noun: str) -> str:
+        """How many records there are and where from, for a log line: "9 samples from a.jsonl (4), b.jsonl (5)"."""
+        paths = [source.spec.path for source in self.sources]
+        if len(paths) > 1:
+            paths = [f"{path} ({size})" for path, size in zip(paths, self.sizes, strict=True)]
+        return f"{count_of(len(self), noun)} from {', '.join(paths)}"
 
     @cached_property
     def record_bytes(self) -> np.ndarray:

@@ -15,6 +15,7 @@ from functools import lru_cache
 from typing import Any
 
 from erniekit.data.records.errors import BadRecord
+from erniekit.utils.wording import count_of
 
 
 @dataclass
@@ -32,7 +33,7 @@ def unused_line(unused: Counter[str], num_records: int) -> str:
     ranked = sorted(unused.items(), key=lambda item: (-item[1], item[0]))
     listing = ", ".join(f"{name} ({count})" for name, count in ranked[:_SHOWN_FIELDS])
     more = f" and {len(ranked) - _SHOWN_FIELDS} more" if len(ranked) > _SHOWN_FIELDS else ""
-    return f"fields that are not used, and in how many of {num_records} records: {listing}{more}"
+    return f"fields that are not used, and in how many of {count_of(num_records, 'record')}: {listing}{more}"
 
 
 _SHOWN_FIELDS = 20  # the others are only counted

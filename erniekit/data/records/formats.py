@@ -25,6 +25,7 @@ from erniekit.data.records.sample import (
     turns_of,
 )
 from erniekit.data.records.values import kind_of, one_of, text_of, texts_of
+from erniekit.utils.wording import count_of
 
 ALIASES = {"chatml": "messages"}
 VISION_TYPE = " (VL)"  # suffix of the types whose records may contain pictures (data/vision/formats.py)
@@ -135,7 +136,9 @@ def _is_one_answer(record: dict[str, Any]) -> bool:
 def _erniekit(record: dict[str, Any], notes: Notes) -> Sample:
     src, tgt = texts_of(record, "src"), texts_of(record, "tgt")
     if len(src) != len(tgt):
-        raise BadRecord(f"'src' has {len(src)} turns and 'tgt' has {len(tgt)}", "each user turn needs its answer")
+        raise BadRecord(
+            f"'src' has {count_of(len(src), 'turn')} and 'tgt' has {len(tgt)}", "each user turn needs its answer"
+        )
     label = label_of(record, len(tgt))
     messages = system_messages(record)
     is_system = record.get("is_system")

@@ -27,6 +27,7 @@ from erniekit.data.records.sample import (
 )
 from erniekit.data.records.tool_calls import match_calls, tools_of
 from erniekit.data.records.values import kind_of, list_of, one_of, text_of, texts_of
+from erniekit.utils.wording import count_of
 
 Turns = list[dict[str, Any]]
 _SAME = ("both answers are the same", "a pair needs a better and a worse answer; remove the record")
@@ -54,7 +55,7 @@ def _erniekit(record: dict[str, Any], notes: Notes) -> Sample:
     earlier = texts_of(record, "tgt") if record.get("tgt") else []
     if len(earlier) != len(questions) - 1:
         raise BadRecord(
-            f"'src' has {len(questions)} turns and 'tgt' has {len(earlier)}",
+            f"'src' has {count_of(len(questions), 'turn')} and 'tgt' has {len(earlier)}",
             "tgt holds the earlier answers, one less than src; the last question's two answers are the response",
         )
     prompt = system_messages(record)
@@ -64,7 +65,10 @@ def _erniekit(record: dict[str, Any], notes: Notes) -> Sample:
             prompt.append({"role": "assistant", "content": text_of(earlier[i], f"tgt[{i}]")})
     responses, sort = list_of(record, "response"), list_of(record, "sort")
     if len(responses) != 2:
-        raise BadRecord(f"'response' has {len(responses)} entries", "give exactly two, a better and a worse one")
+        raise BadRecord(
+            f"'response' has {count_of(len(responses), 'entry', 'entries')}",
+            "give exactly two, a better and a worse one",
+        )
     if len(sort) != 2 or any(type(x) not in (int, float) or not abs(x) < _MAX_SCORE for x in sort):
         shown = str(sort) if len(str(sort)) <= 60 else "two others"
         raise BadRecord(f"'sort' must be two numbers, not {shown}", "give one for each response; the higher is chosen")

@@ -18,6 +18,7 @@ from erniekit.data.records.errors import BadRecord
 from erniekit.data.records.fields import DECISIVE, Notes, has_content, misspelt
 from erniekit.data.records.sample import ROLES, Sample, sharegpt_keys
 from erniekit.data.records.values import content_of, is_text_parts, kind_of, list_of, text_of, texts_of
+from erniekit.utils.wording import count_of
 
 RL_SUFFIX = " (RL)"  # distinguishes these types from those of whole conversations
 ANSWER, DOMAIN = "answer", "domain"
@@ -56,7 +57,7 @@ def _erniekit(record: dict[str, Any]) -> Closed:
     answers = texts_of(record, "tgt") if has_content(record.get("tgt")) else []
     if len(answers) not in (len(questions) - 1, len(questions)):
         raise BadRecord(
-            f"'src' has {len(questions)} turns and 'tgt' has {len(answers)}",
+            f"'src' has {count_of(len(questions), 'turn')} and 'tgt' has {len(answers)}",
             "tgt holds the earlier answers, one less than src, or also the last one",
         )
     last = answers[len(questions) - 1 :]

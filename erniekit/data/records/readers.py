@@ -27,6 +27,7 @@ from erniekit.data.records.find_files import FORM_BYTES, check_form, check_regul
 from erniekit.data.records.parquet import ParquetFile
 from erniekit.utils.errors import DataError
 from erniekit.utils.user_files import parse_json
+from erniekit.utils.wording import count_of
 
 # csv columns whose cells contain JSON
 _JSON_CELLS = ("messages", "conversations", "history", "tools", "label", "is_system", "response", "sort", "kto_tag")
@@ -258,7 +259,7 @@ class _CsvFile(_TextFile):
             raise BadLine(f"{where}: not CSV: {error}. Hint: check the quotes of this record.") from None
         if len(row) != len(self._header):
             raise BadLine(
-                f"{where}: {len(row)} cells for {len(self._header)} columns. "
+                f"{where}: {count_of(len(row), 'cell')} for {count_of(len(self._header), 'column')}. "
                 "Hint: quote cells that hold commas or line breaks."
             )
         record: dict[str, Any] = {name: cell for name, cell in zip(self._header, row, strict=True) if cell != ""}

@@ -17,6 +17,7 @@ from erniekit.data.records.fields import (
 )
 from erniekit.data.records.tool_calls import match_calls, result_text, tool_calls_of, tools_of
 from erniekit.data.records.values import content_of, json_of, kind_of, list_of, text_of
+from erniekit.utils.wording import count_of
 
 ROLES = {  # role as written -> its usual name
     **dict.fromkeys(("system", "developer"), "system"),
@@ -103,7 +104,10 @@ def label_of(record: dict[str, Any], count: int) -> list[int] | None:
     if not isinstance(label, list) or any(type(x) not in (int, bool) or x not in (0, 1) for x in label):
         raise BadRecord("'label' must be a list of 0 and 1", "1 = learn this answer, 0 = leave it out of the loss")
     if len(label) != count:
-        raise BadRecord(f"'label' has {len(label)} entries for {count} answers", "give one 0 or 1 for each answer")
+        raise BadRecord(
+            f"'label' has {count_of(len(label), 'entry', 'entries')} for {count_of(count, 'answer')}",
+            "give one 0 or 1 for each answer",
+        )
     return [int(x) for x in label]
 
 

@@ -5,6 +5,7 @@ from typing import Any
 from erniekit.data.records.errors import BadRecord
 from erniekit.data.records.fields import Notes, has_content, misspelt, nearest
 from erniekit.data.records.values import content_of, is_text_parts, json_of, json_text, kind_of, text_of
+from erniekit.utils.wording import count_of
 
 
 def tool_calls_of(calls: Any, name: str, notes: Notes) -> list[dict[str, Any]]:
@@ -117,7 +118,10 @@ def _results(
                 "describe it in 'tools', or fix the call",
             )
     if len(results) > len(calls):
-        raise BadRecord(f"{name} has {len(calls)} calls and {len(results)} results", "give one result for each call")
+        raise BadRecord(
+            f"{name} has {count_of(len(calls), 'call')} and {count_of(len(results), 'result')}",
+            "give one result for each call",
+        )
     for result in results:
         if result.get("name", names[0]) not in names:
             raise BadRecord(

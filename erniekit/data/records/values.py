@@ -92,7 +92,7 @@ def content_of(value: Any, name: str) -> Any:
     for i, part in enumerate(value):
         if not isinstance(part, dict) or part.get("type") != "text":
             what = repr(part["type"]) if isinstance(part, dict) and "type" in part else kind_of(part)
-            raise BadRecord(f"{name}[{i}] is no text part but {what}", "put the text itself there, as a string")
+            raise BadRecord(f"{name}[{i}] is not a text part but {what}", "put the text itself there, as a string")
         texts.append(text_of(part.get("text"), f"{name}[{i}].text", empty_ok=True))
     return "".join(texts)
 

@@ -31,6 +31,7 @@ from erniekit.utils import log
 from erniekit.utils.errors import DataError
 from erniekit.utils.progress import track
 from erniekit.utils.user_files import JsonObject, read_json_object
+from erniekit.utils.wording import count_of
 
 SUFFIXES = (".jsonl", ".json", ".txt")
 _CHUNK_BYTES, _CHUNK_RECORDS = 2**18, 2000
@@ -107,12 +108,15 @@ def find_inputs(paths: Sequence[str]) -> list[Path]:
         chosen, others = find_files(path, SUFFIXES, with_prose=True)
         if others:
             names = first_names([other.name for other in others])
-            log.info(f"{path}: {len(others)} files there are not read ({names})")
+            log.info(f"{path}: {count_of(len(others), 'other file')} not read ({names})")
         refuse_packed(others, SUFFIXES)
         files += chosen
     empty = [str(file) for file in files if file.suffix.lower() != ".txt" and not file.stat().st_size]
     if empty:  # an empty .txt file is a bad record
-        log.warning(f"{len(empty)} files are empty and give no document ({first_names(empty)}). Are they complete?")
+        log.warning(
+            f"{count_of(len(empty), 'empty file')} without a document ({first_names(empty)}). Check that nothing is "
+            "missing"
+        )
     for file in files:
         if file.suffix.lower() == ".txt" and _has_records(file):
             raise DataError(
@@ -307,7 +311,9 @@ def build_token_files(
         assert progress is not None
         return progress
     if begin.read:
-        log.info(f"{prefix}: resuming behind {begin.documents} documents ({begin.read / 1e6:.1f} MB of text)")
+        log.info(
+            f"{prefix}: resuming after {count_of(begin.documents, 'document')} ({begin.read / 1e6:.1f} MB of text)"
+        )
     writer = TokenWriter(prefix, dtype_for(tokenizer.vocab_size), begin.documents, begin.tokens)
     job = EncodeJob(tokenizer, append_eos, on_bad_line == "skip")
     skipped, done, noted_at = begin.skipped, begin, time.monotonic()
@@ -333,7 +339,10 @@ def build_token_files(
         if unused:
             log.info(unused_line(unused, writer.documents - begin.documents))
         if writer.documents == 0:
-            raise DataError(f"no document in {len(inputs)} files ({skipped} bad records). Hint: is this the text?")
+            raise DataError(
+                f"no document in {count_of(len(inputs), 'file')} ({count_of(skipped, 'bad record')}). Hint: is this "
+                "the text?"
+            )
         writer.sync()
         note.write(done)
         writer.finish()

@@ -42,6 +42,7 @@ from erniekit.data.tokens.files import TokenFile, strip_suffix
 from erniekit.data.tokens.rows import DocumentPart, Mix, RowOrder, Source
 from erniekit.utils import log
 from erniekit.utils.errors import DataError
+from erniekit.utils.wording import count_of
 
 _CHECKED_DOCUMENTS = 1000  # documents whose last token is checked
 _SPLITS = ("train", "eval", "test")
@@ -204,7 +205,7 @@ class TokenFeed:
         assert end is not None, "rows_left is not needed if max_steps decides the end"
         epoch = math.ceil((self._epoch_tokens - 1) / self._length)
         if not self._was_logged:
-            log.info(f"data: an epoch is {self._epoch_tokens} tokens in {epoch} rows of {self._length}")
+            log.info(f"data: an epoch is {self._epoch_tokens} tokens in {count_of(epoch, 'row')} of {self._length}")
             self._was_logged = True
         if position.row >= end:
             return 0.0
@@ -290,11 +291,13 @@ def _open_sources(cfg: Config, tokenizer: Tokenizer, split: str, entries: list[W
     for source in sources:
         if source.epoch_tokens < 2 and (split == "train" or largest < 2):
             reason = (
-                f"split: {_shares(cfg)} leaves no text for {split} of its {source.file.num_documents} documents. "
-                "Hint: give it a larger share, or use a file with more documents."
+                f"split: {_shares(cfg)} leaves no text for {split} of its "
+                f"{count_of(source.file.num_documents, 'document')}. Hint: give it a larger share, or use a file with "
+                "more documents."
                 if source.num_documents == 0
-                else f"its {source.num_documents} documents for {split} hold fewer than two tokens, so that there is "
-                "none to predict. Hint: look at how the file was made."
+                else f"{count_of(source.num_documents, 'document')} for {split} "
+                "with fewer than two tokens in all, so that there is none to predict. Hint: look at how the file was "
+                "made."
             )
             raise DataError(f"{source.file.prefix}: {reason}")
     return sources
@@ -320,8 +323,8 @@ def _source(cfg: Config, file: TokenFile, number: int, split: str) -> Source:
     source = Source(file, first, last, key, repeats)
     empty = f", {source.empty} of them empty and ignored" if source.empty else ""
     log.info(
-        f"{split} data: {file.prefix}: {source.num_documents} of its {file.num_documents} documents{empty}; "
-        f"{source.epoch_tokens} tokens{more}"
+        f"{split} data: {file.prefix}: {source.num_documents} of its "
+        f"{count_of(file.num_documents, 'document')}{empty}; {source.epoch_tokens} tokens{more}"
     )
     return source
 
@@ -332,7 +335,7 @@ def _repeats(cfg: Config, file: TokenFile, first: int, last: int) -> np.ndarray 
         return None
     long = np.diff(file.starts[first : last + 1]) >= cfg.long_document_min_tokens
     log.info(
-        f"{file.prefix}: {int(long.sum())} of {last - first} documents have {cfg.long_document_min_tokens} tokens or "
+        f"{file.prefix}: {int(long.sum())} of {last - first} documents with {cfg.long_document_min_tokens} tokens or "
         f"more; each comes {cfg.long_document_weight} times in an epoch (long_document_weight)"
     )
     return np.where(long, cfg.long_document_weight, 1) if cfg.long_document_weight > 1 else None
@@ -342,6 +345,6 @@ def _check_ends(file: TokenFile, eos_id: int) -> None:
     without, looked_at = file.without_end(eos_id, _CHECKED_DOCUMENTS)
     if without:
         log.warning(
-            f"{file.prefix}: {without} of {looked_at} documents looked at do not end with the end token (id {eos_id}): "
-            "the model does not learn from them to end a text"
+            f"{file.prefix}: no end token (id {eos_id}) after {without} of {count_of(looked_at, 'document')} that were "
+            "checked: the model does not learn from these to end a text"
         )

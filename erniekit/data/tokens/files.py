@@ -138,7 +138,7 @@ class TokenFile:
         if version != 1:
             raise self._refused(f"version {version} of the format; only version 1 is known")
         if code not in DTYPES:
-            kind = "floating-point numbers, which are no token ids" if code in _FLOATS else "unknown"
+            kind = "floating-point numbers, which are not token ids" if code in _FLOATS else "unknown"
             raise self._refused(f"its type of ids has code {code}: {kind}")
         self.dtype = np.dtype(DTYPES[code])
         expected = len(head) + 12 * sequences + 8 * entries

@@ -103,7 +103,7 @@ class MediaDecoder:
             self._free = queue.Queue()
             if self.failures > max(self._said, _SHOWN_FAILURES):
                 self._said = self.failures
-                log.warning(f"{self.failures} pictures and videos could not be decoded so far")
+                log.warning(f"pictures and videos that could not be decoded so far: {self.failures}")
         for worker in workers:
             worker.stop()
         if pool is not None:

@@ -17,6 +17,7 @@ from erniekit.data.records.fields import Notes, check_fields, has_content
 from erniekit.data.records.tool_calls import tool_calls_of
 from erniekit.data.records.values import kind_of, list_of, text_of
 from erniekit.data.vision.parts import merged, options_inside, options_of
+from erniekit.utils.wording import count_of
 
 _TAGS = ("mask", "no_mask")
 _NOT_SHOWN = ("subtitles", "asr")
@@ -122,7 +123,8 @@ def _by_index(texts: Sequence[Any], media: dict[str, list[dict[str, Any]]]) -> l
             index = item.get("matched_text_index", 0)
             if not isinstance(index, int) or isinstance(index, bool) or not 0 <= index < len(texts):
                 raise BadRecord(
-                    f"{_KINDS[kind]}[{i}] has the matched_text_index {index!r}, but text_info has {len(texts)} items",
+                    f"{_KINDS[kind]}[{i}] has the matched_text_index {index!r}, but text_info has "
+                    f"{count_of(len(texts), 'item')}",
                     "it is the index of the text that the picture stands before, counted from 0",
                 )
             found[index].append((kind, item))

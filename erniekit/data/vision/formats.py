@@ -24,6 +24,7 @@ from erniekit.data.vision.images import image_size
 from erniekit.data.vision.tags import MEDIA, FormatOptions, RecordMedia, fill_tags
 from erniekit.data.vision.text_and_pairs import READERS
 from erniekit.data.vision.turns import read_turn
+from erniekit.utils.wording import count_of
 
 _MEDIA = (*MEDIA, "objects")
 _ALL_MEDIA = ("image_info", "video_info", *_MEDIA)
@@ -197,7 +198,8 @@ def _picture_of_box(pictures: list[_Shown], index: Any, name: str) -> _Shown:
     is_whole = isinstance(index, int) or (isinstance(index, float) and index.is_integer())
     if not is_whole or isinstance(index, bool) or not 0 <= index < len(pictures):
         raise BadRecord(
-            f"{name} has the img_idx {index!r}, and there are {len(pictures)} pictures before it", "count from 0"
+            f"{name} has the img_idx {index!r}, and {count_of(len(pictures), 'picture is', 'pictures are')} before it",
+            "count from 0",
         )
     return pictures[int(index)]
 

@@ -170,7 +170,7 @@ def _opened(source: Any, reader: MediaReader, options: ImageOptions) -> Iterator
             hint = f"the formats are {', '.join(FORMATS)}"
             if name.lower().endswith(_VIDEOS):
                 hint = "a video stands among the videos of a record, and its tag is <video>"
-            raise BadRecord(f"{name} is no picture of a known format", hint) from None
+            raise BadRecord(f"{name} is not a picture of a known format", hint) from None
         except Image.DecompressionBombError as error:
             hint = "make the picture smaller: this is Pillow's own limit, whatever max_decoded_pixels says"
             raise BadRecord(f"{name} is too large to be decoded: {error}", hint) from None

@@ -79,7 +79,7 @@ class MediaReader:
         try:
             return self.directory / Path(source).expanduser()
         except RuntimeError as error:
-            raise BadRecord(f"{source[:100]!r} is no path: {error}", "write the directory instead of ~") from None
+            raise BadRecord(f"{source[:100]!r} is not a path: {error}", "write the directory instead of ~") from None
 
     def _open_path(self, source: str, limit: int) -> BinaryIO:
         if len(source) > 64 and source.startswith(_BASE64_HEADS):

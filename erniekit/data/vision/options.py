@@ -11,6 +11,7 @@ from erniekit.data.vision.pixel_bounds import DrawnBounds
 from erniekit.data.vision.processor_files import ProcessorSettings
 from erniekit.data.vision.smart_resize import PixelLimits
 from erniekit.utils.errors import ConfigError
+from erniekit.utils.wording import count_of
 
 
 def vision_spec(cfg: Config, settings: ProcessorSettings) -> VisionSpec:
@@ -29,8 +30,8 @@ def _drawn_bounds(cfg: Config, settings: ProcessorSettings) -> DrawnBounds | Non
     area, smallest = settings.patching.factor**2, settings.images.min_pixels
     if min(tokens) * area < smallest:
         raise ConfigError(
-            f"adaptive_max_imgtoken_option: {min(tokens)} tokens are {min(tokens) * area} pixels, fewer than "
-            f"min_pixels: {smallest}. Give at least {-(-smallest // area)}, or a smaller min_pixels"
+            f"adaptive_max_imgtoken_option: {count_of(min(tokens), 'token is', 'tokens are')} {min(tokens) * area} "
+            f"pixels, fewer than min_pixels: {smallest}. Give at least {-(-smallest // area)}, or a smaller min_pixels"
         )
     return DrawnBounds(tuple(number * area for number in tokens), cfg.adaptive_max_imgtoken_rate, cfg.seed)
 

@@ -12,6 +12,7 @@ from erniekit.data.vision.boxes import relative_box
 from erniekit.data.vision.images import IMAGE_OPTIONS, ImageOptions, image_size
 from erniekit.data.vision.media import MediaReader
 from erniekit.data.vision.parts import merged, options_inside, unknown_inside
+from erniekit.utils.wording import count_of
 
 MEDIA = ("images", "image", "videos", "video")  # fields of a record, see RecordMedia
 _TAG = re.compile(r"<(image|video|audio)>")
@@ -85,9 +86,7 @@ def fill_tags(
             hint = f"write <{kind}> once for each, where it belongs"
             if not places:
                 hint += ", or set missing_media_tags: front"
-            raise BadRecord(
-                f"{places} <{kind}> tag{'s' * (places != 1)} for {len(sources)} {kind}{'s' * (len(sources) != 1)}", hint
-            )
+            raise BadRecord(f"{count_of(places, f'<{kind}> tag')} for {count_of(len(sources), kind)}", hint)
         for part, source in zip(list(_places(result, kind)), sources, strict=True):
             _fill_part(part, kind, source, notes)
     pictures = [part["image"] for turn in result for part in _parts(turn) if part["type"] == "image"]
@@ -165,7 +164,8 @@ def _fill_objects(
     for tag, values in (("bbox", boxes), ("ref-object", names)):
         if used[tag] != len(values):
             raise BadRecord(
-                f"{used[tag]} <{tag}> tags for {len(values)} entries of objects", f"write <{tag}> once for each"
+                f"{count_of(used[tag], f'<{tag}> tag')} for {count_of(len(values), 'entry', 'entries')} of objects",
+                f"write <{tag}> once for each",
             )
 
 
@@ -201,8 +201,10 @@ def _pictures_of_boxes(objects: dict[str, Any], count: int, num_pictures: int, c
             raise BadRecord(f"boxes in pixels and {num_pictures} pictures", "say with image_id which one each is in")
         return [0] * count
     if not isinstance(which, list) or len(which) != count:
-        raise BadRecord(f"image_id must have a number for each of {count} boxes", "or leave it out")
+        raise BadRecord(f"image_id must have a number for each of {count_of(count, 'box', 'boxes')}", "or leave it out")
     for i, index in enumerate(which):
         if not isinstance(index, int) or not 0 <= index < num_pictures:
-            raise BadRecord(f"image_id[{i}] is {index!r} and there are {num_pictures} pictures", "count from 0")
+            raise BadRecord(
+                f"image_id[{i}] is {index!r} and the record has {count_of(num_pictures, 'picture')}", "count from 0"
+            )
     return which

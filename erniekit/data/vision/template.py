@@ -15,6 +15,7 @@ from erniekit.data.chat.tokenizer import Tokenizer
 from erniekit.data.chat.tokenizer_files import read_chat_template
 from erniekit.utils import log
 from erniekit.utils.errors import ConfigError, DataError
+from erniekit.utils.wording import count_of
 
 # What published templates write for a picture or a video, between its tags -> the token that stands there
 PLACEHOLDERS = {
@@ -45,7 +46,7 @@ class VisionTemplate(Template):
         for tag in (text for pair in TAGS.values() for text in pair):
             if tag not in tokenizer.special_tokens:
                 raise ConfigError(
-                    f"{tokenizer.directory}: the tokenizer has no token {tag}, so this is no vision-language model. "
+                    f"{tokenizer.directory}: the tokenizer has no token {tag}, so this is not a vision-language model. "
                     "Use a VL model for data with pictures."
                 )
         self._written = dict(PLACEHOLDERS)
@@ -81,8 +82,9 @@ class VisionTemplate(Template):
         shown = [match[1].lower() for match in _SHOWN.finditer(text)]
         if shown != given:
             raise DataError(
-                f"chat template {self.name} shows {len(shown)} of {len(given)} pictures and videos, or in another "
-                "order. Choose another template (`chat_template: vl` or `vl_thinking`)."
+                f"chat template {self.name} shows {len(shown)} of "
+                f"{count_of(len(given), 'picture or video', 'pictures and videos')}, or in another order. Choose "
+                "another template (`chat_template: vl` or `vl_thinking`)."
             )
         return text
 

@@ -28,6 +28,7 @@ from erniekit.data.vision.frames import (
 from erniekit.data.vision.images import FORMATS, IMAGE_OPTIONS, ImageOptions, image_size, load_image, resize
 from erniekit.data.vision.media import MAX_VIDEO_BYTES, MediaReader, describe, kind_of_file, unwrap
 from erniekit.data.vision.smart_resize import PUBLISHED, Geometry, Patching, PixelLimits, measure
+from erniekit.utils.wording import count_of
 
 _MAX_FRAMES = 2_000_000  # of a file: 18 hours at 30 frames a second
 _NEARBY = 10  # frames: how far from a damaged frame another one may stand in for it
@@ -168,7 +169,7 @@ def _times(part: dict[str, Any], count: int, choice: FrameOptions, notes: Notes 
     if given is not None:
         if not isinstance(given, Sequence) or len(given) != count or not all(_is_number(t) and t >= 0 for t in given):
             raise BadRecord(
-                f"time_stamps must have a number of seconds for each of {count} frames", "or leave them out"
+                f"time_stamps must have a number of seconds for each of {count_of(count, 'frame')}", "or leave them out"
             )
         return _ascending([float(t) for t in given])
     rate = part.get("fps")

@@ -11,6 +11,7 @@ import numpy as np
 
 from erniekit.data.records.errors import BadRecord, MissingPackage
 from erniekit.data.records.fields import Notes
+from erniekit.utils.wording import count_of
 
 try:
     import av
@@ -162,7 +163,8 @@ def decode(
     while wanted:
         if last is None or wanted[-1] - last_index > nearby:
             raise BadRecord(
-                f"{name} has a frame {wanted[-1]} by its header, but only {last_index + 1} frames can be decoded",
+                f"{name} has a frame {wanted[-1]} by its header, but only {count_of(last_index + 1, 'frame')} can be "
+                "decoded",
                 "is the file complete?",
             )
         if notes is not None:

@@ -18,6 +18,7 @@ from erniekit.training.reporting.picture import Picture
 from erniekit.training.reporting.plot import column, smooth
 from erniekit.utils import atomic, log, plot_text
 from erniekit.utils.errors import TrainError
+from erniekit.utils.wording import count_of
 
 FILE_NAME = "samples.jsonl"
 _WIDTH = 60  # characters of a text in the log
@@ -104,7 +105,8 @@ def sample_lines(samples: Sequence[dict[str, Any]], count: int) -> list[str]:
         prompt = sample["prompt"][-1]["content"]
         lines.append(
             f"sample of step {sample['step']}: {_short(prompt)!r} -> {_short(sample['completion'])!r}  reward {reward}"
-            f"  advantage {sample['advantage']:.2f}  {sample['length']} tokens{', cut' * sample['truncated']}"
+            f"  advantage {sample['advantage']:.2f}  "
+            f"{count_of(sample['length'], 'token')}{', cut' * sample['truncated']}"
         )
     return lines
 

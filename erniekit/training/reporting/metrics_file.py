@@ -12,6 +12,7 @@ from erniekit.checkpoint.model_dir import resuming_command, where_it_resumes
 from erniekit.training.reporting.base import Callback, RunInfo, StepMetrics
 from erniekit.utils import atomic, log
 from erniekit.utils.errors import TrainError
+from erniekit.utils.wording import count_of
 
 FILE_NAME = "metrics.jsonl"
 
@@ -125,9 +126,9 @@ class MetricsFile(Callback):
         if later or broken or (kept and not line.endswith("\n")):
             atomic.write_text(self._path, "".join(kept))
         if later:
-            log.info(f"{self._path}: dropped {later} lines on steps after {last_step}, which run again")
+            log.info(f"{self._path}: dropped {count_of(later, 'line')} on steps after {last_step}, which run again")
         if broken:
-            log.info(f"{self._path}: dropped {broken} incomplete line{'s' * (broken > 1)}")
+            log.info(f"{self._path}: dropped {count_of(broken, 'incomplete line')}")
 
     def on_step(self, metrics: StepMetrics) -> None:
         """Append the step."""

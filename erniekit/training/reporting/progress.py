@@ -11,6 +11,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from erniekit.models.picture_balance import PatchLoad
 from erniekit.training.reporting.base import Callback, RunInfo, StepMetrics
 from erniekit.utils import log
+from erniekit.utils.wording import count_of
 
 _LOSSES_OF_MODALITIES = ("loss_text", "loss_image", "loss_video")
 _WINDOW = 20  # the number of steps over which the speed is averaged
@@ -85,8 +86,10 @@ class ProgressReport(Callback):
         self._begin = time.monotonic()
         what = f"training continues after step {run.start_step}" if run.start_step else "training begins"
         if run.start_step >= run.max_steps:
-            what = f"no step is left after step {run.start_step}; what belongs to the end of the run is written"
-        log.info(f"{what}: {run.max_steps} steps, {_count(run.num_parameters)} parameters, into {run.output_dir}")
+            what = f"no step is left after step {run.start_step}; the final model and the reports are written"
+        log.info(
+            f"{what}: {count_of(run.max_steps, 'step')}, {_count(run.num_parameters)} parameters, into {run.output_dir}"
+        )
         console = self._console or Console(stderr=True)
         if not self._disable_bar and console.is_terminal:
             self._bar = Progress(

@@ -11,6 +11,7 @@ from erniekit.training.reporting.base import RunInfo, StepMetrics
 from erniekit.training.reporting.metrics_file import drop_later_records
 from erniekit.training.reporting.picture import Picture
 from erniekit.utils import atomic
+from erniekit.utils.wording import count_of
 
 FILE_NAME = "routers.jsonl"
 _SHOWN_STEPS = 50  # the loads in the picture are means over the last N steps
@@ -100,7 +101,7 @@ def draw(last: list[dict[str, Any]], worst: np.ndarray, path: Path) -> None:
     upper.set_yticks(range(len(layers)), layers)
     upper.set_ylabel("layer")
     upper.set_xlabel("expert")
-    upper.set_title(f"expert load over the last {len(last)} steps (1 = even)", loc="left", fontsize=11)
+    upper.set_title(f"expert load over the last {count_of(len(last), 'step')} (1 = even)", loc="left", fontsize=11)
     figure.colorbar(image, ax=upper)
     lower.plot(steps, mean, color="#2563c9", linewidth=1.5, label="mean over layers")
     lower.fill_between(steps, least, most, color="#2563c9", alpha=0.15, label="range")

@@ -13,6 +13,7 @@ from erniekit.training.reporting.base import Callback, RunInfo, StepMetrics
 from erniekit.training.reporting.metrics_file import FILE_NAME as METRICS_FILE
 from erniekit.training.reporting.metrics_file import read_metrics
 from erniekit.utils import atomic, log
+from erniekit.utils.wording import count_of
 
 FILE_NAME = "summary.json"
 
@@ -53,7 +54,7 @@ def _waiting(numbers: dict[str, Any]) -> str:
 
 def _left_out(data: dict[str, Any]) -> str:
     """How many samples were not trained on as they are; their first ones have had warnings."""
-    counts = [f"{data[name]} samples {name}" for name in ("dropped", "cut") if data.get(name)]
+    counts = [f"{count_of(data[name], 'sample')} {name}" for name in ("dropped", "cut") if data.get(name)]
     return "".join(f", {count}" for count in counts)
 
 
@@ -100,7 +101,8 @@ class Summary(Callback):
         if "error" not in summary and numbers["final_loss"] is not None:
             end = "stopped" if "stopped" in summary else "done"
             log.info(
-                f"{end}: {numbers['steps']} steps, loss {numbers['final_loss']:.4f}, {numbers['num_tokens']} tokens, "
+                f"{end}: {count_of(numbers['steps'], 'step')}, loss {numbers['final_loss']:.4f}, "
+                f"{count_of(numbers['num_tokens'], 'token')}, "
                 f"{numbers['tokens_per_second']:.0f} tokens/s, "
                 f"{_waiting(numbers)}{_left_out(numbers.get('data', {}))}, "
                 f"peak memory {numbers['peak_memory_mb']:.0f} MB; "

@@ -18,6 +18,7 @@ from erniekit.config.schema_curriculum import CurriculumArgs
 from erniekit.data.sampler import permutation, random_bits
 from erniekit.utils import log
 from erniekit.utils.errors import DataError
+from erniekit.utils.wording import count_of
 
 _UNKNOWN = 0.5  # the pass rate of a prompt that nobody has seen: the one with the largest variance
 _MAX_DOUBLINGS = 10
@@ -84,7 +85,9 @@ class PromptSampler:
         stage = int(np.searchsorted(ends, step, side="right"))
         if stage != self._stage:
             self._stage, self._epoch, self._cursor = stage, 0, 0
-            log.info(f"rl_stages: stage {stage + 1} begins at step {step} with {len(self._members())} prompts")
+            log.info(
+                f"rl_stages: stage {stage + 1} begins at step {step} with {count_of(len(self._members()), 'prompt')}"
+            )
 
     def next(self, count: int) -> list[int]:
         """The next `count` prompts. Fewer prompts than that in the stage are repeated."""
@@ -140,10 +143,10 @@ class PromptSampler:
         rates = [record.pass_rate for record in records if record.pass_rate is not None]
         right, wrong = sum(rate >= 1 for rate in rates), sum(rate <= 0 for rate in rates)
         raise DataError(
-            f"all {len(members)} prompts{self._of_stage()} were answered, {right} always right and {wrong} always "
-            "wrong, and in no group did the rewards differ: there is nothing to learn. Hint: give prompts that the "
-            "model answers correctly now and then, raise num_generations or temperature, or check reward_funcs and "
-            "the answers."
+            f"of {count_of(len(members), 'prompt')}{self._of_stage()}, all answered, {right} were always right and "
+            f"{wrong} always wrong, and in no group did the rewards differ: there is nothing to learn. Hint: give "
+            "prompts that the model answers correctly now and then, raise num_generations or temperature, or check "
+            "reward_funcs and the answers."
         )
 
     def warns_of_padding(self) -> bool:
@@ -328,9 +331,9 @@ def fill_rollout(
         kinds = Counter(_kind(outcome, args) for outcome in padding)
         listing = ", ".join(f"{number} {kind}" for kind, number in kinds.most_common())
         log.warning(
-            f"dynamic_sample: {len(padding)} of {count} groups teach nothing ({listing}) after {num_draws - 1} further "
-            "draws (max_resample_times); they have no advantage. Later rollouts only count them: "
-            "sampling/padded_prompts"
+            f"dynamic_sample: {len(padding)} of {count_of(count, 'group')} without anything to learn ({listing}) after "
+            f"{count_of(num_draws - 1, 'further draw')} (max_resample_times), and so without an advantage. Later "
+            "rollouts only count them: sampling/padded_prompts"
         )
     return Filled(teaching + padding, num_generated, len(padding), num_draws - 1)
 

@@ -14,6 +14,7 @@ from erniekit.training.rl.prompts import check_records, prompt_options, tool_loo
 from erniekit.training.rl.reward_model import reward_models
 from erniekit.training.rl.scoring import score_groups
 from erniekit.utils import log
+from erniekit.utils.wording import count_of
 
 
 class PromptEvaluation:
@@ -74,7 +75,7 @@ def reward_scores(evaluated: EvaluatedModel, data: PromptEvaluation) -> Scores:
     rewards = np.array([completion.reward for completion in completions])
     missing = int(np.isnan(rewards).sum())
     if missing:
-        log.warning(f"{missing} of {len(rewards)} completions got no reward and are left out of the means")
+        log.warning(f"left out of the means: {missing} of {count_of(len(rewards), 'completion')}, without a reward")
     metrics = {
         "reward": _mean(rewards),
         **{f"reward_{name}": _mean(column) for name, column in values.items()},

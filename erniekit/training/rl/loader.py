@@ -45,6 +45,7 @@ from erniekit.training.rl.tools import ToolLoop
 from erniekit.utils import heartbeat, log
 from erniekit.utils.errors import CheckpointError, DataError
 from erniekit.utils.user_files import read_bytes, read_json_object
+from erniekit.utils.wording import count_of
 
 _VERSION = 1
 STATE_FILE, COMPLETIONS_FILE, PAIRS_FILE = "rollout_state.json", "rollout.npz", "rollout_pairs.npz"
@@ -373,8 +374,8 @@ class RolloutLoader:
         steps = f"{self.steps_per_rollout} optimizer steps" if self.steps_per_rollout > 1 else "an optimizer step"
         share = cfg.batch_size * self._mesh.degrees.data
         log.info(
-            f"rollouts of {cfg.rollout_batch_size} prompts x {cfg.num_generations} completions = {per_rollout} for "
-            f"{steps}, in microbatches of {share} completions over all ranks"
+            f"rollouts of {count_of(cfg.rollout_batch_size, 'prompt')} x {cfg.num_generations} completions = "
+            f"{per_rollout} for {steps}, in microbatches of {count_of(share, 'completion')} over all ranks"
         )
 
     def _announce_experts(self) -> None:
@@ -442,7 +443,7 @@ class RolloutLoader:
             shape = state["shape"]
         except FileNotFoundError:
             raise CheckpointError(
-                f"{directory} has no {STATE_FILE}, so it is no checkpoint of a run that generates. Resume from "
+                f"{directory} has no {STATE_FILE}, so it is not a checkpoint of a run that generates. Resume from "
                 "another one, or set ignore_data_skip: true."
             ) from None
         except (KeyError, TypeError, ValueError, AttributeError) as error:

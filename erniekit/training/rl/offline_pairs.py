@@ -15,6 +15,7 @@ from erniekit.training.data import DataContext
 from erniekit.training.rl.completions import Completion
 from erniekit.utils import log
 from erniekit.utils.errors import DataError
+from erniekit.utils.wording import count_of
 
 _KEY = 2  # the number that tells these orders from others in the keys of random numbers
 
@@ -44,10 +45,10 @@ class OfflinePairs:
             places += [encoded.where] * len(encoded.documents)
         if not documents:
             raise DataError(
-                f"upo_offline_path: none of {len(dataset)} pairs can be used: all have more than max_seq_len "
-                f"{cfg.max_seq_len} tokens. Hint: raise max_seq_len."
+                f"upo_offline_path: none of {count_of(len(dataset), 'pair')} can be used: each has more than "
+                f"max_seq_len {cfg.max_seq_len} tokens. Hint: raise max_seq_len."
             )
-        log.info(f"upo_offline_path: {len(documents)} of {len(dataset)} pairs are used")
+        log.info(f"upo_offline_path: {len(documents)} of {count_of(len(dataset), 'pair')} used")
         return OfflinePairs(documents, places, cfg.seed, dataset.digests)
 
     def __len__(self) -> int:

@@ -7,6 +7,7 @@ from erniekit.training.data import DataContext
 from erniekit.training.rl.tools import ToolLoop
 from erniekit.utils import log
 from erniekit.utils.errors import ConfigError
+from erniekit.utils.wording import count_of
 
 
 def tool_loop(context: DataContext) -> ToolLoop | None:
@@ -53,7 +54,7 @@ def known_pass_rates(prompts: PromptSet) -> dict[int, float]:
             wrong.append(f"{prompts[index].place} has {str(rate)[:40]!r}")
     if wrong:
         log.warning(
-            f"{len(wrong)} of {len(prompts)} prompts have a pass_rate that is no number from 0 to 1 and is not used "
-            f"({wrong[0]}{', ...' if len(wrong) > 1 else ''})"
+            f"not used: the pass_rate of {len(wrong)} of {count_of(len(prompts), 'prompt')}, which must be a number "
+            f"from 0 to 1 ({wrong[0]}{', ...' if len(wrong) > 1 else ''})"
         )
     return rates

@@ -34,7 +34,7 @@ def note_if_all_masked(cfg: Config, completions: Sequence[Completion]) -> None:
     """Log that mask_truncated_completions leaves a rollout without a loss."""
     if cfg.mask_truncated_completions and all(completion.is_truncated for completion in completions):
         log.once(
-            f"mask_truncated_completions: all {len(completions)} completions of a rollout were cut at "
+            f"mask_truncated_completions: all completions of a rollout ({len(completions)}) were cut at "
             f"max_completion_length ({cfg.max_completion_length}), so none of them is trained on. Raise it, or start "
             "from a model that ends its answers"
         )

@@ -128,7 +128,7 @@ class RolloutServer:
             except RequestFailed as error:
                 if time.monotonic() > deadline:
                     raise TrainError(
-                        f"rollout_base_url: {self.url} does not answer {cfg.rollout_timeout:g} seconds after "
+                        f"rollout_base_url: {self.url} does not answer {cfg.rollout_timeout:g} s after "
                         f"rollout_update_command: {error}"
                     ) from None
             time.sleep(_POLL)
@@ -185,7 +185,7 @@ class RolloutServer:
             return ServedTurn(ids, None, logps)
         if ids[-1] not in stops:
             raise TrainError(
-                f"{where} has ended an answer with token {ids[-1]}, which is no end token of this model "
+                f"{where} has ended an answer with token {ids[-1]}, which is not an end token of this model "
                 f"({', '.join(map(str, stops))}): finish_reason {choice.get('finish_reason')!r}"
             )
         return ServedTurn(ids[:-1], ids[-1], logps)

@@ -18,6 +18,7 @@ from erniekit.rewards import Sample, Scorer
 from erniekit.training.rl.completions import Completion, Group
 from erniekit.training.rl.rollout_metrics import sampled_kl
 from erniekit.utils import log
+from erniekit.utils.wording import count_of
 
 
 @dataclass
@@ -62,7 +63,7 @@ def score_groups(
                 "rest": [table.failures, table.metrics],
             }
             if np.isnan(table.total).all():
-                log.once(f"reward_funcs: no function has given any of {len(samples)} completions a reward")
+                log.once(f"reward_funcs: no function has given any of {count_of(len(samples), 'completion')} a reward")
     shared = comm.gather_objects(result, mesh.world_group)[0]
     begin = 0
     for group in groups:

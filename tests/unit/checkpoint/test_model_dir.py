@@ -24,11 +24,11 @@ def make_model(directory, single=True):
 @pytest.mark.parametrize(
     ("name", "expected"),
     [
-        ("model-00001-of-00002.safetensors", "1 weight shards but no model.safetensors.index.json"),
+        ("model-00001-of-00002.safetensors", "1 weight shard but no model.safetensors.index.json"),
         ("pytorch_model.bin", "It has pytorch_model.bin, which this toolkit does not read as a model. Convert them"),
         ("pytorch_model.safetensors", "It has pytorch_model.safetensors, .* Rename the file of a whole model to model"),
         ("adapter_model.safetensors", "holds a LoRA adapter and no model: name its base model there, and the adapter"),
-        ("notes.txt", "holds no weights. Set continue_training: false"),
+        ("notes.txt", "holds no weights. Name a model with weights, or set"),
     ],
 )
 def test_a_random_start_is_proposed_only_where_no_weights_are(tmp_path, name, expected):

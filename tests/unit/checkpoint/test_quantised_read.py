@@ -148,7 +148,7 @@ def test_config_json_of_another_kind(sources: Path, tmp_path: Path, source: str,
 def test_tensors_that_only_an_engine_uses_are_named(sources: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture):
     change = with_tensor(f"{UP}.input_scale", "F32", (1,))
     read_all(changed(sources / "w8a8", tmp_path / "m", change))
-    assert "1 tensors are not read, because activations are not quantised here: " + UP in caplog.text
+    assert "1 tensor is not read, because activations are not quantised here: " + UP in caplog.text
 
 
 def test_a_quantised_config_without_quantised_tensors(sources: Path, tmp_path: Path):

@@ -19,7 +19,6 @@ from erniekit.checkpoint.peft_attach import save_adapter
 from erniekit.cli import check, launch
 from erniekit.cli.check import data as check_data
 from erniekit.cli.check import output as check_output
-from erniekit.cli.check.report import count_of
 from erniekit.models.config import ModelConfig
 from erniekit.parallel.mesh import Mesh
 from erniekit.training.build import build_run
@@ -69,7 +68,7 @@ def test_a_run_that_is_fine(given, capsys, tmp_path):
         "861,312 parameters, 4 layers; training starts at random (seed 42)",
         "one process; a step takes 1 row: 1 microbatch of 1 row",
         "chat template text: a trained answer ends with '</s>' (2)",
-        "training: 20 steps; an epoch is 20 steps: 1 epochs",
+        "training: 20 steps; an epoch is 20 steps: 1 epoch",
         "no record of the evaluation is trained on",
         "nothing is there; a new run starts",
     ):
@@ -109,11 +108,6 @@ def test_every_wrong_key_is_listed(given, capsys):
     said = capsys.readouterr().out
     assert "max_step: unknown key; did you mean max_steps?" in said and "learning_rate: expected a number" in said
     assert said.endswith("2 errors, 0 warnings: `erniekit train` would not run.\n")
-
-
-def test_a_count_and_its_noun_agree():
-    assert (count_of(1, "row"), count_of(2, "row"), count_of(0, "row")) == ("1 row", "2 rows", "0 rows")
-    assert (count_of(1, "process", "processes"), count_of(2, "process", "processes")) == ("1 process", "2 processes")
 
 
 def test_a_template_that_is_missing_is_one_error(given):
@@ -163,7 +157,10 @@ def test_defaults_that_are_not_erniekits_are_named_for_a_file_of_its(given):
 @pytest.mark.parametrize(
     ("keys", "expected"),
     [
-        ({"continue_training": True}, "holds no weights. Set continue_training: false"),
+        (
+            {"continue_training": True},
+            r"Name a model with weights, or set continue_training: false \(with",
+        ),
         (
             {"stage": "GKD", "teacher_model_name_or_path": DENSE},
             "teacher_model_name_or_path: .* holds no weights. A teacher cannot start at random",
@@ -196,7 +193,7 @@ def test_judged_answers_of_which_a_step_has_one(given):
 def test_evaluation_data_of_which_nothing_is_left_would_stop_the_run(given, tmp_path):
     (tmp_path / "eval.jsonl").write_text(json.dumps({"src": ["q"], "tgt": ["a"], "label": [0]}))
     args = given(eval_dataset_path=tmp_path / "eval.jsonl", do_eval=True)
-    assert "eval.jsonl: none of 1 samples can be used" in findings(args, "error")
+    assert "eval.jsonl: none of 1 sample can be used" in findings(args, "error")
 
 
 def test_all_bad_lines_are_found_and_are_warnings_where_they_are_skipped(given, tmp_path):
@@ -222,7 +219,7 @@ def test_large_files_are_sampled_and_that_is_said(given, monkeypatch):
     monkeypatch.setattr(check_data, "MEASURED_SAMPLES", 5)
     report = findings(given(), "note")
     assert "train.jsonl: one record of 4 was checked" in report
-    assert "tokens of a sample of 5 of 20" in findings(given(), "ok")
+    assert "tokens of 5 of 20 samples" in findings(given(), "ok")
     monkeypatch.setattr(check_data, "COMPARED_RECORDS", 3)
     assert "no record repeats another (the first 3 of 20 were compared)" in findings(given(), "ok")
 
@@ -249,7 +246,7 @@ def test_a_model_that_is_not_here_is_not_downloaded_and_records_are_checked_all_
     args = given(model_name_or_path="baidu/ERNIE-4.5-0.3B-PT", continue_training=True)
     assert "is not a local path: the command downloads it" in findings(args, "note")
     assert "train.jsonl:1: " in findings(args, "error")
-    assert f"1 records from {tmp_path}/train.jsonl (1)" in findings(args, "ok")
+    assert f"1 record from {tmp_path}/train.jsonl\n" in findings(args, "ok")
 
 
 def test_checkpoints_that_do_not_fit_on_the_disk(given, monkeypatch):
@@ -286,15 +283,15 @@ def test_frozen_parameters_have_no_moments_on_the_disk(given):
 @pytest.mark.parametrize(
     ("keys", "epochs", "warns"),
     [
-        ({"gradient_accumulation_steps": 40}, "1", False),  # the only step takes the 20 rows of the only epoch
-        ({"gradient_accumulation_steps": 40, "num_train_epochs": 2}, "2", True),
-        ({"gradient_accumulation_steps": 20, "num_train_epochs": 2}, "2", False),
-        ({"gradient_accumulation_steps": 40, "max_steps": 1}, "2", True),
-        ({"gradient_accumulation_steps": 30, "max_steps": 1}, "1.5", False),
+        ({"gradient_accumulation_steps": 40}, "1 epoch", False),  # the only step takes the 20 rows of the only epoch
+        ({"gradient_accumulation_steps": 40, "num_train_epochs": 2}, "2 epochs", True),
+        ({"gradient_accumulation_steps": 20, "num_train_epochs": 2}, "2 epochs", False),
+        ({"gradient_accumulation_steps": 40, "max_steps": 1}, "2 epochs", True),
+        ({"gradient_accumulation_steps": 30, "max_steps": 1}, "1.5 epochs", False),
     ],
 )
 def test_a_step_that_reads_the_data_several_times(given, keys, epochs, warns):
-    assert f"an epoch is 1 step: {epochs} epochs" in findings(given(**keys), "ok")
+    assert f"an epoch is 1 step: {epochs}" in findings(given(**keys), "ok")
     line = f"a step takes up to {keys['gradient_accumulation_steps']} rows, and reads all of the training data several"
     assert (line in findings(given(**keys), "warning")) == warns
 
@@ -386,7 +383,7 @@ LORA = {"fine_tuning": "LoRA", "continue_training": True}
         ("dense", {"lora_path": "nowhere"}, "nowhere"),
         ("moe", {"lora_path": "dora"}, "is an adapter for another base"),
         ("dense", {"lora_path": "dora", "tensor_parallel_degree": 2}, "tensor_parallel_degree: 2: not with the DoRA"),
-        ("dense", {"lora_path": "dora", "sharding": "stage3"}, "sharding: stage3 is not built .* Set sharding: stage2"),
+        ("dense", {"lora_path": "dora", "sharding": "stage3"}, "sharding: stage3 does not .* Set sharding: stage2"),
         ("dense", {"lora_path": "dora", "qat": "w8a8"}, "qat: w8a8: weights with a DoRA adapter"),
         ("dense", {"lora_path": "dora", "stage": "RM"}, "stage: RM: .* has no score head"),
         ("dense", {"lora_path": "dora", "frozen_parameters": "language"}, "every parameter is frozen"),

@@ -89,7 +89,7 @@ def test_a_published_text_model_gets_the_vision_part_that_is_added_to_it():
 def test_a_cpu_runs_all_processes_of_the_degrees_on_one_host(capsys: pytest.CaptureFixture[str]):
     """As `erniekit train` starts them; only GPUs are eight in a host."""
     plan.run([str(CONFIGS / "tiny" / "sft" / "run_sft_dense.yaml"), "gpu=cpu", "data_parallel_degree=9"])
-    assert "9 x cpu: 1 pipeline stages x 9 data ranks" in capsys.readouterr().out
+    assert "9 x cpu: 1 pipeline stage x 9 data ranks x 1 tensor rank;" in capsys.readouterr().out
 
 
 def test_context_ranks_are_planned_as_each_device_has_them(capsys: pytest.CaptureFixture[str]):

@@ -26,7 +26,7 @@ def test_it_says_what_it_wrote_and_refuses_to_replace_it(text, tmp_path, capsys)
     command = ["tokenize", text, TOKENIZER, f"output={tmp_path}/x", "workers=0", "on_bad_line=skip"]
     assert main(command) == 0
     said = capsys.readouterr().out
-    assert f"{tmp_path}/x.bin and .idx: 5 documents, " in said and "1 bad records skipped" in said
+    assert f"{tmp_path}/x.bin and .idx: 5 documents, " in said and "1 bad record skipped" in said
     assert TokenFile(tmp_path / "x", 576).num_documents == 5
     assert main(command) == EXIT_USER_ERROR
     assert re.search(r"error: .*x.bin: already there.*overwrite=true", capsys.readouterr().err)
@@ -50,7 +50,7 @@ def test_both_forms_of_options_and_their_names():
         (["a", "output=o"], "tokenizer: needed"),
         (["a", "tokenizer=m"], "output: needed"),
         (["tokenizer=m", "output=o"], "expected .jsonl or .txt files"),
-        (["a", "tokenizer=m", "output=."], r"output=.: . is no prefix: the files are PREFIX.bin"),
+        (["a", "tokenizer=m", "output=."], r"output=.: . is not a prefix: the files are PREFIX.bin"),
         (["a", "tokenizer=m", "output=o", "workers=-1"], r"workers=-1: must be 0 \(this process alone\) or more"),
         (["a", "tokenizer=m", "output=o", "workers=two"], "workers=two: expected an integer"),
         (["a", "tokenizer=m", "output=o", "note_every=-1"], "note_every=-1: must be at least 0"),

@@ -150,7 +150,11 @@ def test_without_elastic_the_job_waits_for_the_lost_host():
     for now in range(20, 120, 10):
         assert a.hello(float(now))["kind"] == "wait"
     reply = a.hello(121.0)
-    assert reply["kind"] == "stop" and "1 of 2 hosts are here" in reply["detail"] and "after 100 s" in reply["detail"]
+    assert (
+        reply["kind"] == "stop"
+        and "hosts that have come: 1 of 2" in reply["detail"]
+        and "after 100 s" in reply["detail"]
+    )
 
 
 def test_all_hosts_start_again_as_the_master_says():

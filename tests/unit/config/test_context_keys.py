@@ -28,8 +28,11 @@ def test_the_methods_whose_rows_are_divided():
     [
         ({"stage": "RL"}, "context_parallel_degree: 2: not built for stage: RL; it is for SFT, PT,"),
         ({"moe_capacity_factor": 1.5}, "not with moe_capacity_factor: 1.5"),
-        ({"attention_probs_dropout_prob": 0.1}, "no attention_probs_dropout_prob: 0.1. Set cp_comm_type: a2a"),
-        ({"compute_type": "bf16", "emulate_precision": True}, "the ring computes in fp32"),
+        (
+            {"attention_probs_dropout_prob": 0.1},
+            "does not support attention_probs_dropout_prob: 0.1. Set cp_comm_type: a2a",
+        ),
+        ({"compute_type": "bf16", "emulate_precision": True}, "computes in fp32, and emulate_precision"),
         ({"qat": "w8a8", "qat_distill_weight": 0.5}, "not built with qat_distill_weight: 0.5"),
     ],
 )

@@ -86,7 +86,7 @@ def test_evaluation_follows_from_its_strategy():
             {"train_dataset_path": "a,b", "train_dataset_prob": "1.0"},
             "train_dataset_path: 2 paths, but train_dataset_prob has 1. Give one for each path, or leave the key out.",
         ),
-        ({"train_dataset_type": "erniekit,alpaca"}, "train_dataset_path: 1 paths, but train_dataset_type has 2."),
+        ({"train_dataset_type": "erniekit,alpaca"}, "train_dataset_path: 1 path, but train_dataset_type has 2."),
         ({"train_dataset_prob": "much"}, "train_dataset_prob: expected a number, got 'much'"),
         ({"train_dataset_prob": "0"}, "train_dataset_prob: must be more than 0"),
         ({"train_dataset_type": "text", "stage": "DPO"}, "train_dataset_type: stage: DPO reads pairs of answers"),
@@ -333,7 +333,7 @@ def test_ways_to_ask_for_adapters(given: dict, expected: dict):
         ({"compute_type": "wint8", "fine_tuning": "LoRA"}, "does not divide weights in 8 or 4 bits"),
         ({"compute_type": "bf16", "fp8": "blockwise"}, "does not divide the FP8 copies of weights (fp8: blockwise)"),
         ({"compute_type": "bf16", "qat": "w8a8"}, "is not built for the rounded weights of qat: w8a8"),
-        ({"fine_tuning": "LoRA", "use_dora": True}, "is not built for the columns' lengths of use_dora"),
+        ({"fine_tuning": "LoRA", "use_dora": True}, "does not shard the magnitudes of use_dora"),
     ],
 )
 def test_what_divided_weights_cannot_do(given: dict, expected: str):
@@ -385,6 +385,28 @@ def test_ways_to_ask_for_a_base_in_few_bits(given: dict, expected: str):
 def test_a_base_in_few_bits_that_cannot_be(given: dict, expected: str):
     with pytest.raises(ConfigError, match=expected):
         cfg(**given)
+
+
+@pytest.mark.parametrize(
+    ("given", "place"),
+    [
+        ({"compute_type": "wint8"}, "(overrides)"),
+        ({"quantization": "wint8"}, "(overrides, written quantization)"),
+        ({"weight_quantize_algo": "weight_only_int8"}, "(overrides, written weight_quantize_algo)"),
+    ],
+)
+def test_a_problem_names_the_key_that_the_user_wrote(given: dict, place: str):
+    assert message(**given).endswith(place)
+
+
+@pytest.mark.parametrize("name", ["quantization", "weight_quantize_algo"])
+def test_the_cures_of_a_quantised_base_that_is_trained(name: str):
+    """A 16-bit compute_type does not undo the other names of a quantised base, so the message says to remove these."""
+    given = {name: "wint8" if name == "quantization" else "weight_only_int8"}
+    assert "or compute_type: bf16 without quantization or weight_quantize_algo" in message(**given)
+    assert "compute_type: wint8" in message(**given, compute_type="bf16")
+    assert cfg(**given, fine_tuning="LoRA").compute_type == "wint8"
+    assert cfg(compute_type="bf16").compute_type == "bf16"
 
 
 def test_a_base_in_few_bits_is_used_without_lora():
@@ -480,7 +502,7 @@ def test_erniekits_fp8_files_are_read_whole():
         ({"qat": "w8a8", "fp8": "blockwise"}, "qat: w8a8: not together with fp8: blockwise"),
         ({"qat": "w8a8", "fine_tuning": "LoRA", "use_dora": True}, "qat: w8a8: weights with a DoRA adapter"),
         ({"qat": "w8a8", "fine_tuning": "LoRA", "lora_dropout": 0.1}, "the adapter is quantised within the weights"),
-        ({"qat": "fp8_static", "hadamard_block_size": 24}, "hadamard_block_size: 24 is no power of two"),
+        ({"qat": "fp8_static", "hadamard_block_size": 24}, "hadamard_block_size: 24 is not a power of two"),
         ({"qat": "w8a9"}, "qat: expected one of none, w8a8"),
         ({"qat_distill_weight": 1.5}, "qat_distill_weight: must be at least 0 and at most 1"),
     ],

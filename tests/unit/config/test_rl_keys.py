@@ -97,7 +97,7 @@ def test_names_of_trl_are_read_where_they_are_typed():
         ({"soft_max_length": 600}, "no completion would reach it"),
         ({"soft_cache_length": 10}, "soft_max_length: needed"),
         ({"reward_funcs": "acuracy"}, "there is no such function"),
-        ({"rl_stages": "1,2"}, "rl_stages: 2 entries for 1 data sets"),
+        ({"rl_stages": "1,2"}, "rl_stages: 2 entries for 1 data set"),
     ],
 )
 def test_what_cannot_work_is_refused(given: dict, message: str):

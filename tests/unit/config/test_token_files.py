@@ -35,10 +35,10 @@ def test_input_dir(monkeypatch, text, expected):
         ("nan a 1 b", "the weight of a must be"),
         ("1 a 1 b::CPT", "::CPT marks data for self_constraint_cpt"),
         ("1 'a 1 b", "no closing quotation"),
-        (".", r"\. is no prefix: the files are PREFIX.bin and PREFIX.idx"),
-        ("1 a 1 /", "/ is no prefix"),
-        ("a ./..", "./.. is no prefix"),
-        (".bin", ".bin is no prefix"),
+        (".", r"\. is not a prefix: the files are PREFIX.bin and PREFIX.idx"),
+        ("1 a 1 /", "/ is not a prefix"),
+        ("a ./..", "./.. is not a prefix"),
+        (".bin", ".bin is not a prefix"),
     ],
 )
 @pytest.mark.parametrize("command", ["train", "eval"])

@@ -46,8 +46,8 @@ def test_long_and_unanswered_prompts_are_counted_and_named(tmp_path, capsys):
     prompts = open_set(tmp_path)
     assert prompts.report() == {"prompts": 3, "too_long": 1, "bad_lines": 0, "without_answer": 1}
     printed = capsys.readouterr().err
-    assert "1 of 4 prompts have more than 60 tokens (the smaller of max_prompt_len and" in printed
-    assert "rl.jsonl:3 with" in printed and "1 of 3 prompts have no answer" in printed
+    assert "left out: 1 of 4 prompts with more than 60 tokens (the smaller of max_prompt_len and" in printed
+    assert "rl.jsonl:3 with" in printed and "1 of 3 prompts without an answer" in printed
 
 
 def test_thinking_is_asked_for_and_is_part_of_the_identity(tmp_path):

@@ -140,7 +140,7 @@ def test_pairs_are_checked_and_ordered_too():
         ([Q, calls(call()) | {"role": "function", "content": "{}"}], "as its content and as tool_calls"),
         ([Q, calls(call(id=3))], r"tool_calls\[0\].id must be a string"),
         ([Q, result(), A], "role 'tool' of turn 1 follows user"),
-        ([Q, calls(call()), result(), result(), A], r"messages\[1\] has 1 calls and 2 results"),
+        ([Q, calls(call()), result(), result(), A], r"messages\[1\] has 1 call and 2 results"),
         ([Q, calls(call()), result(name="weather"), A], "a result of 'weather'"),
         ([Q, calls(call(id="x")), result(tool_call_id="y"), A], r"ids \['x'\] and results for \['y'\]"),
         ([Q, calls(call(id="x"), call(id="y")), result(tool_call_id="x"), A], r"results for \['x'\]"),

@@ -92,7 +92,7 @@ def test_samples_that_are_cut_are_counted(model_dir: Path, tmp_path: Path, heard
     two_turns = {"src": ["what is this?" * 3, "b"], "tgt": ["one", "two"]}
     results = evaluate(settings(model_dir, tmp_path, [two_turns, {"src": ["a"], "tgt": ["x"]}], max_seq_len=24))
     assert (results["num_samples"], results["num_dropped"], results["num_cut"]) == (2, 0, 1)
-    assert "eval data: 1 of the samples do not fit into max_seq_len: 24 and were cut" in heard.text
+    assert "eval data: 1 sample cut at max_seq_len: 24, so that a part was not read" in heard.text
 
 
 def test_answers_are_scored_and_kept(model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
@@ -175,7 +175,7 @@ def test_a_question_too_long_for_the_model_counts_as_wrong(
     records = [{"src": ["long " * 60], "tgt": ["a"]}, {"src": ["short"], "tgt": ["a"]}]
     results = evaluate(settings(small, tmp_path, records, predict_with_generate=True, max_seq_len=40))
     assert results["num_answers"] == 2
-    assert "1 of 2 questions fill the model's context of 40 tokens" in heard.text
+    assert "counted as wrong: 1 of 2 questions, too long for the model's context of 40 tokens" in heard.text
     assert read(tmp_path / "output" / "eval_predictions.jsonl")[0]["stop"] == "prompt too long"
 
 

@@ -96,14 +96,14 @@ def test_ranks_that_do_not_come_are_named_to_all_who_came(meet: Callable):
     errors = _everywhere(endpoints, [0, 2], meet, 1)
     for error in errors:
         assert isinstance(error, TrainError)
-        assert f"After 1 s 2 of 4 ranks have not come: rank 1 ({endpoints[1]}), rank 3 ({endpoints[3]})" in str(error)
+        assert f"2 of 4 ranks did not come within 1 s: rank 1 ({endpoints[1]}), rank 3 ({endpoints[3]})" in str(error)
 
 
 def test_without_rank_0_the_others_say_so():
     endpoints = _endpoints(2)
     (error,) = _everywhere(endpoints, [1], connect, 0.3)
     assert isinstance(error, TrainError)
-    assert f"1 of 2 ranks have not come: rank 0 ({endpoints[0]})" in str(error) and "refused" in str(error)
+    assert f"1 of 2 ranks did not come within 0 s: rank 0 ({endpoints[0]})" in str(error) and "refused" in str(error)
 
 
 def test_a_taken_port_is_named():

@@ -32,7 +32,12 @@ def warnings(kind: str, qat: str, group: int | None = None, **sizes: int) -> lis
 @pytest.mark.parametrize(
     ("kind", "qat", "sizes", "expected"),
     [
-        ("dense", "fp8", {"hidden_size": 160}, "quantization=fp8 format=pt` will refuse .*: 160 is no multiple of 128"),
+        (
+            "dense",
+            "fp8",
+            {"hidden_size": 160},
+            "quantization=fp8 format=pt` will refuse .*: 160 is not a multiple of 128",
+        ),
         ("dense", "fp8_static", {"intermediate_size": 144}, "fp8 format=paddle` will refuse .*: 144 inputs do not"),
         ("moe", "w4a8", {"hidden_size": 160}, "w4a8 format=paddle` will refuse .* a multiple of 64 inputs"),
     ],

@@ -107,7 +107,7 @@ def test_marks_become_rewards_and_are_kept(server: Server, tmp_path: Path):
     with log.captured() as lines, Scorer(cfg) as later:
         np.testing.assert_array_equal(later.score(samples).total, table.total)
     assert len(server.seen) == 2
-    assert any("1 lines are no marks" in text for _, text in lines)
+    assert any("skipped 1 line that cannot be read as a mark" in text for _, text in lines)
     with Scorer(cfg) as later:
         later.score([sample("жж")])
     with Scorer(cfg) as later:

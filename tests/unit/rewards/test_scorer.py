@@ -164,7 +164,7 @@ def test_a_function_that_fails_for_a_prompt_alone_is_named_once(scorer):
         table = scorer("my.py:short").score([sample(text, line) for line in (1, 2) for text in ("a", "b")])
     assert table.values["short"].tolist() == [1] * 4 and table.failures == {}
     ((is_warning, line),) = lines
-    assert is_warning and "reward short: d:" in line and "it returned 1 values for 2 completions" in line
+    assert is_warning and "reward short: d:" in line and "it returned 1 value for 2 completions" in line
     assert "called for each of them alone" in line
 
 
@@ -175,7 +175,7 @@ STOPS = [
     ("odd", "huge", "it gave 1e.300, which is beyond"),
     ("scalar", "", "it returned float, not a list"),
     ("unprintable", "", r"Unprintable: its text cannot be shown, since its __str__ raises, too \(my.py:\d+\)"),
-    ("logs", "", r"log_extra\('seen'\) got 6 values for 1 completions \(my.py:\d+\)"),
+    ("logs", "", r"log_extra\('seen'\) got 6 values for 1 completion \(my.py:\d+\)"),
     ("needs", "", "solution"),
 ]
 
@@ -196,7 +196,7 @@ def test_failures_and_logged_numbers_are_those_of_a_rollout_that_is_scored_in_pa
     assert first.metrics == {"size": 1.5} and second.metrics == {"size": pytest.approx(4 / 3)}
     assert second.failures == {"odd": 1}
     one.begin_rollout()
-    with pytest.raises(TrainError, match="failed for 1 of 1 completions, more than reward_max_failures"):
+    with pytest.raises(TrainError, match="failed for 1 of 1 completion, more than reward_max_failures"):
         one.score([sample("raise")])
 
 
@@ -214,7 +214,7 @@ def test_a_list_of_the_wrong_length_is_no_reward(scorer):
         ({"reward_funcs": ("my.py:f",)}, "there is no function f in .*it has text, length"),
         ({"reward_funcs": ("my.txt:f",)}, "expected path.py:name"),
         ({"reward_funcs": ("broken.py:f",)}, "ModuleNotFoundError: No module named 'a_package_that_is_not_there'"),
-        ({"reward_weights": (1.0,)}, "1 weights for 2 of reward_funcs"),
+        ({"reward_weights": (1.0,)}, "1 weight for 2 of reward_funcs"),
         ({"reward_weights": (0.0, 0.0)}, "all weights are 0"),
         ({"reward_funcs": ("format", "cosine")}, "cosine needs one of accuracy"),
         ({"reward_funcs": ("code",)}, "Set code_sandbox: subprocess"),
@@ -242,9 +242,9 @@ def test_records_are_checked_before_training(scorer):
 @pytest.mark.parametrize(
     ("name", "fields", "said"),
     [
-        ("choice", {"answer": "b"}, "no letter from A to H: 'b'"),
-        ("exact", {"answer": {"text": "5"}}, "no text or number"),
-        ("accuracy", {"answer": ["5", None]}, "no text or number"),
+        ("choice", {"answer": "b"}, "is not a letter from A to H: 'b'"),
+        ("exact", {"answer": {"text": "5"}}, "is neither text nor a number"),
+        ("accuracy", {"answer": ["5", None]}, "is neither text nor a number"),
         ("box_iou", {"answer": "[30, 10, 20, 40]"}, "must be boxes"),
         ("point_in_box", {"answer": [1, 2]}, "must be boxes"),
         ("tool_calls", {"answer": [{"function": "f"}]}, "must be a list of"),
@@ -264,7 +264,10 @@ def test_a_schema_that_is_none_is_found_before_training(scorer):
     one = scorer("json_schema")
     one.check({"json_schema": {"type": "object"}}, "d:1")
     one.check({"json_schema": '{"type": "object"}'}, "d:1")
-    for schema, said in (({"type": "objekt"}, "no JSON schema"), ("[1]", "no 'json_schema' that is an object")):
+    for schema, said in (
+        ({"type": "objekt"}, "is not a valid JSON schema"),
+        ("[1]", "no 'json_schema' that is an object"),
+    ):
         with pytest.raises(DataError, match=f"d:2: the reward json_schema cannot read the record: .*{said}"):
             one.check({"json_schema": schema}, "d:2")
 

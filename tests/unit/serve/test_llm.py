@@ -269,7 +269,7 @@ def test_wrong_calls_are_refused(llm: LLM, model_dir: Path):
         (lambda: llm.generate([[1, 2.5]]), "expected token ids"),
         (lambda: llm.generate(""), "no tokens"),
         (lambda: llm.generate({"prompt": "a", "multi_modal_data": {}}), "`chat` takes pictures"),
-        (lambda: llm.generate("a", [GREEDY] * 2), "2 are given for 1"),
+        (lambda: llm.generate("a", [GREEDY] * 2), "got 2 for 1 prompt"),
         (lambda: llm.generate("a", SamplingParams(logit_bias={10**8: 1})), "no token id"),
         (lambda: llm.chat([{"role": "robot", "content": "a"}]), "expected system"),
         (lambda: llm.chat(QUESTION, tool_choice="auto"), "no tools"),

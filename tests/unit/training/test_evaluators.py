@@ -133,7 +133,7 @@ def test_training_counts_what_its_evaluations_leave_out(workspace: Path, tmp_pat
     keys = keys_of(workspace, tmp_path, "questions", eval_dataset_path=path, max_seq_len=41, max_steps=2)
     with log.captured() as lines:
         erniekit.train(None, **keys, do_eval=True, evaluation_strategy="steps", eval_steps=1)
-    told = "eval data: 1 of the samples do not fit into max_seq_len: 41 and were cut"
+    told = "eval data: 1 sample cut at max_seq_len: 41"
     assert [text.startswith(told) for _, text in lines].count(True) == 1, "not at every evaluation"
     counts = json.loads((tmp_path / "out" / "summary.json").read_text())["eval_data"]
     assert (counts["samples"], counts["cut"], counts["dropped"]) == (2, 1, 1)

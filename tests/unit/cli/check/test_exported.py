@@ -30,7 +30,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize(
     ("model", "keys", "expected"),
     [
-        ("odd", {"quantization": "fp8"}, "160 is no multiple of 128"),
+        ("odd", {"quantization": "fp8"}, "160 is not a multiple of 128"),
         ("odd", {"quantization": "wint4"}, "has 120 inputs, which do not divide into groups"),
         ("odd", {"quantization": "wint4/8"}, "codes are those of experts, which this model does not have"),
         ("moe", {"quantization": "w4a8", "format": "paddle"}, "the file keeps the largest magnitude of the inputs"),

@@ -49,7 +49,7 @@ def test_a_text_without_a_border_is_split_with_a_warning(caplog):
         return [len(text[at : at + 2]) for at in range(0, len(text), 2)] + [len(text)]
 
     found = ids(encode, "a" * (PIECE + 10))
-    assert found[-1] == 10 and "no word border" in caplog.text
+    assert found[-1] == 10 and "no word boundary" in caplog.text
 
 
 def test_memory_does_not_grow_with_the_text(tokenizer):

@@ -432,7 +432,7 @@ def test_more_thoughts_than_places_are_refused(thinking):
 
 
 def test_label_of_the_wrong_length_is_refused(text):
-    with pytest.raises(DataError, match="2 entries for 1 answers"):
+    with pytest.raises(DataError, match="2 entries for 1 answer"):
         text.encode([Q1, A1], label=[1, 1])
 
 

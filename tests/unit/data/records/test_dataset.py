@@ -317,7 +317,7 @@ def test_what_lies_beside_the_data_is_passed_over_and_named(tmp_path, caplog):
     with caplog.at_level("INFO", logger="erniekit"):
         assert len(open_source(tmp_path)) == 2
     (line,) = [record.getMessage() for record in caplog.records if "not read" in record.getMessage()]
-    assert "7 files there are not data" in line and "gone.jsonl, pipe.jsonl, LICENSE-2.0.txt" in line
+    assert "7 other files are not data" in line and "gone.jsonl, pipe.jsonl, LICENSE-2.0.txt" in line
     with pytest.raises(DataError, match=r"README.txt: plain text"):
         open_source(tmp_path / "sub" / "README.txt")
     with pytest.raises(DataError, match=r"no data file in this directory.*`erniekit tokenize`"):
@@ -347,7 +347,7 @@ def test_an_empty_file_beside_others_is_named(tmp_path, caplog):
     (tmp_path / "b.jsonl").write_text("")
     (tmp_path / "c.json").write_text("[]")
     assert len(open_source(tmp_path)) == 2
-    assert f"{tmp_path}: 2 of 3 files hold no record (b.jsonl, c.json)" in caplog.text
+    assert f"{tmp_path}: no record in 2 of 3 files (b.jsonl, c.json)" in caplog.text
 
 
 def test_dataset_numbers_the_records_of_its_sources_through(tmp_path):

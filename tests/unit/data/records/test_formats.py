@@ -60,7 +60,7 @@ def test_an_answer_beside_a_system_text_is_left_out_with_a_note():
         ({"src": {"a": 1}, "tgt": ["x"]}, "'src' must be a string or a list of strings, not an object"),
         ({"src": [], "tgt": []}, "not an empty list"),
         ({"tgt": ["x"]}, "field 'src' is missing"),
-        ({"src": ["a"], "tgt": ["x"], "label": [1, 1]}, "'label' has 2 entries for 1 answers"),
+        ({"src": ["a"], "tgt": ["x"], "label": [1, 1]}, "'label' has 2 entries for 1 answer"),
         ({"src": ["a"], "tgt": ["x"], "label": [2]}, "'label' must be a list of 0 and 1"),
         ({"src": ["a"], "tgt": ["x"], "label": [1.0]}, "'label' must be a list of 0 and 1"),
         ({"src": ["a"], "tgt": ["x"], "label": 1}, "'label' must be a list of 0 and 1"),
@@ -166,7 +166,7 @@ def test_sharegpt_has_a_system_field_and_tools_as_json_text():
             "unknown field 'contents' of a message; the nearest known one is 'content'",
         ),
         ([user("q"), assistant("")], r"messages\[1\].content is empty"),
-        ([user(["q"]), assistant("a")], r"messages\[0\].content\[0\] is no text part but a string"),
+        ([user(["q"]), assistant("a")], r"messages\[0\].content\[0\] is not a text part but a string"),
         ([user("q"), assistant("", tool_calls=[{"name": 1}])], "names no function"),
         ([user("q"), assistant("", tool_calls=[{"name": "f", "arguments": "{"}])], "arguments: not JSON"),
         ([user("q"), {"role": "function", "content": "f()"}], r"messages\[1\].content: not JSON"),
@@ -182,7 +182,7 @@ def test_messages_errors(messages, reason):
 
 def test_label_counts_every_assistant_message():
     messages = [user("q"), assistant("", tool_calls=[call()]), {"role": "tool", "content": "r"}, assistant("a")]
-    with pytest.raises(DataError, match="'label' has 1 entries for 2 answers"):
+    with pytest.raises(DataError, match="'label' has 1 entry for 2 answers"):
         parse_record({"messages": messages, "label": [1]}, "messages")
 
 
@@ -369,7 +369,7 @@ def test_text_parts_and_empty_system_messages_are_read():
         record = {"messages": [system(empty), user(parts), assistant(parts)]}
         assert parse_record(record, "messages").messages == [user("ab"), assistant("ab")]
     image = [{"type": "image_url", "image_url": {"url": "x"}}]
-    with pytest.raises(DataError, match=r"messages\[0\].content\[0\] is no text part but 'image_url'"):
+    with pytest.raises(DataError, match=r"messages\[0\].content\[0\] is not a text part but 'image_url'"):
         parse_record({"messages": [user(image), assistant("a")]}, "messages")
 
 

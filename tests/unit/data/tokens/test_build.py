@@ -199,7 +199,7 @@ def test_a_killed_command_goes_on_and_leaves_no_worker(tokenizer, tmp_path):
         time.sleep(0.01)
     assert not any(map(_alive, children))
     second = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
-    assert "resuming behind" in second.stderr and "150 documents" in second.stdout
+    assert "resuming after" in second.stderr and "150 documents" in second.stdout
     build_token_files([tmp_path / "in.jsonl"], tmp_path / "y", tokenizer, 0)
     assert contents(tmp_path / "x") == contents(tmp_path / "y")
 
@@ -272,7 +272,7 @@ def test_a_bad_line_stops_with_its_place_or_is_counted(tokenizer, tmp_path, work
         ("a.txt", b"\xff\xfe", "a.txt: UTF-16 text"),
         ("a.txt", b"\xef\xbb\xbfone\n\xca\xfd\xbe\xdd\n", r"a.txt:2: not UTF-8 text \(byte 1 of the line\)"),
         ("a.txt", b'\xef\xbb\xbf\n{"text": "x"}\n{"text": "y"}\n', "a.txt: it has records.* rename it to .jsonl"),
-        ("a.jsonl", b"\n\n", "no document in 1 files"),
+        ("a.jsonl", b"\n\n", "no document in 1 file "),
         ("a.csv", b"text\nx", "a.csv: a data file ends in .jsonl"),
     ],
 )
@@ -290,7 +290,7 @@ def test_fields_that_are_not_used_and_empty_files_are_named(tokenizer, tmp_path,
     with caplog.at_level("INFO", logger="erniekit"):
         build_token_files(find_inputs([str(tmp_path)]), tmp_path / "x", tokenizer, workers)
     assert "fields that are not used, and in how many of 3 records: 'id' (2), 'url' (1)" in caplog.text
-    assert f"1 files are empty and give no document ({tmp_path / 'none.jsonl'})" in caplog.text
+    assert f"1 empty file without a document ({tmp_path / 'none.jsonl'})" in caplog.text
 
 
 def test_a_compressed_file_in_a_directory_is_not_left_out(tmp_path):
@@ -308,7 +308,7 @@ def test_text_that_begins_like_a_record_is_a_document(tmp_path, text):
 
 def test_inputs_are_found_and_others_named(corpus, tmp_path, caplog):
     names = [path.name for path in find_inputs([str(corpus[0])])]
-    assert names == ["a.jsonl", "c.jsonl", "d.txt", "e.txt"] and "1 files there are not read (e.png)" in caplog.text
+    assert names == ["a.jsonl", "c.jsonl", "d.txt", "e.txt"] and "1 other file not read (e.png)" in caplog.text
     with pytest.raises(DataError, match="no such file or directory"):
         find_inputs([str(tmp_path / "none")])
     with pytest.raises(DataError, match=r"no data file in this directory"):

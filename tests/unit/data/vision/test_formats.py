@@ -379,7 +379,7 @@ class TestBoxes:
             ({"bbox": [[1, 2, 3, 4], [1, 2, 3, 4]]}, "1 <bbox> tags for 2 entries"),
             ({"bbox": [["a", 2, 3, 4]]}, "must hold numbers"),
             ({"bbox": [[1, 2, 3, 4]], "bbox_type": "cm"}, "bbox_type is 'cm'"),
-            ({"bbox": [[1, 2, 3, 4]], "image_id": [4]}, "image_id.0. is 4 and there are 1 pictures"),
+            ({"bbox": [[1, 2, 3, 4]], "image_id": [4]}, "image_id.0. is 4 and the record has 1 picture"),
         ],
     )
     def test_wrong_objects(self, options, objects, message):
@@ -460,7 +460,7 @@ class TestBoxes:
         call = {"name": "zoom", "arguments": {"bbox_2d": [0, 0, 1, 1], "img_idx": index}}
         turn = {"role": "assistant", "content": "", "tool_calls": [call]}
         record = {"messages": [TALK[0], turn, {"role": "tool", "content": "ok"}, answer("x")], "images": ["a.png"]}
-        with pytest.raises(BadLine, match=r"answer 1 has the img_idx .*, and there are 1 pictures"):
+        with pytest.raises(BadLine, match=r"answer 1 has the img_idx .*, and 1 picture is"):
             parse("messages", record, options, boxes="pixels")
 
     def test_boxes_in_pairs(self, options):

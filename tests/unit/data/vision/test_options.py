@@ -131,7 +131,7 @@ def test_each_record_has_a_drawn_bound_for_its_pictures(tmp_path):
     ("given", "expected"),
     [
         ({"adaptive_max_imgtoken_option": "9,16"}, "adaptive_max_imgtoken_rate: 0 rates for 2 numbers"),
-        ({"adaptive_max_imgtoken_rate": "1"}, "adaptive_max_imgtoken_rate: 1 rates for 0 numbers"),
+        ({"adaptive_max_imgtoken_rate": "1"}, "adaptive_max_imgtoken_rate: 1 rate for 0 numbers"),
         (
             {"adaptive_max_imgtoken_option": "9,16", "adaptive_max_imgtoken_rate": "0.5,0.6"},
             "rates must sum to 1, they sum to 1.1",

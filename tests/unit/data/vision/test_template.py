@@ -250,7 +250,7 @@ def test_a_template_that_leaves_pictures_out_is_refused(tokenizer):
         "{{ bos_token }}{% for m in messages %}{{ m.role + ': ' + (m.content if m.content is string else '') }}"
         "{% if m.role == 'assistant' %}</s>{% endif %}{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
     )
-    with pytest.raises(DataError, match="shows 0 of 1 pictures"):
+    with pytest.raises(DataError, match="shows 0 of 1 picture or video"):
         VisionTemplate("mute", source, tokenizer).encode([user(picture("q")), answer("a")])
 
 
@@ -269,7 +269,7 @@ def test_a_text_model_has_no_tokens_for_pictures(tmp_path):
     for file in ("tokenizer.json", "tokenizer_config.json"):
         text = (DEMO_MODEL / file).read_text("utf-8").replace("<|VIDEO_START|>", "<|OTHER|>")
         (tmp_path / file).write_text(text, "utf-8")
-    with pytest.raises(ConfigError, match=r"no token <.VIDEO_START.>, so this is no vision-language model"):
+    with pytest.raises(ConfigError, match=r"no token <.VIDEO_START.>, so this is not a vision-language model"):
         load_vision_template(load_tokenizer(tmp_path))
 
 

@@ -181,7 +181,9 @@ def test_data_without_any_signal_stop_the_run(rates):
     prompts = PromptSampler([4], args, 3)
     right = sum(rate == 1 for rate in rates)
     prompts.begin_rollout(0)
-    with pytest.raises(DataError, match=f"all 4 prompts were answered, {right} always right and {4 - right} always"):
+    with pytest.raises(
+        DataError, match=f"of 4 prompts, all answered, {right} were always right and {4 - right} always"
+    ):
         fill_rollout(prompts, args, 4, groups(rates)[0])
 
 
@@ -207,7 +209,7 @@ def test_without_a_pass_rate_the_variance_of_the_rewards_decides():
         ({"rl_stages": (1, 2, 2), "rl_stage_steps": (4,)}, "rl_stages: 3 entries for 2 data sets"),
         ({"rl_stages": (1, 3), "rl_stage_steps": (4, 4)}, "rl_stages: stage 2 has no data set"),
         ({"rl_stages": (1, 2)}, "rl_stage_steps: 0 entries for 2 stages"),
-        ({"rl_stages": (1, 2), "rl_stage_steps": (5,)}, "rl_stage_steps: 5 is no multiple of the 2 steps"),
+        ({"rl_stages": (1, 2), "rl_stage_steps": (5,)}, "rl_stage_steps: 5 is not a multiple of the 2 steps"),
         ({"rl_stages": (1, 2), "rl_stage_steps": (20,)}, "20 steps before the last stage, and max_steps is 20"),
     ],
 )

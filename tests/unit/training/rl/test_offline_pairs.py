@@ -200,7 +200,7 @@ def test_offline_pairs_alone_need_a_reference(keys: dict[str, Any]):
     [
         ({"upo_offline_path": ""}, "upo_offline_path: needed with upo_offline_weight"),
         ({"batch_size": 3}, "batch_size: 3: upo_offline_weight puts both answers"),
-        ({"upo_offline_type": "erniekit,alpaca"}, "upo_offline_type: 2 formats for 1 entries"),
+        ({"upo_offline_type": "erniekit,alpaca"}, "upo_offline_type: 2 formats for 1 entry"),
     ],
 )
 def test_keys_that_do_not_go_together(keys: dict[str, Any], changes: dict[str, Any], message: str):
@@ -214,7 +214,7 @@ def test_pairs_that_are_too_long_or_wrong_are_named(keys: dict[str, Any], tmp_pa
     with pytest.raises(DataError, match=r"pairs\.jsonl:1"):
         run(keys)
     file.write_text(json.dumps({"src": ["a" * 300], "response": ["b", "c"], "sort": [1, 0]}) + "\n")
-    with pytest.raises(DataError, match="upo_offline_path: none of 1 pairs can be used"):
+    with pytest.raises(DataError, match="upo_offline_path: none of 1 pair can be used"):
         run(keys)
 
 

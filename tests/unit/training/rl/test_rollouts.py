@@ -84,7 +84,7 @@ def test_a_rollout_of_masked_completions_is_said(keys):
         (step,) = run(keys, mask_truncated_completions=True, max_completion_length=1, max_steps=1, seed=3)
     assert step["loss"] == 0 and step["completions/clipped_ratio"] == 1
     (line,) = [line for is_warning, line in lines if is_warning]
-    assert line.startswith("mask_truncated_completions: all 16 completions of a rollout were cut at max_completion")
+    assert line.startswith("mask_truncated_completions: all completions of a rollout (16) were cut at max_completion")
 
 
 def test_the_deviation_of_rewards_is_that_of_all_completions(keys):
@@ -106,7 +106,7 @@ def test_pass_rates_that_are_none_are_counted(keys):
     with log.captured() as lines:
         run(keys, max_steps=1)
     (line,) = [line for is_warning, line in lines if is_warning]
-    assert line.startswith("3 of 12 prompts have a pass_rate that is no number from 0 to 1 and is not used")
+    assert line.startswith("not used: the pass_rate of 3 of 12 prompts, which must be a number from 0 to 1")
     assert f"{path}:2 has '0.5', ..." in line
 
 
@@ -267,7 +267,7 @@ def test_a_reference_may_begin_to_move_later(keys):
     run(keys | {"kl_coef": 0.1}, max_steps=1)
     with log.captured() as lines:
         run(keys | {"kl_coef": 0.1, "sync_ref_model": True, "ref_model_sync_steps": 1}, max_steps=2)
-    said = "reference: checkpoint-1 was trained with that of the beginning, which moves from now"
+    said = "reference: checkpoint-1 was trained with the one of the beginning; it is updated from now on"
     assert (False, said) in lines
 
 
@@ -280,7 +280,7 @@ def test_prompts_that_teach_nothing_end_the_run(keys, tmp_path):
 def test_prompts_that_teach_nothing_end_a_run_without_dynamic_sampling(keys, tmp_path):
     """When every prompt was answered, and often enough that it is no chance."""
     (tmp_path / "same.py").write_text("def same(completions, **rest):\n    return [1.0] * len(completions)\n")
-    with pytest.raises(DataError, match="all 12 prompts were answered"):
+    with pytest.raises(DataError, match="of 12 prompts, all answered"):
         run(keys, reward_funcs=f"{tmp_path / 'same.py'}:same", rollout_batch_size=16, save_strategy="no")
     assert len(samples(keys["output_dir"])) == 64  # 16 groups; the second rollout has the 32nd
 
