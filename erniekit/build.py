@@ -24,6 +24,7 @@ from erniekit.checkpoint.peft_attach import attach_stored
 from erniekit.checkpoint.peft_read import StoredAdapter, read_adapter
 from erniekit.checkpoint.product_state import load_product_state
 from erniekit.checkpoint.vision_start import TextWeights, VisionStart
+from erniekit.config.rl_keys import generates
 from erniekit.config.schema import Config
 from erniekit.models import activation_checkpoint
 from erniekit.models.activation_checkpoint import RecomputeOptions
@@ -116,7 +117,7 @@ def _training_precision(cfg: Config, device: str | None) -> Policy:
     here = device or paddle.get_device()
     fp8 = choose_fp8(cfg, here, is_assumed=device is not None)
     emulates = cfg.emulate_precision and (fp8 is None or here == "cpu")
-    precision = policy.choose(cfg.compute_type, here, emulates)
+    precision = policy.choose(cfg.compute_type, here, emulates if emulates or not generates(cfg) else None)
     if device is None:
         policy.computable(precision, cfg.compute_type)
     return dataclasses.replace(precision, fp8=fp8, qat=choose_qat(cfg))

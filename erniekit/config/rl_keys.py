@@ -155,7 +155,7 @@ def _numbers(cfg: Config) -> Iterator[str]:
     if cfg.max_completion_length >= cfg.max_seq_len:
         yield (
             f"max_completion_length: {cfg.max_completion_length} leaves no room for a prompt in max_seq_len: "
-            f"{cfg.max_seq_len}"
+            f"{cfg.max_seq_len}. Lower it, or raise max_seq_len"
         )
     if cfg.soft_max_length is not None and cfg.soft_max_length > cfg.max_completion_length:
         yield (

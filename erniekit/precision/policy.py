@@ -39,12 +39,12 @@ _PARAM_DTYPES = {"fp32": "float32", "fp16": "float16"}  # others: bfloat16
 _BF16 = (8, 0)  # the first compute capability with products in bf16
 
 
-def choose(compute_type: str, device: str, emulate: bool = False) -> Policy:
+def choose(compute_type: str, device: str, emulate: bool | None = None) -> Policy:
     """The policy for a compute_type (bf16, fp16, fp32, or a key of weight_only.SCHEMES) on a device ("cpu", "gpu:0"). A
     log line says where the policy differs from the compute_type.
 
-    On a CPU everything is fp32, unless the run is to `emulate` a GPU's 16-bit types (nn/narrow.py). ConfigError where a
-    GPU would be emulated on a GPU.
+    On a CPU everything is fp32, unless the run is to `emulate` a GPU's 16-bit types (nn/narrow.py); None: it cannot, so
+    the log line does not propose it. ConfigError where a GPU would be emulated on a GPU.
     """
     product = QuantizedWeights(SCHEMES[compute_type]) if compute_type in SCHEMES else None
     param_dtype = _PARAM_DTYPES.get(compute_type, "bfloat16")
@@ -57,12 +57,9 @@ def choose(compute_type: str, device: str, emulate: bool = False) -> Policy:
         how = "oneDNN" if onednn.is_available(DTYPES[param_dtype]) else "float32, rounded"
         log.info(f"emulate_precision: {param_dtype} weights and activations on the CPU; matrix products by {how}")
     elif param_dtype != "float32" and device == "cpu":
-        log.info(
-            f"compute_type: {compute_type} computes in float32 on a CPU. emulate_precision: true computes in "
-            f"{compute_type}, as a GPU does"
-            if compute_type in ("bf16", "fp16")
-            else f"compute_type: {compute_type} computes in float32 on a CPU"
-        )
+        proposes = emulate is not None and compute_type in ("bf16", "fp16")
+        instead = f". emulate_precision: true computes in {compute_type}, as a GPU does" if proposes else ""
+        log.info(f"compute_type: {compute_type} computes in float32 on a CPU{instead}")
         param_dtype = "float32"
     return Policy(param_dtype, product)
 

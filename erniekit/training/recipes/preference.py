@@ -76,7 +76,9 @@ class PreferenceRecipe(Recipe):
         elif wants_reference(cfg) and reference is None:
             second = context.prepared.build(model.mesh, model.chunks)
             reference = SecondModel(second, scorer)
-            log.info("reference: a second copy of the model (ref_logps_cache would spare its memory)")
+            is_constant = cfg.ref_model_update_steps <= 0 and not cfg.method.vision  # else config refuses the key
+            instead = " (ref_logps_cache would save its memory)" if is_constant else ""
+            log.info(f"reference: a second copy of the model{instead}")
         return cls(cfg, model, scorer, reference)
 
     def prepare(self, microbatches: Sequence[PackedBatch]) -> list[PackedBatch]:

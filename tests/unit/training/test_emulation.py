@@ -10,7 +10,7 @@ from support import equality, sixteen_bits
 from support.sixteen_bits import CASES, dtypes_of, keys_of
 
 from erniekit import config, load_model
-from erniekit.build import training_options
+from erniekit.build import inference_options, training_options
 from erniekit.export.export import export_checkpoint
 from erniekit.nn.roles import FP32_ROLES, named_roles
 from erniekit.parallel.mesh import Mesh
@@ -187,6 +187,16 @@ def test_without_the_key_a_cpu_computes_in_fp32_and_says_so(directory: Path, cap
     assert training_options(config.load(None, keys, "train")).precision.param_dtype == "float32"
     said = capfd.readouterr().err
     assert "compute_type: fp16 computes in float32 on a CPU. emulate_precision: true computes in fp16" in said
+
+
+def test_the_key_is_proposed_only_where_it_is_accepted(directory: Path, capfd: pytest.CaptureFixture[str]):
+    """`eval` does not read it, and a method that generates refuses it."""
+    keys = keys_of(directory, "dense", "fp32") | {"compute_type": "bf16"}
+    inference_options(config.load(None, keys, "chat"))
+    rl = {"stage": "RL", "reward_funcs": "exact", "max_completion_length": 8}
+    training_options(config.load(None, keys | rl, "train"))
+    said = capfd.readouterr().err
+    assert said.count("compute_type: bf16 computes in float32 on a CPU\n") == 2 and "emulate_precision" not in said
 
 
 @pytest.mark.parametrize("kind", ["fp32", "wint8", "nf4"])

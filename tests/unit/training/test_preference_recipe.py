@@ -2,6 +2,7 @@
 
 import logging
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import paddle
@@ -160,6 +161,19 @@ def test_the_reference_is_frozen_and_moves_when_asked():
     np.testing.assert_array_equal(reference.model.embed_tokens.weight.numpy(), model.model.embed_tokens.weight.numpy())
     assert list(recipe.extra_weights()) == ["reference"]
     assert not recipe_of(model, reference).extra_weights()
+
+
+@pytest.mark.parametrize(
+    ("keys", "is_proposed"),
+    [({}, True), ({"ref_model_update_steps": 2}, False), ({"stage": "VL-DPO"}, False)],
+)
+def test_a_cache_is_proposed_only_where_the_configuration_accepts_it(keys, is_proposed, caplog):
+    model = tiny_model(seed=3)
+    prepared = SimpleNamespace(build=lambda mesh, chunks: tiny_model(seed=3))
+    cfg = Config(**{"stage": "DPO"} | keys)
+    with caplog.at_level(logging.INFO):
+        PreferenceRecipe.build(SimpleNamespace(cfg=cfg, model=model, prepared=prepared))
+    assert "reference: a second copy of the model" in caplog.text and ("ref_logps_cache" in caplog.text) == is_proposed
 
 
 def test_normalize_logps_is_said_loudly(caplog):
