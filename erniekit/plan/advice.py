@@ -12,7 +12,7 @@ from erniekit.plan.hardware import Hardware
 from erniekit.plan.job import Job
 from erniekit.plan.memory import MemoryPlan, Outline, plan_memory
 from erniekit.plan.timing import plan_time
-from erniekit.plan.typed import typed
+from erniekit.plan.typed import read_keys, typed
 from erniekit.precision.weight_only import SCHEMES
 from erniekit.utils.errors import UserError
 
@@ -87,15 +87,13 @@ def _candidates(job: Job, card: Hardware | None) -> Iterator[dict[str, Any]]:
         (True, {"pipeline_parallel_degree": 2 * degrees.pipeline, **_accumulated(job, 2)}),
         (True, {"tensor_parallel_degree": 2 * degrees.tensor, **_accumulated(job, 2)}),
     ]
-    return (keys for makes_sense, keys in candidates if makes_sense)
+    return (read_keys(cfg, keys) for makes_sense, keys in candidates if makes_sense)
 
 
 def _accumulated(job: Job, times: int) -> dict[str, Any]:
     """The key by which a step has as many tokens as before, where a microbatch or the number of data ranks is divided
-    by `times`. Reinforcement learning needs none: its rollouts decide.
+    by `times`.
     """
-    if not job.cfg.method.reads("gradient_accumulation_steps"):
-        return {}
     return {"gradient_accumulation_steps": times * job.cfg.gradient_accumulation_steps}
 
 

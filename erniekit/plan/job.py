@@ -229,7 +229,8 @@ class Job:
     @property
     def has_second_model(self) -> bool:
         """Whether that reference is a second copy of the model in memory."""
-        return self.is_distilled or (self.has_reference and not self.is_lora and not self.cfg.ref_logps_cache)
+        is_cached = bool(self.cfg.ref_logps_cache) and self.cfg.method.reads("ref_logps_cache")
+        return self.is_distilled or (self.has_reference and not self.is_lora and not is_cached)
 
     @property
     def mtp_depths(self) -> int:

@@ -13,7 +13,7 @@ from erniekit.plan.memory import MemoryPlan
 from erniekit.plan.search import Plan
 from erniekit.plan.simulate import Disturbance, simulate_step
 from erniekit.plan.timing import StepTime, plan_time, step_time
-from erniekit.plan.typed import typed
+from erniekit.plan.typed import read_keys, typed
 from erniekit.utils.errors import UserError
 
 JITTER = 0.02  # of an action on one rank: clocks, memory refresh, other processes of the host
@@ -112,7 +112,7 @@ def _jitter(time: StepTime, card: Hardware) -> float:
 def fastest_change(job: Job, time: StepTime, card: Hardware, plan: Plan) -> Faster | None:
     """The single change that fits and saves most time, if it saves any."""
     timed: list[tuple[float, dict[str, Any], Job]] = []
-    for keys in _changes(job):
+    for keys in (read_keys(job.cfg, each) for each in _changes(job)):
         try:
             changed = job.changed(**keys)
         except UserError:  # the degrees do not fit the cluster or the model

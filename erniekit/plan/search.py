@@ -17,7 +17,7 @@ from erniekit.plan.job import Job
 from erniekit.plan.layout import run_of
 from erniekit.plan.memory import RESERVE, MemoryPlan
 from erniekit.plan.timing import StepTime, least_seconds, step_time
-from erniekit.plan.typed import changed, typed
+from erniekit.plan.typed import changed, read_keys, typed
 from erniekit.plan.work import Work, work_of
 from erniekit.utils.errors import UserError
 
@@ -178,7 +178,8 @@ def words(job: Job, keys: dict[str, Any]) -> str:
     compares layouts by.
     """
     different = changed(job.cfg, keys)
-    return typed({name: value for name, value in keys.items() if name in different or name in _ALWAYS})
+    shown = {name: value for name, value in keys.items() if name in different or name in _ALWAYS}
+    return typed(read_keys(job.cfg, shown))
 
 
 def _timed(

@@ -14,10 +14,15 @@ def typed(keys: Mapping[str, Any]) -> str:
     return " ".join(f"{name}={_value(value)}" for name, value in keys.items())
 
 
+def read_keys(cfg: Config, keys: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of the keys that the method reads: the others are not worth typing."""
+    return {name: value for name, value in keys.items() if cfg.method.reads(name)}
+
+
 def differences(before: Config, after: Config) -> dict[str, Any]:
-    """The keys that have another value in `after`, with that value."""
+    """The keys that the method reads and that have another value in `after`, with that value."""
     old, new = vars(before), vars(after)
-    return {name: new[name] for name in fields() if new[name] != old[name] and name not in _DERIVED}
+    return read_keys(after, {name: new[name] for name in fields() if new[name] != old[name] and name not in _DERIVED})
 
 
 def changed(before: Config, keys: Mapping[str, Any]) -> dict[str, Any]:

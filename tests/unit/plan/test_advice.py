@@ -59,3 +59,18 @@ def test_a_base_in_8_bits_is_not_proposed_for_a_gpu_without_bf16(card: str, comp
     keys = [change.keys for change in changes(plan, 1e9, outline_stage, load_hardware(card))]
     assert keys and ({"compute_type": "wint8"} in keys) == proposed
     assert {"compute_type": "wint8"} not in [change.keys for change in changes(plan, 1e9, outline_stage)]
+
+
+@pytest.mark.parametrize(
+    ("keys", "proposed"),
+    [(("stage=DPO",), True), (("stage=KTO",), False), (("stage=RL", "reward_funcs=exact", "kl_coef=0.1"), False)],
+)
+def test_a_file_of_log_probabilities_saves_the_reference_only_where_it_is_read(keys: tuple[str, ...], proposed: bool):
+    def planned(*more: str):
+        cfg = config.load(None, [*GIVEN, "max_seq_len=1024", "batch_size=1", *keys, *more], "train")
+        return plan_memory(make_job(cfg, ModelConfig.from_dict(DENSE), Cluster(1, "cpu", 8)), 1e9, outline_stage)
+
+    plan = planned()
+    names = {name for change in changes(plan, 1e9, outline_stage) for name in change.keys}
+    assert ("ref_logps_cache" in names) == proposed
+    assert (planned("ref_logps_cache=x.safetensors").worst.peak < plan.worst.peak) == proposed

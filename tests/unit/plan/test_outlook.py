@@ -36,6 +36,13 @@ def test_leaving_recomputation_out_saves_most_time_where_it_fits():
     assert fastest_change(given, time, CARD, lambda changed: memory(False)) is None
 
 
+def test_reinforcement_learning_is_not_told_to_accumulate_gradients():
+    """Its microbatches follow from its completions, and the key has no effect on it."""
+    given = job("stage=RL", "reward_funcs=exact", "batch_size=1", gpus=1)
+    best = fastest_change(given, plan_time(given, CARD), CARD, lambda changed: memory())
+    assert best is not None and best.keys == {"batch_size": 2}
+
+
 def test_changes_keep_the_global_batch():
     given = job("pipeline_parallel_degree=2", "gradient_accumulation_steps=8", "recompute=true")
     seen: list[Job] = []
