@@ -272,7 +272,12 @@ def _lengths(section: Section, lengths: Lengths, cfg: Config) -> None:
     )
     if lengths.num_dropped * 10 > lengths.num_measured:
         share = lengths.num_dropped / lengths.num_measured
-        section.add("warning", f"{share:.0%} of the samples are dropped: raise max_seq_len, or set truncation: cut")
+        instead = "" if cfg.truncation == "cut" else ", or set truncation: cut"
+        section.add(
+            "warning",
+            f"{share:.0%} of the samples are dropped: too long for max_seq_len (raise it{instead}), or without "
+            "anything to learn (look at their answers)",
+        )
 
 
 def _steps(section: Section, cfg: Config, loader: Loader, data_ranks: int, steps: Steps) -> None:

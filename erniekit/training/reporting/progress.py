@@ -127,7 +127,8 @@ class ProgressReport(Callback):
 
     def on_save(self, step: int, path: Path) -> None:
         """Log the path of the checkpoint, which may still be being written in the background."""
-        log.info(f"step {step}: {'saved' if path.is_dir() else 'saving'} {path}")
+        what = "the final model in " if path == self._run.output_dir else ""
+        log.info(f"step {step}: {'saved' if path.is_dir() else 'saving'} {what}{path}")
 
     def on_end(self, summary: dict[str, Any]) -> None:
         """Stop the bar; its last state stays on the screen."""

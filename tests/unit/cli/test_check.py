@@ -76,6 +76,16 @@ def test_a_run_that_is_fine(given, capsys, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    ("truncation", "cure"), [("drop", "(raise it, or set truncation: cut)"), ("cut", "(raise it)")]
+)
+def test_many_dropped_samples_have_a_cure_that_is_not_in_force_already(given, tmp_path, truncation, cure):
+    ignored = json.dumps({"src": ["q"], "tgt": ["a"], "label": [0]})
+    (tmp_path / "train.jsonl").write_text("\n".join([ignored, *(record(f"q {i}", "a") for i in range(4))]))
+    said = findings(given(truncation=truncation), "warning")
+    assert f"20% of the samples are dropped: too long for max_seq_len {cure}, or without anything to learn" in said
+
+
 def test_the_example_shows_what_is_trained(given):
     ok = findings(given(), "ok")
     assert "not trained: '<|begin_of_sentence|>User: q 0\\nAssistant: '\ntrained:     'a 0</s>'" in ok

@@ -306,7 +306,9 @@ def test_evaluations_and_saves_are_said(tmp_path: Path, messages: list[str]):
     report.on_evaluate(5, {"eval_loss": 1.23456, "eval_perplexity": 3.4367})
     report.on_save(5, tmp_path / "checkpoint-5")
     assert messages[1] == "step 5: evaluation: loss 1.235, perplexity 3.437"
-    assert messages[2].endswith("checkpoint-5")
+    assert messages[2].endswith("checkpoint-5") and "final model" not in messages[2]
+    report.on_save(5, run_info(tmp_path).output_dir)
+    assert messages[-1].startswith("step 5: saved the final model in ")
     report.on_evaluate(6, {"eval_loss": 2.5, "eval_perplexity": 12.0, "eval_loss_text": 2.0, "eval_loss_image": 3.0})
     assert messages[-1] == "step 6: evaluation: loss 2.5 (text 2.0000, image 3.0000), perplexity 12"
 
