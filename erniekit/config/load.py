@@ -1,6 +1,7 @@
 """Loads a file and overrides into one checked, frozen Config."""
 
 import dataclasses
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -61,10 +62,10 @@ class _Given:
     place: str
     rank: int = 0
 
-    def place_of(self, name: str) -> str:
-        """The place for a message about the key `name`, with the name that the user wrote where it is another one."""
-        written = self.written.partition(":")[0]
-        return self.place if written == name else f"{self.place}, written {written}"
+    @property
+    def name(self) -> str:
+        """The name of the key that the user wrote."""
+        return self.written.partition(":")[0]
 
 
 @dataclasses.dataclass
@@ -132,7 +133,7 @@ class _State:
 
     def _note_overruled(self, old: _Given, new: _Given) -> None:
         """Add a note if an override replaces a value that the file gives under another name of the same key."""
-        if old.value != new.value and old.written.partition(":")[0] != new.written.partition(":")[0]:
+        if old.value != new.value and old.name != new.name:
             self.notes.append(f"{old.written} ({old.place}): no effect: {new.written} ({new.place}) decides")
 
     def _fixed(self, rule: compat.Fixed, entry: read.Entry) -> None:
@@ -206,6 +207,16 @@ class _State:
                 lines += f"\n  and {len(self.problems) - _MAX_PROBLEMS} more"
             message = f"{path or 'the command line'}: {len(self.problems)} problems:{lines}"
             raise ConfigError(message, self.problems)
+
+
+def _place_of(problem: str, given: Mapping[str, _Given], path: str | None) -> str:
+    """The place of the key that a problem begins with, and the names that the user wrote for the keys in it: its cure
+    is to change these.
+    """
+    first = given.get(problem.partition(":")[0])
+    place = first.place if first is not None else path or "command line"
+    others = (name for name, each in given.items() if each.name != name and re.search(rf"\b{name}\b", problem))
+    return place + "".join(f", {name} is written {given[name].name}" for name in others)
 
 
 def _visible(name: str) -> str:
@@ -351,10 +362,8 @@ def _finish(state: _State, path: str | None, command: str) -> Config:
     hidden = "***"  # in place of secrets, since extras are written into every config.yaml
     extras = tuple((name, hidden if name in SECRETS else given.value) for name, given in state.extras.items())
     cfg = Config(**values, extras=extras, given=state.keys_given(), source=path or "")
-    places = {name: given.place_of(name) for name, given in state.given.items()}
     for problem in checks.problems(cfg, command):
-        key = problem.partition(":")[0]
-        state.problems.append(f"{problem} ({places.get(key) or path or 'command line'})")
+        state.problems.append(f"{problem} ({_place_of(problem, state.given, path)})")
     state.raise_problems(path)
     lines = [*dialects.note(cfg, state.names | values.keys(), command), *state.notes, *support.notes(cfg, command)]
     if command == "train":

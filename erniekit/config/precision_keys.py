@@ -18,8 +18,7 @@ def _low_bit(cfg: Config) -> Iterator[str]:
     if cfg.compute_type in LOW_BIT and cfg.fine_tuning != "LoRA":
         yield (
             f"compute_type: {cfg.compute_type}: the base is held in 8 or 4 bits and frozen, but fine_tuning: "
-            f"{cfg.fine_tuning} trains it: set fine_tuning: LoRA, or compute_type: bf16 without quantization or "
-            "weight_quantize_algo"
+            f"{cfg.fine_tuning} trains it: set fine_tuning: LoRA, or compute_type: bf16"
         )
 
 
