@@ -66,8 +66,8 @@ def _require_an_end(sizes: Sequence[int], probs: Sequence[float]) -> None:
     if length > max(_LONGEST_EPOCH, _MANY_PASSES * sum(sizes)):
         raise DataError(
             f"train_dataset_prob: mix_strategy: interleave_over reads every source to its end, so that {size:,} "
-            f"records with a share of {prob:g} make an epoch of about {length:.2g} samples. Hint: raise that share, or "
-            "set mix_strategy to interleave_under, or to random with max_steps."
+            f"records with a share of {prob:g} make an epoch of about {length:,.0f} samples. Hint: raise that share, "
+            "or set mix_strategy to interleave_under, or to random with max_steps."
         )
 
 

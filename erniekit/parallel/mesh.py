@@ -51,7 +51,7 @@ class ParallelDims:
         return self.pipeline * self.data * self.tensor
 
     def describe(self) -> str:
-        """The three axes in words, such as 2 pipeline stages x 4 data ranks x 1 tensor rank."""
+        """The three axes as text, such as 2 pipeline stages x 4 data ranks x 1 tensor rank."""
         return (
             f"{count_of(self.pipeline, 'pipeline stage')} x {count_of(self.data, 'data rank')} x "
             f"{count_of(self.tensor, 'tensor rank')}"

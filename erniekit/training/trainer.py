@@ -39,6 +39,7 @@ from erniekit.utils.errors import TrainError
 from erniekit.utils.spans import span
 from erniekit.utils.thread_waits import ThreadWaits
 from erniekit.utils.user_files import read_json_object
+from erniekit.utils.wording import count_of
 
 # Keys of the values that are fetched together with a stage's sums.
 _SQUARES = "squared norms of the gradients"
@@ -391,7 +392,7 @@ class Trainer:
         if estimated and epoch < wanted and self.state.step >= self.run.max_steps:
             log.warning(
                 f"the number of steps was estimated (max_estimate_samples): the training ends after {epoch:.3g} of "
-                f"{wanted:g} epochs"
+                f"{count_of(wanted, 'epoch')}"
             )
 
     def _finish(self) -> dict[str, Any]:

@@ -161,7 +161,7 @@ def _adapter_parameters(shapes: Mapping[str, Shape], rank: int) -> int:
 
 def _size(count: float) -> str:
     for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000:
+        if count < 999.5:  # which is 1e+03 in three digits
             return f"{count:.3g} {unit}"
         count /= 1000
     return f"{count:.3g} TB"

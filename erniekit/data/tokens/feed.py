@@ -336,7 +336,7 @@ def _repeats(cfg: Config, file: TokenFile, first: int, last: int) -> np.ndarray 
     long = np.diff(file.starts[first : last + 1]) >= cfg.long_document_min_tokens
     log.info(
         f"{file.prefix}: {int(long.sum())} of {last - first} documents with {cfg.long_document_min_tokens} tokens or "
-        f"more; each comes {cfg.long_document_weight} times in an epoch (long_document_weight)"
+        f"more; each comes {count_of(cfg.long_document_weight, 'time')} in an epoch (long_document_weight)"
     )
     return np.where(long, cfg.long_document_weight, 1) if cfg.long_document_weight > 1 else None
 

@@ -20,7 +20,7 @@ _WINDOW = 20  # the number of steps over which the speed is averaged
 def _count(value: float) -> str:
     """A large number with three digits: 1234567 -> 1.23M."""
     for size, letter in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
-        if value >= size:
+        if value >= 0.9995 * size:  # three digits of less are less than 1000 of the next smaller unit
             return f"{value / size:.3g}{letter}"
     return f"{value:.3g}"
 

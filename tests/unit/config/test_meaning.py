@@ -387,24 +387,6 @@ def test_a_base_in_few_bits_that_cannot_be(given: dict, expected: str):
         cfg(**given)
 
 
-@pytest.mark.parametrize(
-    ("given", "place"),
-    [
-        ({"compute_type": "wint8"}, "(overrides)"),
-        ({"quantization": "wint8"}, "(overrides, compute_type is written quantization)"),
-        ({"weight_quantize_algo": "weight_only_int8"}, "(overrides, compute_type is written weight_quantize_algo)"),
-        (
-            {"fine_tuning": "LoRA", "fp8": "blockwise", "quantization": "wint8"},
-            "Set compute_type: bf16, or fp8: none (overrides, compute_type is written quantization)",
-        ),
-        ({"per_device_train_batch_size": 4, "max_step": 1}, "did you mean max_steps? (overrides)"),
-    ],
-)
-def test_a_problem_names_the_keys_that_the_user_wrote(given: dict, place: str):
-    """A cure such as compute_type: bf16 does not help beside another name of the key, which is to be changed."""
-    assert message(**given).endswith(place)
-
-
 def test_a_base_in_few_bits_is_used_without_lora():
     assert load(None, {"model_name_or_path": "m", "quantization": "wint4"}, "chat").compute_type == "wint4"
 

@@ -118,3 +118,23 @@ def test_each_value_of_other_toolkits_belongs_to_a_key_and_is_none_here():
 def test_a_cache_of_encoded_data_is_not_taken_for_a_tokenizer():
     with pytest.raises(ConfigError, match=r"tokenized_path: unknown key; remove it: .*`erniekit tokenize`"):
         load(None, ["tokenized_path=x"])
+
+
+@pytest.mark.parametrize(
+    ("given", "end"),
+    [
+        ({"compute_type": "wint8"}, "or compute_type: bf16 (overrides)"),
+        ({"quantization": "wint8"}, "or compute_type: bf16 (overrides, compute_type is written quantization)"),
+        ({"weight_quantize_algo": "weight_only_int8"}, "(overrides, compute_type is written weight_quantize_algo)"),
+        (
+            {"fine_tuning": "LoRA", "fp8": "blockwise", "quantization": "wint8"},
+            "Set compute_type: bf16, or fp8: none (overrides, compute_type is written quantization)",
+        ),
+        ({"per_device_train_batch_size": 4, "max_step": 1}, "did you mean max_steps? (overrides)"),
+    ],
+)
+def test_a_problem_names_the_keys_that_the_user_wrote(given: dict, end: str):
+    """A cure such as compute_type: bf16 does not help beside another name of the key, which is to be changed."""
+    with pytest.raises(ConfigError) as caught:
+        load(None, {"model_name_or_path": "m", "train_dataset_path": "t.jsonl", "output_dir": "o", **given})
+    assert str(caught.value).endswith(end)

@@ -70,7 +70,7 @@ def test_tools_of_the_run_are_shown_where_a_record_has_none(tmp_path):
 
 
 def test_nothing_left_is_an_error(tmp_path):
-    with pytest.raises(DataError, match=r"no prompt can be used: 4 have more than 3 tokens.* raise max_prompt_len or "):
+    with pytest.raises(DataError, match=r"no prompt can be used: 4 with more than 3 tokens.* raise max_prompt_len or "):
         open_set(tmp_path, max_prompt_len=3)
 
 

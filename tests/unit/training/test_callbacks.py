@@ -1,5 +1,6 @@
 """What a run reports: the metrics file above all, which a killed and resumed run must leave whole."""
 
+import dataclasses
 import io
 import json
 import os
@@ -311,6 +312,12 @@ def test_evaluations_and_saves_are_said(tmp_path: Path, messages: list[str]):
     assert messages[-1].startswith("step 5: saved the final model in ")
     report.on_evaluate(6, {"eval_loss": 2.5, "eval_perplexity": 12.0, "eval_loss_text": 2.0, "eval_loss_image": 3.0})
     assert messages[-1] == "step 6: evaluation: loss 2.5 (text 2.0000, image 3.0000), perplexity 12"
+
+
+@pytest.mark.parametrize(("number", "shown"), [(999, "999"), (999_400, "999k"), (999_700, "1M"), (1_234_567, "1.23M")])
+def test_a_large_number_has_three_digits_and_its_unit(tmp_path: Path, messages: list[str], number: int, shown: str):
+    ProgressReport(1, disable_bar=True).on_start(dataclasses.replace(run_info(tmp_path), num_parameters=number))
+    assert f", {shown} parameters, " in messages[0]
 
 
 def test_the_metrics_file_comes_before_those_who_read_it():

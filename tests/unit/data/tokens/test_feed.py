@@ -423,7 +423,7 @@ def test_long_documents_come_so_often_in_every_epoch(one, rows_in_place, weight,
     assert report["long_documents"] == weight * len(long)
     begun = len(documents) + (weight - 1) * len(long)
     assert report["samples"] in (begun - 1, begun)  # a last document of one token is only the last target
-    assert f"{len(long)} of 30 documents have 20 tokens or more; each comes {weight} times" in caplog.text
+    assert f"{len(long)} of 30 documents with 20 tokens or more; each comes {weight} time" in caplog.text
     in_order = flat(run(prefix, **keys, random_shuffle=False))
     repeated = [document for document in documents for _ in range(weight if document in long else 1)]
     assert in_order == expected_rows(repeated, 16, False)

@@ -376,7 +376,7 @@ class TestBoxes:
             ({"bbox": [[0, 0, 201, 50]]}, "outside the picture: x is 201, the range is 0 to 200"),
             ({"bbox": [[10, 10, 5, 20]]}, "corners swapped"),
             ({"bbox": [[1, 2, 3]]}, "must be .x, y. or"),
-            ({"bbox": [[1, 2, 3, 4], [1, 2, 3, 4]]}, "1 <bbox> tags for 2 entries"),
+            ({"bbox": [[1, 2, 3, 4], [1, 2, 3, 4]]}, "1 <bbox> tag for 2 entries"),
             ({"bbox": [["a", 2, 3, 4]]}, "must hold numbers"),
             ({"bbox": [[1, 2, 3, 4]], "bbox_type": "cm"}, "bbox_type is 'cm'"),
             ({"bbox": [[1, 2, 3, 4]], "image_id": [4]}, "image_id.0. is 4 and the record has 1 picture"),
