@@ -494,10 +494,3 @@ def test_the_ranks_that_a_model_is_used_on(given, command):
     refused = said("error", tensor_parallel_degree=3)
     assert "tensor_parallel_degree: 3 does not divide the model's 4 attention heads" in refused
     assert ("2 processes" in said("ok", data_parallel_degree=2)) == (command == "eval")
-
-
-@pytest.mark.parametrize(
-    ("count", "shown"), [(999, "999 B"), (999_400, "999 kB"), (999_700, "1 MB"), (2.5e12, "2.5 TB")]
-)
-def test_a_size_has_three_digits_and_its_unit(count: float, shown: str):
-    assert check_output._size(count) == shown

@@ -285,9 +285,7 @@ def test_a_large_set_is_estimated_and_says_so(tmp_path, caplog):
 def test_an_epoch_without_end_is_refused(tmp_path):
     paths = [str(write(tmp_path / f"{name}.jsonl", [{"src": "q", "tgt": "a"}] * 100)) for name in "ab"]
     shares = {"train_dataset_type": "erniekit,erniekit", "mix_strategy": "interleave_over"}
-    with pytest.raises(
-        DataError, match="100 records with a share of 1e-09 make an epoch of about 100,000,000,000 samples"
-    ):
+    with pytest.raises(DataError, match="share of 1e-09 make an epoch of about 100,000,000,000 samples"):
         build(",".join(paths), train_dataset_prob=f"{1 - 1e-9},1e-9", **shares)
     with build(",".join(paths), train_dataset_prob="0.99,0.01", packing=False, **shares) as loader:
         assert loader.rows_left() > 1000
