@@ -195,7 +195,7 @@ class RecordFeed:
         ids = len(stream.ids(0))
         if not ids:
             raise DataError(
-                f"num_train_epochs: {extent.num_epochs:g}: that is less than one sample, and an epoch has "
+                f"num_train_epochs: {extent.num_epochs:g}: less than one sample, since an epoch has "
                 f"{stream.round_length(0)}. Hint: raise num_train_epochs, or set max_steps."
             )
         limit = ids if lengths.exact else min(ids, _COUNTED)

@@ -339,6 +339,6 @@ def test_epochs_of_less_than_a_sample_are_refused(tmp_path):
     path = write(tmp_path / "a.jsonl", [{"src": "q", "tgt": "a"}] * 40)
     with (
         build(path, num_train_epochs=0.01) as loader,
-        pytest.raises(DataError, match=r"num_train_epochs: 0.01: that is none of the 40 samples of an epoch"),
+        pytest.raises(DataError, match=r"num_train_epochs: 0.01: less than one sample, since an epoch has 40"),
     ):
         loader.rows_left()
