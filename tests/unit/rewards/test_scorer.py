@@ -155,7 +155,7 @@ def test_a_function_that_hangs_for_one_of_a_prompt_scores_the_others(scorer):
     with log.captured() as lines:
         table = scorer("my.py:odd", reward_timeout=0.7).score([sample("a"), sample("hang"), sample("b")])
     assert table.values["odd"].tolist()[::2] == [1, 1]
-    assert "d:1: it took more than 0.7 seconds" in lines[0][1]
+    assert "d:1: it took more than 0.7 s" in lines[0][1]
 
 
 def test_a_function_that_fails_for_a_prompt_alone_is_named_once(scorer):

@@ -154,7 +154,7 @@ def test_the_users_functions_are_described_run_and_stopped(own):
     assert by_name["fail"]["parameters"]["properties"]["what"] == {"type": "array", "items": {"type": "string"}}
     assert run(own, "add", a=2, b=3) == "5" and run(own, "calculator", expression="2*3") == "6"
     assert run(own, "fail", what=["oh no"]) == "Error: fail failed: ValueError: oh no."
-    assert run(own, "sleep", seconds=60) == "Error: sleep took more than 0.5 seconds and was stopped."
+    assert run(own, "sleep", seconds=60) == "Error: sleep took more than 0.5 s and was stopped."
     assert run(own, "add", a=2) == "3"  # in another process
     assert run(own, "leave") == "Error: the process of leave ended."
     assert run(own, "sleep", seconds=0) == "done"
