@@ -439,9 +439,12 @@ def _preference(cfg: Config) -> Iterator[str]:
         return
     yield from option_problems(cfg.loss_type, cfg.label_smoothing, cfg.offset_alpha)
     if not cfg.pref_loss_ratio and not cfg.sft_loss_ratio and cfg.loss_type != "orpo":
-        yield "pref_loss_ratio: 0, and sft_loss_ratio: 0: nothing is left to train on"
+        yield "pref_loss_ratio: 0, and sft_loss_ratio: 0: nothing is left to train on; raise one of them"
     if cfg.ref_logps_cache and cfg.ref_model_update_steps > 0:
-        yield "ref_logps_cache: a reference that changes (ref_model_update_steps) cannot be computed beforehand"
+        yield (
+            "ref_logps_cache: a reference that changes (ref_model_update_steps) cannot be computed beforehand. Leave "
+            "one of the two out"
+        )
     if cfg.ref_logps_cache and cfg.method.vision:
         yield (
             f"ref_logps_cache: not with stage: {cfg.method.name}: the file knows a pair by its tokens, which do not "

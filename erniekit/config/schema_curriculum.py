@@ -92,4 +92,7 @@ def curriculum_problems(
                 "(num_iterations x steps_per_generation)"
             )
     if max_steps > 0 and sum(steps) >= max_steps:
-        yield f"rl_stage_steps: {count_of(sum(steps), 'step')} before the last stage, and max_steps is {max_steps}"
+        yield (
+            f"rl_stage_steps: {count_of(sum(steps), 'step')} before the last stage, to which "
+            f"max_steps: {max_steps} leaves none. Raise max_steps, or give fewer"
+        )

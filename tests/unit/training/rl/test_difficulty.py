@@ -159,10 +159,14 @@ def test_what_is_still_lacking_is_padded_and_said(capsys):
     assert [len(call) for call in calls] == [3, 3]
     assert filled.num_padded == 3 and [outcome.index for outcome in filled.outcomes] == calls[0]
     printed = capsys.readouterr().err
-    assert "3 of 3 groups teach nothing" in printed and "too easy" in printed and "max_resample_times" in printed
+    assert (
+        "3 of 3 groups without anything to learn" in printed
+        and "too easy" in printed
+        and "max_resample_times" in printed
+    )
     assert filled.metrics()["sampling/padded_prompts"] == 3
     prompts.begin_rollout(1)
-    assert fill_rollout(prompts, args, 3, generate).num_padded and "teach nothing" not in capsys.readouterr().err
+    assert fill_rollout(prompts, args, 3, generate).num_padded and "anything to learn" not in capsys.readouterr().err
 
 
 def test_without_dynamic_sample_all_groups_are_used():
@@ -210,7 +214,10 @@ def test_without_a_pass_rate_the_variance_of_the_rewards_decides():
         ({"rl_stages": (1, 3), "rl_stage_steps": (4, 4)}, "rl_stages: stage 2 has no data set"),
         ({"rl_stages": (1, 2)}, "rl_stage_steps: 0 entries for 2 stages"),
         ({"rl_stages": (1, 2), "rl_stage_steps": (5,)}, "rl_stage_steps: 5 is not a multiple of the 2 steps"),
-        ({"rl_stages": (1, 2), "rl_stage_steps": (20,)}, "20 steps before the last stage, and max_steps is 20"),
+        (
+            {"rl_stages": (1, 2), "rl_stage_steps": (20,)},
+            "20 steps before the last stage, to which max_steps: 20 leaves none",
+        ),
     ],
 )
 def test_problems_are_named_with_their_key(args, problem):
