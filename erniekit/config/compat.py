@@ -151,6 +151,14 @@ def fp8_shared(value: Any) -> tuple[Any, int] | None:
     return (["experts", "shared_experts"], 1) if to_bool(value) else None
 
 
+def layers_or_none(value: Any) -> tuple[Any, int]:
+    """recompute_fwd_gate_up: numbers of layers, or False for none of them."""
+    switch = plain(value)
+    if switch is True:
+        raise ValueError("True is every layer there; list the numbers of the layers, such as [4, 5, 6]")
+    return ([] if switch is False else value), 0
+
+
 def unless_zero(value: Any) -> tuple[Any, int] | None:
     """Returns a coefficient, or None for 0, which switches it off."""
     return None if to_float(value) == 0.0 else (value, 0)

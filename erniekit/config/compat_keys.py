@@ -13,7 +13,7 @@ _ALIASES: dict[str, Alias] = {
     "use_fp8_mlp": Alias("fp8", compat.fp8_flag),
     "dequant_input": Alias("fp8_store"),
     "offload_recompute_inputs": Alias("offload_activations"),
-    "recompute_fwd_gate_up": Alias("fp8_recompute_up_gate_layers"),
+    "recompute_fwd_gate_up": Alias("fp8_recompute_up_gate_layers", compat.layers_or_none),
     "shared_expert": Alias("fp8_modules", compat.fp8_shared),
     "lora": Alias("fine_tuning", compat.lora_flag),
     "use_lora": Alias("fine_tuning", compat.lora_flag),
@@ -47,13 +47,16 @@ _NO_EFFECT: dict[str, str] = {
     ),
     "fused kernels are used where the device has them": (
         "fuse_linear fuse_rope fuse_rms_norm fuse_swiglu fuse_gate_detach_matmul use_combine_before_a2a "
-        "use_async_a2a use_ep_comm_overlap use_rms_qkv_recompute stack_quant swiglu_probs_bwd spaq split_group_gemm"
+        "use_async_a2a use_ep_comm_overlap use_rms_qkv_recompute stack_quant swiglu_probs_bwd spaq split_group_gemm "
+        "use_fast_ln"
     ),
     "rows are sent to other ranks' experts in the model's dtype, and quantised there": "use_quant_before_a2a",
     "routed experts in FP8 are one step wherever they have no adapter": "use_fp8_fuse_node",
-    "weights are quantised for each product, and no copy in FP8 is kept": "offline_quant_expert_weight",
+    "weights are quantised for each product, and no copy in FP8 is kept": (
+        "offline_quant_expert_weight clear_origin_weight_when_offline_quant"
+    ),
     "head and loss always run only where labels are, a chunk of tokens at a time": (
-        "use_sparse_head_and_loss_fn use_fused_head_and_loss_fn use_recompute_loss_fn"
+        "use_sparse_head_and_loss_fn use_fused_head_and_loss_fn use_recompute_loss_fn loss_subbatch_sequence_length"
     ),
     "recompute_granularity decides what is recomputed, always in the one way that takes any input": (
         "recompute_use_reentrant refined_recompute"
@@ -66,9 +69,10 @@ _NO_EFFECT: dict[str, str] = {
         "moe_group use_expert_parallel"
     ),
     "experts are dispatched in one way here": (
-        "moe_gate moe_with_send_router_loss moe_multimodal_dispatch_use_allgather moe_logging enable_mtp_magic_send"
+        "moe_gate moe_with_send_router_loss moe_multimodal_dispatch_use_allgather moe_logging enable_mtp_magic_send "
+        "moe_use_all2all moe_token_dispatcher_type"
     ),
-    "moe_orthogonal_loss_lambda alone decides": "use_ortho_loss_callback",
+    "moe_orthogonal_loss_lambda alone decides": "use_ortho_loss_callback moe_group_orthogonal_loss",
     "both weight layouts are recognised, and save_format decides what is written": (
         "use_huggingface_model convert_from_hf save_to_hf"
     ),

@@ -143,7 +143,8 @@ def _text(field: "dataclasses.Field[Any]", value: Any) -> str:
     choices = field.metadata["choices"]
     text = _scalar(_only(value), f"one of {_named(choices)}" if choices else "text")
     text = words.get(text.lower(), text)
-    return _chosen(field, expand(text) if path else text)
+    # ERNIEKit's vision-language files end names of models in a slash (baidu/.../), which no Hub has.
+    return _chosen(field, expand(text).rstrip("/") or text if path else text)
 
 
 def _named(choices: Sequence[str]) -> str:

@@ -85,7 +85,8 @@ NO_EFFECT: dict[str, str] = {
     ),
     "no token is dropped unless moe_capacity_factor is given": "moe_capacity",
     "there is no clipping that adapts itself": (
-        "adaptive_norm_clip_ratio adaptive_norm_clip_force_clear_state adaptive_norm_clip_enable_record"
+        "adaptive_norm_clip_ratio adaptive_norm_clip_force_clear_state adaptive_norm_clip_enable_record "
+        "adaptive_norm_force_clear_state adaptive_norm_enable_record"
     ),
     "a loss or gradient that is not finite stops the run": "loss_spike_settings",
     "Paddle's flags are set in the environment": "FLAGS_use_stride_kernel",

@@ -1,5 +1,5 @@
-"""Values in LLaMA-Factory, TRL, ms-swift and verl that are written in another way here. They are not accepted; the
-error about an unknown value says what to write instead.
+"""Values in LLaMA-Factory, TRL, ms-swift, verl and PaddleFormers that are written in another way here. They are not
+accepted; the error about an unknown value says what to write instead.
 """
 
 _KTO = "judged answers have stage: KTO, with kto_loss_type: {}"
@@ -42,6 +42,10 @@ _INSTEAD: dict[str, dict[str, str]] = {
     "lr_scheduler_type": {
         "cosine_with_min_lr": "it is cosine, which ends at min_lr",
         "warmup_stable_decay": "it is wsd:N, which decays from step N on",
+    },
+    "freeze_config": {
+        "freeze_llm": "it is freeze_lm",
+        "freeze_aligner": "frozen_parameters: resampler leaves the resampler as it is",
     },
     "fp8": {"true": "a recipe is named, such as blockwise"},
     "train_dataset_type": {"openai": "it is messages"},

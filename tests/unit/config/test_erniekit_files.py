@@ -182,6 +182,7 @@ def test_vision_language_is_honoured(read):
     cfg = read(VISION)
     assert unsupported(cfg) == []
     assert cfg.freeze_config == ("freeze_vision",)
+    assert cfg.model_name_or_path == "baidu/ERNIE-4.5-VL-28B-A3B-Paddle"  # the file ends it in a slash
     assert cfg.continue_training is True and cfg.amp_master_grad is True
 
 
@@ -196,6 +197,27 @@ def test_pretraining_blocks_are_understood(read):
     assert cfg.fp8_modules == ("experts",) and cfg.compute_type == "bf16"
     assert cfg.tokenizer_name_or_path == "./tokenizer_model"
     assert {"env", "use_fp8_fuse_node", "stack_quant", "dataset_type", "stage"} <= keys(cfg.notes)
+
+
+def test_layers_that_recompute_gate_and_up_may_be_a_switch(read):
+    layers = "recompute_fwd_gate_up: [4, 5]"
+    assert read(PRETRAINING.replace(layers, "recompute_fwd_gate_up: false")).fp8_recompute_up_gate_layers == ()
+    with pytest.raises(ConfigError, match=r"recompute_fwd_gate_up: True is every layer there; list the numbers"):
+        read(PRETRAINING.replace(layers, "recompute_fwd_gate_up: true"))
+
+
+def test_automatic_parallelism_alone_is_refused_of_its_files(read):
+    automatic = """
+    use_fast_ln: True
+    moe_group_orthogonal_loss: True
+    moe_use_all2all: True
+trainer_args:
+  adaptive_norm_force_clear_state: 0
+  adaptive_norm_enable_record: 1
+  n_microbatches: 2
+  enable_auto_parallel: 1"""
+    cfg = read(PRETRAINING.replace("\ntrainer_args:", automatic))
+    assert keys(unsupported(cfg)) == {"enable_auto_parallel"}
 
 
 def test_export_and_chat_need_no_degrees(read):

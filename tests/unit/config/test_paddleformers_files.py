@@ -190,6 +190,7 @@ ernie_model_config:
     recompute_fwd_gate_up: [4, 5, 6]
     dequant_input: true
     offline_quant_expert_weight: true
+    clear_origin_weight_when_offline_quant: true
   fp8_fused_ops_configs:
     stack_quant: true
     split_group_gemm: false
@@ -291,6 +292,8 @@ def test_flat_switches_of_pipeline_and_sharding_are_noted(read):
     )
     noted = reasons(cfg)
     assert all("follows from the degrees" in noted[name] for name in flat.split())
+    cfg = read(PREFERENCE + "moe_token_dispatcher_type: deepep\nloss_subbatch_sequence_length: 8192\n")
+    assert {"moe_token_dispatcher_type", "loss_subbatch_sequence_length"} <= reasons(cfg).keys()
     assert "check_replicas_steps" in noted["tp_sync_param"] and "divided once" in noted["tp_delay_scale_loss"]
 
 

@@ -92,6 +92,7 @@ def test_a_bare_no_is_not_another_word_for_no():
         ("optim=adamw_8bit", "it is adamw with moment_dtype: 8bit"),
         ("lr_scheduler_type=cosine_with_min_lr", "got 'cosine_with_min_lr'; it is cosine, which ends at min_lr"),
         ("fp8=true", "got 'true'; a recipe is named, such as blockwise"),
+        ("freeze_config=freeze_vision,freeze_aligner", "got 'freeze_aligner'; frozen_parameters: resampler leaves"),
         ("loss_type=sigmoyd", "did you mean sigmoid?"),
     ],
 )
