@@ -75,7 +75,7 @@ class Config(
     source: the file that was loaded, for messages.
     """
 
-    extras: tuple[tuple[str, Any], ...] = ()
+    extras: tuple[tuple[str, Any], ...] = dataclasses.field(default=(), hash=False)  # a value may be a list
     given: frozenset[str] = dataclasses.field(default=frozenset(), compare=False)
     notes: tuple[str, ...] = dataclasses.field(default=(), compare=False)
     source: str = dataclasses.field(default="", compare=False)

@@ -55,3 +55,15 @@ def test_the_smallest_host_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         fit_check.warn_if_too_large(cfg, ModelConfig.from_dir(directory), Mesh.outline(ParallelDims(data=4), 0))
     [found] = [text for is_warning, text in lines if is_warning]
     assert "this run may not fit" in found and "cpu of rank 2 has" in found
+
+
+def test_keys_without_effect_may_be_lists_and_mappings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """ERNIEKit's files list operations for mixed precision, and its pretraining files have a block `env`."""
+    directory = model_directory(tmp_path / "model", weights=False)
+    words = [f"model_name_or_path={directory}", f"output_dir={tmp_path}", "train_dataset_path=x.jsonl"]
+    words += ["amp_custom_white_list=[matmul, flash_attn]", "env={HOME: null}", "compute_type=fp32"]
+    cfg = config.load(None, words, "train")
+    monkeypatch.setattr(fit_check, "host_memory", lambda: 10**9)
+    with log.captured() as lines:
+        fit_check.warn_if_too_large(cfg, ModelConfig.from_dir(directory), Mesh.single())
+    assert not any(is_warning for is_warning, _ in lines)
