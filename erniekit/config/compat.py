@@ -186,9 +186,9 @@ def is_given(value: Any) -> tuple[Any, int]:
     return bool(_plain(value)), 0
 
 
-def every_module(value: Any) -> tuple[Any, int] | None:
+def every_module(value: Any) -> tuple[Any, int]:
     """PEFT's all-linear and LLaMA-Factory's all mean the same as giving no names."""
-    return None if str(value).strip().lower() in ("all", "all-linear") else (value, 0)
+    return ([] if str(value).strip().lower() in ("all", "all-linear") else value), 0
 
 
 def truncation(value: Any) -> tuple[Any, int]:

@@ -77,6 +77,7 @@ class _State:
     extras: dict[str, _Given] = dataclasses.field(default_factory=dict)
     names: set[str] = dataclasses.field(default_factory=set)  # every name that has a value, as the user wrote it
     problems: list[str] = dataclasses.field(default_factory=list)
+    fixed: dict[str, str] = dataclasses.field(default_factory=dict)  # the problem of each key that has one value only
     notes: list[str] = dataclasses.field(default_factory=list)
     unknown: list[str] = dataclasses.field(default_factory=list)
     mentioned: set[str] = dataclasses.field(default_factory=set)  # every name in a layer, including keys that are null
@@ -88,6 +89,7 @@ class _State:
         given: dict[str, _Given] = {}
         extras: dict[str, _Given] = {}
         nulls: set[str] = set()
+        off: list[tuple[compat.Alias, read.Entry]] = []
         self._note_names(entries)
         for entry in entries:
             rule = peft_keys.rule_of(entry.name, entry.block) or RULES.get(entry.name)
@@ -99,17 +101,17 @@ class _State:
             elif entry.name in _FIELDS and rule is None:
                 self._put(given, entry.name, entry, entry.value, 0)
             elif isinstance(rule, compat.Alias):
-                self._alias(given, rule, entry)
+                if not self._alias(given, rule, entry):
+                    off.append((rule, entry))
             elif isinstance(rule, compat.Fixed):
                 self._fixed(rule, entry)
             else:
                 self._keep(extras, entry.name, _Given(plain(entry.value), _as_written(entry), entry.place))
         for name in sorted(nulls - given.keys()):
             self._forget(name)
-        for name, new in given.items():
-            if name in self.given:
-                self._note_overruled(self.given[name], new)
-        self.given |= given
+        for rule, entry in off:
+            self._switch_off(given, rule, entry)
+        self._overrule(given)
         self.extras |= extras
 
     def _forget(self, name: str) -> None:
@@ -118,6 +120,20 @@ class _State:
         if old is not None and plain(old.value) != default:
             why = f"the command line gives {name} no value, so that its default holds: {shortened(str(default))}"
             self.notes.append(f"{old.written} ({old.place}): no effect: {why}")
+
+    def _switch_off(self, given: dict[str, _Given], rule: compat.Alias, entry: read.Entry) -> None:
+        """Drop what an earlier layer switched on with a switch that is off in this one; the key itself decides where
+        this layer has it too.
+        """
+        written = _as_written(entry)
+        new, old = given.get(rule.to), self.given.get(rule.to)
+        if new is not None and _turns_on(rule, new.value):
+            self.notes.append(f"{written} ({entry.place}): no effect: {new.written} decides")
+        elif new is None and old is not None and old.name == entry.name:
+            del self.given[rule.to]
+        elif new is None and old is not None and _turns_on(rule, old.value):
+            del self.given[rule.to]
+            self.notes.append(f"{old.written} ({old.place}): no effect: {written} ({entry.place}) decides")
 
     def _note_names(self, entries: Sequence[read.Entry]) -> None:
         self.mentioned |= {entry.name for entry in entries}
@@ -131,21 +147,26 @@ class _State:
             return frozenset(name for name, given in self.given.items() if given.value != _FIELDS[name].default)
         return frozenset(self.given)
 
-    def _note_overruled(self, old: _Given, new: _Given) -> None:
-        """Add a note if an override replaces a value that the file gives under another name of the same key."""
-        if old.value != new.value and old.name != new.name:
-            self.notes.append(f"{old.written} ({old.place}): no effect: {new.written} ({new.place}) decides")
+    def _overrule(self, given: dict[str, _Given]) -> None:
+        """Put the values of a layer over those of earlier ones, with a note where the two have other names."""
+        for name, new in given.items():
+            old = self.given.get(name)
+            if old is not None and old.value != new.value and old.name != new.name:
+                self.notes.append(f"{old.written} ({old.place}): no effect: {new.written} ({new.place}) decides")
+        self.given |= given
 
     def _fixed(self, rule: compat.Fixed, entry: read.Entry) -> None:
+        self.fixed.pop(entry.name, None)
         if rule.is_unsupported(entry.value):
-            self.problems.append(f"{entry.name}: {shortened(str(plain(entry.value)))}: {rule.why} ({entry.place})")
+            self.fixed[entry.name] = f"{_as_written(entry)}: {rule.why} ({entry.place})"
 
-    def _alias(self, given: dict[str, _Given], rule: compat.Alias, entry: read.Entry) -> None:
+    def _alias(self, given: dict[str, _Given], rule: compat.Alias, entry: read.Entry) -> bool:
+        """Whether the value sets its key; one with a problem counts as that."""
         try:
             converted = rule.convert(entry.value)
         except ValueError as error:
             self.problems.append(f"{entry.name}: {error} ({entry.place})")
-            return
+            return True
         if rule.remark:
             self.notes.append(f"{entry.name}: {rule.remark} ({entry.place})")
         rest = rule.without_effect(entry.value)
@@ -153,6 +174,7 @@ class _State:
             self.notes.append(f"{entry.name}: no effect: {rest} ({entry.place})")
         if converted is not None:
             self._put(given, rule.to, entry, *converted)
+        return converted is not None
 
     def _put(self, given: dict[str, _Given], name: str, entry: read.Entry, value: Any, rank: int) -> None:
         try:
@@ -196,6 +218,7 @@ class _State:
 
     def raise_problems(self, path: str | None) -> None:
         """Raise one ConfigError that lists every problem, if there are any."""
+        self.problems.extend(self.fixed.values())
         advice = dialects.advice(self.unknown)
         if advice:
             self.problems.append(advice)
@@ -217,6 +240,15 @@ def _place_of(problem: str, given: Mapping[str, _Given], path: str | None) -> st
     place = first.place if first is not None else path or "command line"
     others = (name for name, each in given.items() if each.name != name and re.search(rf"\b{name}\b", problem))
     return place + "".join(f", {name} is written {given[name].name}" for name in others)
+
+
+def _turns_on(rule: compat.Alias, value: Any) -> bool:
+    """Whether a key's value is what the rule's name sets as a switch that is on."""
+    try:
+        converted = rule.convert(True)
+        return converted is not None and bool(coerce(_FIELDS[rule.to], converted[0]) == value)
+    except ValueError:  # a number that 0 switches off
+        return True
 
 
 def _visible(name: str) -> str:

@@ -98,7 +98,9 @@ def _words(words: list[str], known: Callable[[str], bool]) -> Iterable[tuple[str
             name, _, text = word.partition("=")
             yield name.strip(), _value(text), _COMMAND_LINE
         else:
-            raise ConfigError(f"{word!r} is neither key=value nor --key value. Example: max_steps=100")
+            raise ConfigError(
+                f"{word!r} is neither key=value nor --key value. Example: max_steps=100, without spaces around ="
+            )
 
 
 def _begins(word: str, has_value: bool, known: Callable[[str], bool]) -> bool:
