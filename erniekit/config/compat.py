@@ -186,6 +186,19 @@ def is_given(value: Any) -> tuple[Any, int]:
     return bool(_plain(value)), 0
 
 
+_CALLS = "FunctionCallSFTReader"
+
+
+def reader_of_calls(value: Any) -> tuple[Any, int] | None:
+    """dataset_name: ERNIEKit's reader of function calls, whose texts without pictures are of type messages."""
+    return ("messages", 1) if value == _CALLS else None
+
+
+def other_reader(value: Any) -> str:
+    """A note on ERNIEKit's other readers."""
+    return "" if value == _CALLS else f"{plain(value)}: a record's own fields say whether it has tools"
+
+
 def every_module(value: Any) -> tuple[Any, int]:
     """PEFT's all-linear and LLaMA-Factory's all mean the same as giving no names."""
     return ([] if str(value).strip().lower() in ("all", "all-linear") else value), 0

@@ -5,12 +5,12 @@ from erniekit.config.compat import EVERY, Alias, Fixed, Later
 
 ALIASES: dict[str, Alias] = {
     "one_sample_in_one_seq": Alias("packing", compat.negated),
+    "dataset_name": Alias("text_dataset_type", compat.reader_of_calls, compat.other_reader),
 }
 
 # Reason -> the keys that have no effect for that reason; a reason of compat_keys.py is continued here.
 NO_EFFECT: dict[str, str] = {
     "the model's config.json says whether it sees pictures": "multimodal enable_mm",
-    "a record's own fields say whether it has tools": "dataset_name",
     "a record brings its own questions": "prompt_dir corpus_name",
     "every record is trained as it stands, never as an example in front of another one": (
         "factor example_from_same_task_prob pseudo_sampling_prob trigger_data_prob min_shot max_shot"

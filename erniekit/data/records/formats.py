@@ -107,7 +107,10 @@ def _how_to_write(name: str, type_name: str, likely_type: str) -> str:
             f"stage: SFT and the dataset type {likely_type}"
         )
     stage_hint = " and stage: PT" if likely_type == "text" else ""
-    return f"this looks like {likely_type}; set the dataset type to {likely_type}{stage_hint}"
+    return (
+        f"this looks like {likely_type}; set the dataset type (train_dataset_type, eval_dataset_type or "
+        f"text_dataset_type) to {likely_type}{stage_hint}"
+    )
 
 
 def _check_stage(record: dict[str, Any], type_name: str, likely: str) -> None:

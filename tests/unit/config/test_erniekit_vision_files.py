@@ -243,6 +243,12 @@ def test_what_a_vision_file_means():
     assert "multimodal" in names_in(cfg.notes) and "add_sys_token" in names_in(cfg.notes)
 
 
+def test_the_reader_of_function_calls_says_what_their_texts_are():
+    assert read("VL-28B-A3B-Thinking/sft_function_call/run_sft_8k").text_dataset_type == ("messages",)
+    other = load(None, THINKING | CALLS | {"output_dir": "o", "dataset_name": "KnowledgeBasedSFTReader"}, "train")
+    assert other.text_dataset_type == () and "dataset_name" in names_in(other.notes)
+
+
 def test_paddleocr_is_refused_by_name():
     values = LORA | {
         "stage": "OCR-VL-SFT",
