@@ -17,6 +17,7 @@ from erniekit.cli.check.model import ModelFacts
 from erniekit.cli.check.report import Level, Report, Section
 from erniekit.config import Config
 from erniekit.config.methods import Records
+from erniekit.config.token_files import weighted_prefixes
 from erniekit.data.chat.tokenizer import Tokenizer
 from erniekit.data.evaluated_kinds import require_metric
 from erniekit.data.lengths import Lengths
@@ -26,6 +27,7 @@ from erniekit.data.record_feed import Inspection, RecordFeed, specs_of
 from erniekit.data.records.dataset import Dataset, Source, SourceSpec, with_pictures
 from erniekit.data.records.find_files import find_files
 from erniekit.data.records.readers import load_record
+from erniekit.data.tokens.files import TokenFile, strip_suffix
 from erniekit.data.vision.options import unsized_spec
 from erniekit.training.batch_warmup import last_step, repeats_line
 from erniekit.training.short_runs import warn_if_too_short
@@ -38,6 +40,7 @@ CHECKED_BYTES = 64 << 20  # records are parsed and validated at about 20 MB/s
 MEASURED_SAMPLES = 5_000  # tokenised for their lengths
 COMPARED_RECORDS = 100_000  # of each split, for duplicates
 _MANY_EPOCHS = 50
+_ANY_ID = 2**31  # more than any id of a token file, which has at most 32 bits
 _WITHOUT_ERROR = {"error": "drop"}  # samples that are too long are counted, and then called errors
 
 
@@ -230,6 +233,7 @@ def _open(cfg: Config, split: str, facts: ModelFacts, ranks: int) -> Loader:
 def _check_records(section: Section, cfg: Config, split: str, opened: dict[str, Dataset]) -> None:
     """Reports the records only, without lengths, since there is no tokenizer."""
     if not _reads_text(cfg, split):
+        _token_files(section, cfg)
         return
     with section.collecting():
         specs = specs_of(cfg, split)
@@ -241,6 +245,14 @@ def _check_records(section: Section, cfg: Config, split: str, opened: dict[str, 
         opened[split] = Dataset(sources)
         section.add("ok", opened[split].describe("record"))
         _faults(section, cfg, opened[split])
+
+
+def _token_files(section: Section, cfg: Config) -> None:
+    """Reports the files of input_dir; whether their ids are the tokenizer's cannot be known without it."""
+    with section.collecting():
+        for prefix in dict.fromkeys(strip_suffix(prefix) for _, prefix in weighted_prefixes(cfg.input_dir)):
+            file = TokenFile(prefix, _ANY_ID)
+            section.add("ok", f"{prefix}: {count_of(file.num_documents, 'document')}, {file.num_tokens} tokens")
 
 
 def _faults(section: Section, cfg: Config, dataset: Dataset) -> None:
