@@ -8,7 +8,8 @@ from erniekit.utils import log
 from erniekit.utils.errors import CheckpointError, DataError, UserError
 
 _NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")  # owner/name
-_MODEL_FILES = ["*.safetensors", "*.json", "*.model", "*.jinja", "*.txt"]
+_SMALL_FILES = ["*.json", "*.model", "*.jinja", "*.txt"]
+_MODEL_FILES = ["*.safetensors", *_SMALL_FILES]
 _TOKENIZER_FILES = [
     "tokenizer*",
     "special_tokens_map.json",
@@ -20,11 +21,14 @@ _TOKENIZER_FILES = [
 _DATA_FILES = ["*.json", "*.jsonl", "*.txt", "*.csv", "*.parquet"]
 
 
-def resolve_model(name_or_path: str, download_hub: str | None = None, key: str = "model_name_or_path") -> Path:
-    """The local directory of a model. For a Hub name, weights, tokenizer and configuration are downloaded. Raises
-    CheckpointError that names the YAML `key`.
+def resolve_model(
+    name_or_path: str, download_hub: str | None = None, key: str = "model_name_or_path", weights: bool = True
+) -> Path:
+    """The local directory of a model. For a Hub name, tokenizer, configuration and, unless `weights` is False, weights
+    are downloaded. Raises CheckpointError that names the YAML `key`.
     """
-    return _resolve(name_or_path, download_hub, key, "model", _MODEL_FILES, CheckpointError)
+    patterns = _MODEL_FILES if weights else _SMALL_FILES
+    return _resolve(name_or_path, download_hub, key, "model", patterns, CheckpointError)
 
 
 def resolve_tokenizer(name_or_path: str, download_hub: str | None = None) -> Path:

@@ -88,7 +88,7 @@ def _directory(cfg: Config) -> tuple[Path, bool, str]:
         return directories(cfg)[0], True, ""
     if cfg.model_name_or_path is None:
         raise ConfigError("model_name_or_path: no model is given. Set checkpoint, output_dir or model_name_or_path.")
-    path = resolve_model(cfg.model_name_or_path, cfg.download_hub)
+    path = resolve_model(cfg.model_name_or_path, cfg.download_hub, weights=cfg.continue_training)
     require_model(path)
     ModelConfig.from_dir(path)  # raises the proper error if the directory is not a model
     note = f"output_dir: {cfg.output_dir} holds no model yet; using model_name_or_path" if missing else ""

@@ -23,7 +23,7 @@ def directories(cfg: Config) -> tuple[Path, Path]:
     """
     model = None
     if cfg.model_name_or_path:
-        model = resolve_model(cfg.model_name_or_path, cfg.download_hub)
+        model = resolve_model(cfg.model_name_or_path, cfg.download_hub, weights=cfg.continue_training)
     if not cfg.tokenizer_name_or_path:
         assert model is not None, "config.load requires a model or a tokenizer to train"
         return model, model

@@ -2,7 +2,11 @@ import sys
 import types
 
 import pytest
+from support.tiny_directories import model_directory
 
+from erniekit import config
+from erniekit.checkpoint.model_files import model_files
+from erniekit.checkpoint.model_shape import directories
 from erniekit.hub import resolve_dataset, resolve_model, resolve_tokenizer
 from erniekit.utils.errors import CheckpointError, DataError
 
@@ -27,6 +31,22 @@ def test_a_name_is_downloaded_as_what_it_is(tmp_path, monkeypatch):
         ("owner/set", "dataset"),
     ]
     assert "*.safetensors" in asked[0][1]["allow_patterns"] and "*.parquet" in asked[1][1]["allow_patterns"]
+
+
+@pytest.mark.parametrize("continues", [True, False])
+def test_a_random_start_downloads_no_weights(continues, tmp_path, monkeypatch):
+    """examples/configs/ERNIE-4.5-300B-A47B/pretrain names a model of 600 GB of which only the shape is read."""
+    asked = []
+    model = model_directory(tmp_path / "model", weights=False)
+    monkeypatch.setattr(
+        "huggingface_hub.snapshot_download", lambda name, **options: asked.append(options) or str(model)
+    )
+    words = ["model_name_or_path=owner/name", f"output_dir={tmp_path}/out", "train_dataset_path=x.jsonl"]
+    cfg = config.load(None, [*words, f"continue_training={continues}"])
+    assert directories(cfg) == (model, model)
+    assert model_files(cfg).path == model
+    assert [("*.safetensors" in options["allow_patterns"]) for options in asked] == [continues, continues]
+    assert all("*.json" in options["allow_patterns"] for options in asked)
 
 
 def test_offline_is_one_clear_error_that_names_the_key(monkeypatch):
