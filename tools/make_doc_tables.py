@@ -25,6 +25,7 @@ COMMANDS = {"run_chat": "chat", "run_eval": "eval", "run_export": "export"}  # a
 CONVERSIONS: dict[Callable[..., object], str] = {
     compat.negated: "`True` becomes `False`, `False` becomes `True`",
     compat.lora_flag: "`True` means `LoRA`; `False` sets nothing",
+    compat.reader_of_calls: "`FunctionCallSFTReader` means `messages`; other names set nothing",
     compat.weak: "gives way to the key itself",
     compat.weaker: "gives way to the key itself and to its other names",
     compat.bf16_flag: "`True` means `bf16`, `False` means `fp32`, where nothing else gives a precision",

@@ -139,6 +139,10 @@ def _token_files(cfg: Config, command: str) -> Iterator[str]:
         yield f"long_document_min_tokens: needed with long_document_weight: {cfg.long_document_weight}"
 
 
+# With pictures or not: the types whose records pretraining reads as documents.
+_TYPES_OF_DOCUMENTS = {True: ("erniekit", "text"), False: ("erniekit", "text", "messages", "chatml")}
+
+
 def _dataset_types(cfg: Config, command: str) -> Iterator[str]:
     """Checks that the method reads the formats of the data sets. An unbuilt method is refused by its name alone."""
     if cfg.method.later:
@@ -155,7 +159,7 @@ def _dataset_types(cfg: Config, command: str) -> Iterator[str]:
                     f"{split}_dataset_type: stage: {stage} reads {records.value}, not {name}. Use erniekit, messages, "
                     "sharegpt or alpaca"
                 )
-            if records is Records.TEXT and name not in ("erniekit", "text"):
+            if records is Records.TEXT and name not in _TYPES_OF_DOCUMENTS[cfg.method.vision]:
                 yield (
                     f'{split}_dataset_type: stage: {stage} reads plain text ({{"text": ...}}), not {name}. Use '
                     f"erniekit or text, or stage: {instead}"

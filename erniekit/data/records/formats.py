@@ -1,10 +1,10 @@
 """Converts one record of a data file into one Sample, with pure functions that check every field.
 
 Types: `erniekit` (src/tgt), `alpaca`, `messages` (also called `chatml`), `sharegpt`, and `text` (pretraining: {"text":
-...} or {"tgt": [...]}; at stage PT the type `erniekit` means this type). At stage DPO the first four mean pairs of
-answers, see preference_formats; at stage RL they mean prompts, see prompt_formats, and at stage KTO judged answers, see
-judged_formats. The module `fields` describes the
-treatment of unknown fields.
+...}, {"tgt": [...]} or one message of the assistant; at stage PT the types `erniekit` and `messages` mean this one). At
+stage DPO the first four mean pairs of answers, see preference_formats; at stage RL they mean prompts, see
+prompt_formats, and at stage KTO judged answers, see judged_formats. The module `fields` describes the treatment of
+unknown fields.
 """
 
 from typing import Any
@@ -184,7 +184,11 @@ def _sharegpt(record: dict[str, Any], notes: Notes) -> Sample:
 
 
 def _pretraining(record: dict[str, Any], notes: Notes) -> Sample:
-    """`text` or `tgt` is one document; several strings are its paragraphs and are joined by a newline."""
+    """`text` or `tgt` is one document; several strings are its paragraphs and are joined by a newline. PaddleFormers
+    writes it as a message of the assistant.
+    """
+    if has_content(record.get("messages")):
+        return Sample(kind="text", text=_only_message(record))
     name = one_of(record, "text", "tgt")
     if name is None:
         given = "text" in record or "tgt" in record
@@ -195,12 +199,23 @@ def _pretraining(record: dict[str, Any], notes: Notes) -> Sample:
     )
 
 
+def _only_message(record: dict[str, Any]) -> str:
+    messages = record["messages"]
+    item = messages[0] if isinstance(messages, list) and len(messages) == 1 else None
+    if not isinstance(item, dict) or item.get("role") != "assistant":
+        hint = 'write {"text": "the document"}; conversations are trained on with stage: SFT'
+        raise BadRecord("'messages' is no document, which is one message of the assistant", hint)
+    if has_content(record.get("text")) or has_content(record.get("tgt")):
+        raise BadRecord("exactly one of 'text', 'tgt' and 'messages' must be there", 'write {"text": "the document"}')
+    return text_of(item.get("content"), "messages[0].content")
+
+
 FORMATS = {
     "erniekit": Format(_erniekit, ("src", "tgt", "system", "label", "is_system"), ("src",)),
     "alpaca": Format(_alpaca, ("instruction", "input", "output", "history", "system"), ("instruction",)),
     "messages": Format(_messages, ("messages", "tools", "label"), ("messages",)),
     "sharegpt": Format(_sharegpt, ("conversations", "system", "tools", "label"), ("conversations",)),
-    "text": Format(_pretraining, ("text", "tgt"), ("text",)),
+    "text": Format(_pretraining, ("text", "tgt", "messages"), ("text",)),
 }
 
 

@@ -411,3 +411,10 @@ def test_the_page_counts_the_keys_of_both():
     assert "| ERNIEKit: {} keys | PaddleFormers: {} keys |".format(*(column[0] for column in columns)) in page
     for row in range(1, 5):
         assert f"| {columns[0][row]} | {columns[1][row]} |\n" in page
+
+
+@pytest.mark.parametrize("name", ["messages", "chatml"])
+def test_documents_of_its_guide_to_pretraining_are_taken(read, name):
+    """{"messages": [{"role": "assistant", "content": "a document"}]}, see tests/unit/data/records/test_formats.py."""
+    text = "model_name_or_path: m\ntrain_dataset_path: a.jsonl\noutput_dir: o\nstage: PT\n"
+    assert read(f"{text}train_dataset_type: {name}\n").train_dataset_type == (name,)

@@ -2,7 +2,9 @@ import json
 
 import pytest
 
+from erniekit.config.methods import METHODS
 from erniekit.data.records import formats
+from erniekit.data.records.dataset import read_specs
 from erniekit.data.records.fields import Notes
 from erniekit.data.records.formats import FORMATS, parse_record
 from erniekit.data.records.preference_formats import PREFERENCE_FORMATS
@@ -205,7 +207,7 @@ def test_pretraining_text_in_both_spellings():
         ({"messages": []}, "erniekit", "messages"),
         ({"conversations": []}, "alpaca", "sharegpt"),
         ({"src": "a", "tgt": "b"}, "text", "erniekit, which is trained on with stage: SFT"),
-        ({"messages": []}, "text", "messages, which is trained on with stage: SFT"),
+        ({"instruction": "a"}, "text", "alpaca, which is trained on with stage: SFT"),
         ({"text": "a"}, "erniekit", "text"),
         ({"src": ["a"], "tgt": [], "response": [["x"], ["y"]], "sort": [1, 0]}, "erniekit", "stage DPO"),
         ({"text_info": []}, "erniekit", "stage: VL-SFT"),
@@ -380,6 +382,17 @@ def test_what_no_check_foresaw_is_still_an_error_with_its_place(monkeypatch):
     monkeypatch.setitem(formats._ALL, "erniekit", FORMATS["erniekit"]._replace(read=broken))
     with pytest.raises(DataError, match=r"^a.jsonl:3: this record cannot be read \(IndexError: .*test_formats.py:\d+"):
         parse_record({"src": [], "tgt": []}, "erniekit", "a.jsonl:3")
+
+
+def test_a_document_may_be_one_message_of_the_assistant():
+    """As PaddleFormers' guide to pretraining ERNIE 4.5 writes it; the type of its data set is messages."""
+    [spec] = read_specs(["a.jsonl"], ["messages"], [], "train", METHODS["PT"])
+    assert parse_record({"messages": [assistant("a\nb")]}, spec.type) == parse_record({"text": "a\nb"}, "text")
+    for messages in ([user("q"), assistant("a")], [user("q")], "a", [assistant("a"), assistant("b")]):
+        with pytest.raises(DataError, match=r"'messages' is no document.*conversations are trained on with stage: SFT"):
+            parse_record({"messages": messages}, "text")
+    with pytest.raises(DataError, match="exactly one of 'text', 'tgt' and 'messages'"):
+        parse_record({"messages": [assistant("a")], "text": "b"}, "text")
 
 
 def test_a_null_beside_a_field_is_no_second_field():
