@@ -24,6 +24,10 @@ _FENCE = re.compile(r"^\s*```[a-z]*\s*|\s*```\s*$")
 _KEYS = ("bbox_2d", "bbox", "box")
 _OPTION = re.compile(r"[(（]?\s*([A-H])\s*[)）]?\s*[.．:：、,，]?")
 _OPTION_ALONE = re.compile(_OPTION.pattern, re.IGNORECASE)  # of an answer, which may be a small letter
+# Small letters that stand as the mark of an option: "(b) a cup", "b. a cup", "option (b)", "\\boxed{b}".
+_SMALL = re.compile(
+    r"^\s*\**(?:\([a-h]\)|[a-h][).:、](?=\s))|(?i:\b(?:option|choice))\s+\([a-h]\)|(?<=\\boxed\{)\(?[a-h]\)?(?=\})"
+)
 # Tried in this order; of the first pattern that is found the last match counts, since reasoning comes before a choice.
 _SAID = (
     re.compile(r"\\boxed\{\s*(?:\\text\{)?\s*\(?([A-H])\)?\s*\}"),
@@ -136,16 +140,16 @@ def f1_of_boxes(found: Boxes, expected: Boxes) -> float:
 def option_of(text: str) -> str | None:
     """The letter, A to H, that an answer chooses; None if it names none or it is not clear which.
 
-    An answer may be the letter alone, also a small one or one of full width, begin with it ("B. a cup"), or say "the
-    answer is B" or "答案是 B" somewhere; else the one letter that stands by itself counts, unless there are several
-    different ones. "A" before another word is the article. A letter behind a "not", or that is said to be wrong, does
-    not count.
+    An answer may be the letter alone, also a small one or one of full width, begin with it ("B. a cup", "(b) a cup"),
+    or say "the answer is B" or "答案是 B" somewhere; else the one letter that stands by itself counts, unless there are
+    several different ones. "A" before another word is the article. A letter behind a "not", or that is said to be
+    wrong, does not count.
     """
     text = unicodedata.normalize("NFKC", text)
     whole = _OPTION_ALONE.fullmatch(text.strip().strip("*"))
     if whole:
         return whole[1].upper()
-    text = _NOT.sub(" ", text)
+    text = _NOT.sub(" ", _SMALL.sub(lambda match: match[0].upper(), text))
     for pattern in _SAID:
         found = pattern.findall(text)
         if found:
