@@ -36,8 +36,15 @@ from erniekit.utils.version import __version__
 from erniekit.utils.wording import count_of
 
 _PROCESS_COUNTS = ("NNODES", "PADDLE_TRAINERS_NUM")
-# The variables in which schedulers that start one process per host give the host's number.
-_NODE_RANKS = ("PADDLE_NODE_RANK", "SLURM_NODEID", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "JOB_COMPLETION_INDEX")
+# The variables that give a host's number: the user's, and those of schedulers that start one process per host.
+_NODE_RANKS = (
+    "PADDLE_NODE_RANK",
+    "NODE_RANK",
+    "SLURM_NODEID",
+    "OMPI_COMM_WORLD_RANK",
+    "PMI_RANK",
+    "JOB_COMPLETION_INDEX",
+)
 # Commands that run on several processes if the degrees of their configuration require it.
 ON_RANKS = ("train", "eval", "chat")
 _AGENT = "ERNIEKIT_AGENT"  # from the agent to its workers: "process id:file descriptor of the heartbeat's memory"

@@ -270,7 +270,7 @@ def local_ranks(world: int) -> int:
     return min(int(text), world) if text.isascii() and text.isdigit() and int(text) else world
 
 
-# Variables in which other launchers give the number of processes; nothing here reads them.
+# Variables in which other launchers give the number of processes; of these, RANK and NODE_RANK may number hosts here.
 _OTHER_LAUNCHERS = (
     "NPROC_PER_NODE GPUS_PER_NODE WORLD_SIZE LOCAL_WORLD_SIZE RANK LOCAL_RANK NODE_RANK FORCE_TORCHRUN "
     "ACCELERATE_CONFIG_FILE ACCELERATE_USE_DEEPSPEED ACCELERATE_USE_FSDP DEEPSPEED_CONFIG_FILE"
@@ -279,11 +279,15 @@ _OTHER_LAUNCHERS = (
 
 def ignored_variables() -> list[str]:
     """The variables of other launchers that are set and have no effect here, as NAME=value."""
-    names = [name for name in _OTHER_LAUNCHERS if name != "RANK" or not rank_numbers_hosts(os.environ)]
-    return [f"{name}={os.environ[name]}" for name in names if os.environ.get(name)]
+    is_read = {"NODE_RANK": _has_several_hosts(os.environ), "RANK": rank_numbers_hosts(os.environ)}
+    return [f"{name}={os.environ[name]}" for name in _OTHER_LAUNCHERS if os.environ.get(name) and not is_read.get(name)]
+
+
+def _has_several_hosts(environ: Mapping[str, str]) -> bool:
+    return environ.get("NNODES", "").strip() not in ("", "0", "1")
 
 
 def rank_numbers_hosts(environ: Mapping[str, str]) -> bool:
     """Whether RANK is the number of a host among NNODES, as for PaddleFormers, and not of a process as for torchrun."""
     by_process = any(environ.get(name, "").strip() for name in ("LOCAL_RANK", "LOCAL_WORLD_SIZE"))
-    return environ.get("NNODES", "").strip() not in ("", "0", "1") and not by_process
+    return _has_several_hosts(environ) and not by_process

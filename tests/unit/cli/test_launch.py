@@ -168,9 +168,11 @@ def test_what_does_not_fit_is_refused_before_any_process_starts(job, keys: dict,
         ({"RANK": "1"}, 1),  # as PaddleFormers and PyTorchJob have it
         ({"RANK": "1", "PADDLE_NODE_RANK": "0"}, 0),
         ({"RANK": "5", "LOCAL_RANK": "1", "WORLD_SIZE": "8"}, None),  # torchrun's number of a process
+        ({"NODE_RANK": "1"}, 1),  # as LLaMA-Factory and ms-swift have it
+        ({"NODE_RANK": "1", "PADDLE_NODE_RANK": "0", "SLURM_NODEID": "1"}, 0),
     ],
 )
-def test_rank_is_the_hosts_number_where_no_process_has_one(job, environ: dict, node: int | None):
+def test_the_variables_of_other_tools_number_the_hosts(job, environ: dict, node: int | None):
     assert job(environ=TWO | environ, data_parallel_degree=4).master.node == node
 
 

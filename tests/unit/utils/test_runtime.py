@@ -55,15 +55,16 @@ def test_gradients_on_a_gpu_are_summed_in_one_order_unless_the_user_says_otherwi
 
 
 def test_variables_of_other_launchers_are_named(monkeypatch: pytest.MonkeyPatch):
-    for name in ("NPROC_PER_NODE", "WORLD_SIZE", "RANK", "LOCAL_RANK"):
+    for name in ("NPROC_PER_NODE", "WORLD_SIZE", "RANK", "LOCAL_RANK", "NODE_RANK", "NNODES"):
         monkeypatch.delenv(name, raising=False)
     before = runtime.ignored_variables()
     monkeypatch.setenv("NPROC_PER_NODE", "8")
     assert runtime.ignored_variables() == ["NPROC_PER_NODE=8", *before]
     monkeypatch.setenv("RANK", "1")
-    assert "RANK=1" in runtime.ignored_variables()
+    monkeypatch.setenv("NODE_RANK", "1")
+    assert {"RANK=1", "NODE_RANK=1"} < set(runtime.ignored_variables())
     monkeypatch.setenv("NNODES", "2")
-    assert "RANK=1" not in runtime.ignored_variables()  # it is the host's number
+    assert runtime.ignored_variables() == ["NPROC_PER_NODE=8", *before]  # both are the host's number
 
 
 @pytest.mark.parametrize(
