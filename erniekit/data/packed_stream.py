@@ -247,8 +247,8 @@ class PackedStream:
         if counts.rows == 0:
             raise DataError(
                 f"nothing is left to read: every sample was dropped ({counts.dropped}). "
-                "Hint: raise max_seq_len, or set truncation: cut (with pictures: shrink); the lines above give the "
-                "reasons."
+                "Hint: the lines above say why; raise the limit that they name; truncation decides what becomes of "
+                "longer samples."
             )
 
     def row_sizes(self, number: int, lengths: Lengths, limit: int | None = None) -> Iterator[tuple[int, int]]:

@@ -143,7 +143,7 @@ class RecordFeed:
     def _require_some(self, lengths: Lengths) -> None:
         if lengths.num_dropped < lengths.num_measured:
             return
-        hint = "raise the limit that they name, or set truncation: cut"
+        hint = "raise the limit that they name; truncation decides what becomes of longer samples"
         if self._decoder is not None:
             hint = "the lines above say which max_seq_len or max_pixels would do"
         paths = ", ".join(source.spec.path for source in self.dataset.sources)

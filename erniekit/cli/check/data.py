@@ -284,7 +284,7 @@ def _lengths(section: Section, lengths: Lengths, cfg: Config) -> None:
     )
     if lengths.num_dropped * 10 > lengths.num_measured:
         share = lengths.num_dropped / lengths.num_measured
-        instead = "" if cfg.truncation == "cut" else ", or set truncation: cut"
+        instead = ", or set truncation: cut" if cfg.truncation == "drop" else ""
         section.add(
             "warning",
             f"{share:.0%} of the samples are dropped: too long for max_seq_len (raise it{instead}), or without "
