@@ -206,13 +206,6 @@ def test_evaluation_data_of_which_nothing_is_left_would_stop_the_run(given, tmp_
     assert "eval.jsonl: none of 1 sample can be used" in findings(args, "error")
 
 
-@pytest.mark.parametrize(("truncation", "remedy"), [("drop", "limit, or set truncation: cut"), ("cut", "limit")])
-def test_a_remedy_that_is_already_in_place_is_not_advised(given, tmp_path, truncation, remedy):
-    (tmp_path / "train.jsonl").write_text(record("q", "a") + "\n" + record("q " * 200, "a"))
-    warnings = findings(given(truncation=truncation), "warning").splitlines()
-    assert f"50% of the samples are dropped. Where they are too long, raise the {remedy}" in warnings
-
-
 def test_all_bad_lines_are_found_and_are_warnings_where_they_are_skipped(given, tmp_path):
     lines = [record("q", "a"), '{"src": ["q"]}', '{"src": ', record("q2", "a2")]
     (tmp_path / "bad.jsonl").write_text("\n".join(lines))
