@@ -13,7 +13,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
-from support.browser import CHROMIUM, DRIVER, BoardProcess, Page, browser
+from support.browser import CHROMIUM, DRIVER, PATIENCE, BoardProcess, Page, browser
 from support.source_tree import REPOSITORY
 
 from erniekit.board import job
@@ -194,13 +194,19 @@ def served(root: Path, name: str, port: int) -> None:
 
 
 class Upstream(BaseHTTPRequestHandler):
-    """A model that thinks, calls a tool, and answers when it has the result."""
+    """A model that thinks, calls a tool, and answers when it has the result; to "Wait" only when `go` is set."""
+
+    go = threading.Event()
 
     def do_GET(self) -> None:
         self._say(b'{"data": [{"id": "m"}]}')
 
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["content-length"])))
+        if body["messages"][-1]["content"] == "Wait":
+            self._say(b": nothing yet\n\n")
+            self.go.wait(PATIENCE)
+            return
         call = {
             "index": 0,
             "id": "c1",
@@ -272,3 +278,51 @@ def test_a_conversation_shows_thoughts_and_calls_and_is_saved(page: Page, board:
     page.wait(lambda: "does not answer" in page.text("#panes"), "the error")
     problems = page.problems()
     assert len(problems) == 1 and "502" in problems[0]  # Chromium logs the status
+    for name in ("base-x", "serve-x"):
+        shutil.rmtree(root / "runs" / name)
+
+
+def test_nothing_that_was_written_is_lost(page: Page, board: BoardProcess, root: Path, workspace: Path):
+    """By a reload, another theme, or a message that cannot be sent; a new conversation may begin at any time."""
+    run = root / "runs" / "trained"
+    run.mkdir()
+    facts = {"words": ["train", "run.yaml"], "output": str(run), "created": time.time()}
+    (run / "job.json").write_text(json.dumps(facts))
+    # A server of this model ends soon: it has no weights.
+    text = (workspace / "run.yaml").read_text().replace("continue_training: false\n", "")
+    (run / "run.yaml").write_text(text)
+    page.open(f"{board.address}/new?command=train&run=trained&copy=1")
+    page.wait(lambda: "max_steps: 6" in page.js("$('yaml').value"), "the copy")
+    page.type("#yaml", "max_steps: 7\n")
+    page.open(page.js("location.href"))
+    page.wait(lambda: page.text("#words"), "its check")
+    assert page.js("$('yaml').value") == "max_steps: 7\n", "it is not copied again"
+    page.open(f"{board.address}/chat")
+    page.js("document.querySelector('details').open = true")
+    page.type("#question", "Hello?\n")
+    page.wait(lambda: page.text("#toasts") == STRINGS["en"]["no_server"], "what is missing")
+    page.type("#address", "127.0.0.1:1")
+    page.type("#tools", "[")
+    page.js("$('ask').requestSubmit()")
+    page.wait(lambda: "JSON" in page.text("#toasts"), "what is wrong")
+    theme = page.js("getComputedStyle(document.body).backgroundColor")
+    page.click("#theme")
+    page.wait(lambda: page.js("getComputedStyle(document.body).backgroundColor") != theme, "the other theme")
+    assert page.js("[$('question').value, $('tools').value]") == ["Hello?", "["]
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Upstream)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    served(root, "serve-other", server.server_address[1])
+    page.open(f"{board.address}/chat?run=trained")
+    page.wait(lambda: page.js("$('left').value").startswith("serve-trained"), "the run that was asked for")
+    page.choose("#left", "serve-other")
+    for question in ("Wait", "Wait", "Hello?"):
+        page.type("#question", f"{question}\n")
+        page.wait(lambda: not page.find("#send").is_enabled() or question == "Hello?", "it is sent")  # noqa: B023
+        page.click("#clear") if question == "Wait" else None
+        page.wait(lambda: page.find("#send").is_enabled(), "another may be sent")
+    page.wait(lambda: page.text("#panes .text") == "Hello?", "the question")
+    page.wait(lambda: "Bearer key of serve-other: 1" in page.text("#panes"), "an answer to one message")
+    Upstream.go.set()
+    server.shutdown()
+    server.server_close()
+    assert page.problems() == []

@@ -126,7 +126,7 @@ class Charts {
   constructor(ids) {
     [this.ids, this.data, this.plots, this.remarks] = [ids, new Map(ids.map((id) => [id, []])), new Map(), new Map()];
     on("smooth", "input", () => this.draw(false));
-    on("log-scale", "input", () => this.draw(true));
+    for (const id of ["log-scale", "theme"]) on(id, "click", () => this.draw(true));
     const observer = new ResizeObserver(() => this.plots.forEach((plot, name) => plot.setSize(this.size(name))));
     for (const id of ["charts", "more-charts"]) observer.observe($(id));
   }
@@ -149,13 +149,13 @@ class Charts {
     const place = (name) => FIRST.includes(name) ? FIRST.indexOf(name) : FIRST.length + name.includes("/");
     $("charts-part").hidden = !names.size;
     [...names].sort((a, b) => place(a) - place(b) || a.localeCompare(b)).forEach((name, n) =>
-      this.drawOne(name, again, names.size > 15 && n >= 12 ? "more-charts" : "charts"));
+      this.drawOne(name, again, names.size > 15 && n >= 12 ? "more-charts" : "charts", n));
     $("remarks").textContent = [...this.remarks.values()].slice(0, 3).join("; ");
     $("more").hidden = names.size <= 15;
     $("more").firstElementChild.textContent = say("more_curves", names.size - 12);
   }
 
-  drawOne(name, again, where) {
+  drawOne(name, again, where, order) {
     const share = +$("smooth").value;
     const tables = this.ids.map((id) => {
       const records = this.data.get(id).filter((record) => name in record);
@@ -164,11 +164,11 @@ class Charts {
       return [records.map((record) => record.step), smoothed(records.map((record) => record[name]), share)];
     });
     const data = uPlot.join(tables);
-    const old = this.plots.get(name);
+    const [id, old] = [`chart-${name}`, this.plots.get(name)];
+    if (!$(id)) $(where).append(div("card", h("h3", {}, name), h("div", { id })));
+    $(id).parentNode.style.order = order; // a curve may begin when later ones are drawn already
     if (old && !again) return old.setData(data);
     old?.destroy();
-    const id = `chart-${name}`;
-    if (!$(id)) $(where).append(div("card", h("h3", {}, name), h("div", { id })));
     this.plots.set(name, new uPlot({ ...this.size(name), ...this.look(tables, data) }, data, $(id)));
   }
 
@@ -184,8 +184,7 @@ class Charts {
       series: [{ label: T.step }, ...series],
       axes: [{ ...axis, size: 30, incrs: STEPS }, { ...axis, size: wide, values: (plot, ticks) => ticks.map(tick) }],
       scales: { x: { time: false }, y: { distr: $("log-scale").checked && positive ? 3 : 1 } },
-      legend: { show: this.ids.length > 1 },
-      cursor: { sync: { key: "step" } },
+      legend: { show: this.ids.length > 1 }, cursor: { sync: { key: "step" } },
     };
   }
 }
@@ -251,6 +250,7 @@ async function withSource(changed) {
   $("yaml").value = sessionStorage.getItem("draft") ?? "";
   const [query, run] = [new URLSearchParams(location.search), new URLSearchParams(location.search).get("run")];
   if (run) [$("source").value = `run:${run}`, await load({ run, copy: query.has("copy") })];
+  history.replaceState(null, "", location.href.replace(/[?&]run=.*/, "")); // to load it again would undo what is edited
 }
 
 function newPage() {
@@ -322,7 +322,7 @@ function newPage() {
 
 // Data and plan
 
-async function ask(path, body) {
+async function report(path, body) {
   const said = await api(path, { yaml: $("yaml").value, ...body });
   if (said) [$("report-part").hidden, $("report").textContent, $("words").textContent] = [false, said.text, said.words];
   return said;
@@ -336,7 +336,7 @@ function dataPage() {
   const shown = (each) => [doc(each.sizes), h("p", {}, each.tokens.map(token)), rest(each.left_out),
     each.pictures.map(picture)];
   onClick("show", async () => {
-    const said = await ask("records", { first: +$("first").value, count: +$("count").value });
+    const said = await report("records", { first: +$("first").value, count: +$("count").value });
     if (said) put("records", (said.records ?? []).map((record) => div("card record",
       h("h3", {}, `${record.split} · ${record.where}`), doc(record.dropped), record.documents.flatMap(shown))));
   });
@@ -346,7 +346,7 @@ function dataPage() {
 function planPage() {
   onClick("show", async () => {
     const search = $("search-layouts").checked ? "true" : "";
-    const said = await ask("plan", { gpu: $("gpu").value, gpus: $("gpus-count").value, search });
+    const said = await report("plan", { gpu: $("gpu").value, gpus: $("gpus-count").value, search });
     if (said) showPlan(said.json);
   });
   withSource(() => {});
@@ -370,6 +370,8 @@ function planPage() {
 }
 
 // Chat
+
+let stopper = null; // ends the answers that come
 
 const system = () => $("system").value ? [{ role: "system", content: $("system").value }] : [];
 
@@ -398,14 +400,17 @@ class Pane {
     [this.side, this.box, this.messages] = [side, h("div", { class: "pane", "aria-live": "polite" }), []];
   }
 
+  /** Begins another conversation; an answer that still comes belongs to the one before. */
+  clear = () => [this.messages, this.box.textContent] = [[], ""];
+
+  server = () => $(this.side).value || (this.side === "left" && $("address").value);
+
   /** Asks the model of this side with further messages, and shows the answer as it comes. */
   async ask(messages, signal) {
-    const server = $(this.side).value || (this.side === "left" && $("address").value);
-    const tools = toolsOf();
-    if (!server || !tools) return server || toast(T.no_server);
-    this.messages.push(...messages);
+    const [server, tools, said] = [this.server(), toolsOf(), this.messages];
+    said.push(...messages);
     for (const message of messages) if (message.role === "user") this.showQuestion(message);
-    const body = { messages: [...system(), ...this.messages], stream: true, stream_options: { include_usage: true } };
+    const body = { messages: [...system(), ...said], stream: true, stream_options: { include_usage: true } };
     if (tools.length) body.tools = tools;
     for (const name of ["temperature", "max_tokens"]) if ($(name).value) body[name] = +$(name).value;
     if ($("thinking").value) body.enable_thinking = $("thinking").value === "true";
@@ -417,11 +422,11 @@ class Pane {
       for await (const chunk of events(response.body)) this.take(chunk, answer, view, start);
     } catch (error) {
       view.foot.textContent = error.name === "AbortError" ? T.stopped : error.message;
-      if (!answer.content) return [this.messages.length -= messages.length, view.text.remove()];
+      if (!answer.content) return [said.length -= messages.length, view.text.remove()];
     }
     view.text.hidden = !answer.content;
-    this.messages.push(answer);
-    this.finish(view, answer);
+    said.push(answer);
+    this.finish(view, answer, [...system(), ...said]);
   }
 
   take(chunk, answer, view, start) {
@@ -452,16 +457,16 @@ class Pane {
     return { box, text, foot, think: (words) => [fold.hidden = false, thought.textContent = words] };
   }
 
-  finish(view, answer) {
+  finish(view, answer, messages) {
     const results = (answer.tool_calls ?? []).map(({ id, function: call }) => {
       const label = say("result_of", call.name);
       const result = h("input", { "aria-label": label, placeholder: label });
       view.foot.before(div("call", h("b", {}, call.name), h("pre", {}, call.arguments), result));
       return () => ({ role: "tool", tool_call_id: id, content: result.value });
     });
-    const send = button(T.send_results, "quiet small", () => [send.remove(), this.ask(results.map((each) => each()))]);
+    const send = button(T.send_results, "quiet small", () => mayAsk([this]) &&
+      [send.remove(), ask([this], results.map((each) => each()))]);
     if (results.length) view.foot.before(send);
-    const messages = [...system(), ...this.messages];
     view.foot.append(" ", button(T.save_sample, "quiet small", async () => {
       const said = await api("sample", { messages, tools: toolsOf() ?? [] });
       if (said) toast(say("saved", said.path, said.count));
@@ -469,9 +474,17 @@ class Pane {
   }
 }
 
+/** Whether panes can be asked now; the user is told what is missing. */
+const mayAsk = (panes) => !stopper && toolsOf() && (panes.every((pane) => pane.server()) || toast(T.no_server));
+
+async function ask(panes, messages) {
+  [stopper, $("cancel").hidden, $("send").disabled] = [new AbortController(), false, true];
+  await Promise.all(panes.map((pane) => pane.ask(messages, stopper.signal)));
+  [stopper, $("cancel").hidden, $("send").disabled] = [null, true, false];
+}
+
 function chatPage() {
-  const panes = [new Pane("left"), new Pane("right")];
-  let [pictures, stopper] = [[], null];
+  const [panes, pictures] = [[new Pane("left"), new Pane("right")], []];
   put("panes", panes[0].box);
   const image = (src) => h("img", { src, alt: T.picture });
   const fill = (id, options, first) => {
@@ -489,19 +502,20 @@ function chatPage() {
     if (!$("left").value && servers.length && !$("address").value) $("left").value = servers[0][0];
     fill("serve", trained.flatMap(({ id }) => [[id, id], [`base ${id}`, `${T.base_of} ${id}`]]), T.pick);
   });
-  const serve = async (name) => {
+  const serve = async (name, isAsked) => {
     const [run, base] = [name.replace(/^base /, ""), name.startsWith("base ")];
     const source = await api("source", { run, base });
     const server = `${base ? "base" : "serve"}-${run}`.slice(0, 60);
     const said = source && await api("start", { yaml: source.yaml, command: "server", name: server });
     if (said) toast(`${said.id} ${T.is_loading}`);
+    if (said && isAsked) [$("left").append(h("option", {}, said.id)), $("left").value = said.id];
     $("serve").value = "";
   };
   on("serve", "change", () => $("serve").value && serve($("serve").value));
   const asked = new URLSearchParams(location.search).get("run");
-  if (asked) [history.replaceState(null, "", "/chat"), serve(asked)];
+  if (asked) [history.replaceState(null, "", "/chat"), serve(asked, true)];
   on("right", "change", () => put("panes", panes[0].box, $("right").value ? panes[1].box : []));
-  on("clear", "click", () => panes.forEach((pane) => [pane.messages, pane.box.textContent] = [[], ""]));
+  on("clear", "click", () => [stopper?.abort(), panes.forEach((pane) => pane.clear())]);
   on("cancel", "click", () => stopper?.abort());
   on("picture", "change", () => [...$("picture").files].forEach((file) => {
     const reader = new FileReader();
@@ -515,16 +529,13 @@ function chatPage() {
   });
   on("ask", "submit", async (event) => {
     event.preventDefault();
-    const text = $("question").value.trim();
-    if (!text || stopper) return;
+    const [text, asked] = [$("question").value.trim(), panes.filter((pane) => pane.box.isConnected)];
+    if (!text || !mayAsk(asked)) return;
     const images = pictures.map((url) => ({ type: "image_url", image_url: { url } }));
     const content = images.length ? [...images, { type: "text", text }] : text;
-    [$("question").value, $("picture").value, pictures, stopper] = ["", "", [], new AbortController()];
+    [$("question").value, $("picture").value, pictures.length] = ["", "", 0];
     put("pictures");
-    [$("cancel").hidden, $("send").disabled] = [false, true];
-    const asked = panes.filter((pane) => pane.box.isConnected);
-    await Promise.all(asked.map((pane) => pane.ask([{ role: "user", content }], stopper.signal)));
-    [stopper, $("cancel").hidden, $("send").disabled] = [null, true, false];
+    await ask(asked, [{ role: "user", content }]);
   });
 }
 
@@ -537,15 +548,12 @@ function loginPage() {
   });
 }
 
-function keep(name, value) {
-  document.cookie = `${name}=${value}; path=/; max-age=31536000; samesite=strict`;
-  location.reload();
-}
+const keep = (name, value) => document.cookie = `${name}=${value}; path=/; max-age=31536000; samesite=strict`;
 
-on("language", "click", () => keep("language", root.lang === "en" ? "zh" : "en"));
+on("language", "click", () => [keep("language", root.lang === "en" ? "zh" : "en"), location.reload()]);
 on("theme", "click", () => {
   const theme = root.dataset.theme ?? (matchMedia("(prefers-color-scheme: dark)").matches ? "dark" : "light");
-  keep("theme", theme === "dark" ? "light" : "dark");
+  keep("theme", root.dataset.theme = theme === "dark" ? "light" : "dark");
 });
 const PAGES = { runsPage, runPage, newPage, dataPage, planPage, chatPage, loginPage };
 PAGES[`${document.body.dataset.page}Page`]?.();
