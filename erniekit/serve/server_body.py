@@ -15,7 +15,8 @@ async def read_body(request: Request, max_bytes: int) -> dict[str, Any]:
     """The JSON object in the body of a request. Raises ApiError for anything else."""
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind != "application/json":
-        raise ApiError(400, f"Content-Type is {kind[:80] or 'missing'!r}; send the body as application/json.")
+        given = repr(kind[:80]) if kind else "missing"
+        raise ApiError(400, f"Content-Type is {given}; send the body as application/json.")
     coding = request.headers.get("content-encoding", "identity").strip().lower()
     if coding != "identity":
         raise ApiError(415, f"Content-Encoding is {coding[:80]!r}; send the body uncompressed.")
