@@ -250,9 +250,12 @@ def _stop(board: Board, body: Body) -> Body:
     return run.facts()
 
 
-def _ask(board: Board, text: str, words: list[str], results: tuple[str, ...]) -> Body:
-    """What a command that ends soon prints and writes about a text. `results`: its options that name JSON files."""
+def _ask(board: Board, text: str, use: str, words: list[str], results: tuple[str, ...]) -> Body:
+    """What a command that ends soon prints and writes about a text, which is for the command `use`. `results`: its
+    options that name JSON files.
+    """
     with forms.draft(text, board.runs) as path:
+        forms.require_inside(path, use, board.runs)
         files = {name: path.with_name(f"{name}.json") for name in results}
         whole = [words[0], str(path), *words[1:], *(f"{name}={file}" for name, file in files.items())]
         whole += [f"sheet={path.with_name('sheet.png')}"] * (words[0] == "check")
@@ -272,7 +275,7 @@ def _plan(board: Board, body: Body) -> Body:
     """`erniekit plan` of a text."""
     names = ("gpu", "gpus", "gpus_per_node", "memory", "tokens", "search")
     options = [f"{name}={value}" for name in names if (value := _text(body, name, "").strip())]
-    return _ask(board, _text(body, "yaml"), ["plan", *options], ("json",))
+    return _ask(board, _text(body, "yaml"), "train", ["plan", *options], ("json",))
 
 
 def _records(board: Board, body: Body) -> Body:
@@ -282,7 +285,7 @@ def _records(board: Board, body: Body) -> Body:
         raise ApiError(400, "count, first: expected whole numbers.", "count")
     command = _command(_text(body, "command", "train"))
     words = ["check", f"preview={max(1, min(count, 50))}", f"first={max(1, first)}", f"command={command}"]
-    return _ask(board, _text(body, "yaml"), words, ("json", "records"))
+    return _ask(board, _text(body, "yaml"), command, words, ("json", "records"))
 
 
 def _sample(board: Board, body: Body) -> Body:

@@ -110,6 +110,16 @@ def draft(text: str, runs: Runs) -> Iterator[Path]:
         yield path
 
 
+def require_inside(path: Path, command: str, runs: Runs) -> None:
+    """Raises UserError for a file with paths that leave the directories of the board. Of one that cannot be loaded the
+    command says what is wrong, and reads nothing else.
+    """
+    with contextlib.suppress(ConfigError):
+        lines = _outside(config.load(str(path), (), command, allow_extra=True), runs)
+        if lines:
+            raise UserError("\n".join(lines))
+
+
 def _outside(cfg: config.Config, runs: Runs) -> list[str]:
     """A line for each path that leaves the directories of the board. Names of a Hub stay below the working directory,
     like any relative path.

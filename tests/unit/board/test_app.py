@@ -362,6 +362,16 @@ def test_data_and_plan_are_those_of_the_commands(page: TestClient):
     assert "whole numbers" in error(page.post("/api/records", json={"yaml": text, "first": "1"}))
 
 
+def test_data_and_plan_read_only_where_the_board_may(page: TestClient, tmp_path_factory: pytest.TempPathFactory):
+    elsewhere = tmp_path_factory.mktemp("elsewhere")
+    shutil.copy("data/demo/test.jsonl", elsewhere / "secret.jsonl")
+    for command in ("train", "eval"):
+        text = text_of(page).replace("./data/demo/test.jsonl", str(elsewhere / "secret.jsonl"))
+        said = error(page.post("/api/records", json={"yaml": text, "command": command}))
+        assert "eval_dataset_path" in said and "allow=DIRECTORY" in said
+    assert "allow=DIRECTORY" in error(page.post("/api/plan", json={"yaml": text}))
+
+
 # Chat
 
 
