@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from typing import Literal
 
+from erniekit.precision.codes import CodeSpec
+
 Algorithm = Literal["rtn", "gptq", "awq", "smoothquant"]
 
 
@@ -21,3 +23,7 @@ class AlgorithmOptions:
     clip_search: bool = False
     smoothing: float = 0.5
     all_experts: bool = False
+
+    def searches(self, spec: CodeSpec) -> bool:
+        """Whether scales are searched: those of few bits, where it matters."""
+        return self.clip_search and spec.kind == "int" and spec.bits <= 4

@@ -84,6 +84,14 @@ def _require_pictures(calibration: Calibration, scheme: Scheme, config: ModelCon
         )
 
 
+def _changes_files(options: AlgorithmOptions, scheme: Scheme, config: ModelConfig) -> bool:
+    """Whether anything in the files follows from the data: codes, scales that are searched, or ranges of inputs."""
+    return options.algorithm != "rtn" or any(
+        matrix.codec.needs_range or matrix.codec.spec.kind == "convolutional" or options.searches(matrix.codec.spec)
+        for matrix in scheme.every_matrix(config)
+    )
+
+
 def needs_calibration(cfg: Config) -> bool:
     """Whether the configuration calibrates."""
     return cfg.quantization_algorithm != "rtn" or cfg.quantization_calibration_path is not None
@@ -132,6 +140,12 @@ def calibrated(
     )
     if options.all_experts and not config.moe_num_experts:
         log.info("quantization_calibrate_all_experts: no effect: the model has no experts")
+    if not _changes_files(options, scheme, config):
+        log.warning(
+            f"quantization_calibration_path: quantization_algorithm: rtn writes {scheme.name} with format: "
+            f"{scheme.format} as it does without data: only the errors of outputs in the report follow from it. Set "
+            "quantization_algorithm: gptq, or remove the key"
+        )
     identity = calibration.identity | {"weights": weights_digest(model_dir)}
     if adapter_dir is not None:
         identity["adapter"] = adapter_digest(adapter_dir)

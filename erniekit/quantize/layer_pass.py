@@ -176,7 +176,7 @@ class LayerPass:
             inputs = np.concatenate(rows) if rows else np.empty((0, self._hidden.shape[1]), np.float32)
             weight = np.ascontiguousarray(self._layer.get(block.up_gate).T)
             spec, share = self._spec(block.up_gate), len(tokens) / max(len(inputs), 1)
-            yield awq.Weighed(weight, inputs, share, spec, self._searches(spec))
+            yield awq.Weighed(weight, inputs, share, spec, spec is not None and self._options.searches(spec))
 
     def _route(self, report: LayerReport | None) -> None:
         """Find the experts of every token."""
@@ -261,11 +261,8 @@ class LayerPass:
     def _weighed(self, weight: LayerWeight, statistics: InputStatistics) -> list[awq.Weighed]:
         matrix = np.ascontiguousarray(self._layer.get(weight).T)
         spec = self._spec(weight)
-        return [awq.Weighed(matrix, statistics.sample, 1.0, spec, self._searches(spec))]
-
-    def _searches(self, spec: CodeSpec | None) -> bool:
-        """Whether scales are searched: those of few bits, where it matters."""
-        return self._options.clip_search and spec is not None and spec.kind == "int" and spec.bits <= 4
+        searches = spec is not None and self._options.searches(spec)
+        return [awq.Weighed(matrix, statistics.sample, 1.0, spec, searches)]
 
     def _quantise(
         self,
@@ -321,7 +318,7 @@ class LayerPass:
         importance = None
         if statistics.count:
             importance = statistics.mean_square.astype(np.float32)
-        scales = choose_scales(weight, spec, self._searches(spec), importance)
+        scales = choose_scales(weight, spec, self._options.searches(spec), importance)
         return encode(weight, scales, spec) if factor is None else gptq(weight, factor, scales, spec), scales
 
     def _summarise(self, report: LayerReport) -> None:

@@ -24,6 +24,7 @@ SENTENCES = [f"the {animal} saw {number} red balls in the garden" for animal in 
 SIZES: dict[str, object] = {"hidden_size": 64, "intermediate_size": 64, "moe_intermediate_size": 64, "head_dim": 16}
 # Less would make routers undecided, and more would let one other expert change everything.
 SIZES["initializer_range"] = 0.08
+CALIBRATION = ("quantization_calibration_samples", "quantization_calibration_length")
 
 
 @pytest.fixture(scope="module")
@@ -152,6 +153,23 @@ def test_ranges_of_inputs_that_a_file_keeps(checkpoint, tmp_path, data):
     assert "fp8" in reader.quantised
     exact, quantised = logits(checkpoint), logits(tmp_path / "export")
     assert np.linalg.norm(quantised - exact) < 0.2 * np.linalg.norm(exact)
+
+
+@pytest.mark.parametrize(
+    ("quantization", "clip_search", "used"), [("wint4", True, True), ("wint4", False, False), ("w8a8", None, False)]
+)
+def test_data_that_rounding_does_not_use_is_said_to_be_of_no_use(
+    checkpoint, tmp_path, data, caplog, quantization, clip_search, used
+):
+    """Where no scale is searched, plain rounding writes the same bytes with and without data."""
+    changes = {"quantization": quantization, "quantization_clip_search": clip_search, "quantization_algorithm": None}
+    found = {}
+    for name, path in {"with": data, "without": None}.items():
+        calibration = {} if path else dict.fromkeys(CALIBRATION)
+        export(keys(checkpoint, tmp_path / name, path, **changes | calibration))
+        found[name] = (tmp_path / name / "export" / "model.safetensors").read_bytes()
+    assert (found["with"] != found["without"]) == used
+    assert (f"rtn writes {quantization} with format: pt as it does without data" not in caplog.text) == used
 
 
 def test_ranges_of_the_experts_of_pictures_need_pictures(tmp_path, data):
