@@ -98,9 +98,10 @@ class Codec(ABC):
 
 @dataclass(frozen=True)
 class PackQuantized(Codec):
-    """compressed-tensors' `pack-quantized`: whole numbers packed into int32 words, scales by groups or channels.
+    """compressed-tensors' `pack-quantized`: whole numbers packed into int32 words, scales by groups or channels, or one
+    of the whole matrix.
 
-    `has_zeros`: the codes are asymmetric, and each group has one that stands for 0; files of other tools only.
+    `has_zeros`: the codes are asymmetric, and each tile has one that stands for 0; files of other tools only.
     """
 
     has_zeros: bool = False
@@ -110,7 +111,9 @@ class PackQuantized(Codec):
         width = -(-shape[1] * self.spec.bits // 32)
         groups = self.spec.scale_shape(shape)
         zeros: Plan = []
-        if self.has_zeros:
+        if self.has_zeros and self.spec.whole:  # a single one is not packed
+            zeros = [(f"{name}.weight_zero_point", "I8", (1,))]
+        elif self.has_zeros:
             zeros = [(f"{name}.weight_zero_point", "I32", (-(-shape[0] * self.spec.bits // 32), groups[1]))]
         return [
             (f"{name}.weight_packed", "I32", (shape[0], width)),
@@ -133,10 +136,12 @@ class PackQuantized(Codec):
     def unstored(self, read: Read, name: str, shape: Shape) -> Codes:
         """See Codec."""
         codes = unpack_words(read(f"{name}.weight_packed"), self.spec.bits, shape[1])
-        zeros = None
-        if self.has_zeros:  # packed along the outputs
+        by_tile, zeros = self.spec.scale_shape(shape), None
+        if self.has_zeros and self.spec.whole:
+            zeros = read(f"{name}.weight_zero_point").reshape(by_tile)
+        elif self.has_zeros:  # packed along the outputs
             zeros = unpack_words(read(f"{name}.weight_zero_point").T, self.spec.bits, shape[0]).T
-        return Codes(codes, read(f"{name}.weight_scale").reshape(self.spec.scale_shape(shape)), zeros)
+        return Codes(codes, read(f"{name}.weight_scale").reshape(by_tile), zeros)
 
 
 @dataclass(frozen=True)

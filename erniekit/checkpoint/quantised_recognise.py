@@ -8,7 +8,7 @@ import math
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, TypeGuard
 
 from erniekit.checkpoint import quantised_paddle, wint2_codec
 from erniekit.checkpoint.dtypes import FLOATS
@@ -84,7 +84,7 @@ def _compressed_tensors(reader: Reader, settings: Mapping[str, Any]) -> Recognis
         _packed(reader, name, found)
     for name in _stems(reader, ".weight_scale"):
         if f"{name}.weight_packed" not in reader:
-            _unpacked(reader, name, found)
+            _unpacked(reader, name, _blocks_of(settings), found)
     if _is_asymmetric(settings) and not any(_stems(reader, ".weight_zero_point")):
         found.problems.append("config.json says symmetric: false, and no matrix has its weight_zero_point")
     found.leave_out(reader, r"\.(input|output)_(scale|zero_point)$", "activations are not quantised here")
@@ -121,6 +121,18 @@ def _locations(transforms: Any) -> set[str]:
     return set().union(*map(_locations, transforms)) if isinstance(transforms, list) else set()
 
 
+def _blocks_of(settings: Mapping[str, Any]) -> list[CodeSpec]:
+    """E4M3 codes in blocks of the sizes that the settings of compressed-tensors name, else of the usual one."""
+    weights = [group.get("weights") for group in _groups_of(settings).values()]
+    named = [each.get("block_structure") for each in weights if isinstance(each, Mapping)]
+    return [replace(FP8_BLOCK, block=(block[0], block[1])) for block in named if _is_block(block)] or [FP8_BLOCK]
+
+
+def _is_block(block: Any) -> TypeGuard[list[int]]:
+    """Whether a value of the settings is the size of a block, [out, in]."""
+    return isinstance(block, list) and len(block) == 2 and all(type(size) is int and size > 0 for size in block)
+
+
 def _is_asymmetric(settings: Mapping[str, Any]) -> bool:
     """Whether the settings of compressed-tensors give some weights codes that stand for 0 by a number of their own."""
     weights = [group.get("weights") for group in _groups_of(settings).values()]
@@ -136,23 +148,25 @@ def _packed(reader: Reader, name: str, found: Recognised) -> None:
     num_out, num_in = (int(size) for size in reader.read(sizes))
     words, groups = reader.info(f"{name}.weight_packed").shape, reader.info(scales).shape
     bits = next((bits for bits in (4, 8) if words == (num_out, -(-num_in * bits // 32))), None)
-    if bits is None or len(groups) != 2 or not groups[1] or num_in % groups[1]:
+    is_whole = math.prod(groups) == 1 and len(groups) < 2
+    if bits is None or not (is_whole or (len(groups) == 2 and groups[1] and num_in % groups[1] == 0)):
         found.problems.append(
             f"{name}: weight_packed {list(words)} and weight_scale {list(groups)} do not fit weight_shape "
             f"[{num_out}, {num_in}] in 4 or 8 bits"
         )
         return
-    spec = full_range(bits, None if groups[1] == 1 else num_in // groups[1])
+    spec = full_range(bits, None if is_whole or groups[1] == 1 else num_in // groups[1])
+    spec = replace(spec, whole=is_whole)
     found.add(reader, name, (num_out, num_in), PackQuantized(spec, has_zeros=f"{name}.weight_zero_point" in reader))
 
 
-def _unpacked(reader: Reader, name: str, found: Recognised) -> None:
+def _unpacked(reader: Reader, name: str, blocks: list[CodeSpec], found: Recognised) -> None:
     if f"{name}.weight" not in reader or len(reader.info(f"{name}.weight").shape) != 2:
         found.problems.append(f"{name}.weight_scale without the codes of a matrix")
         return
     kind, shape = reader.info(f"{name}.weight")
     scales, asymmetric = reader.info(f"{name}.weight_scale").shape, f"{name}.weight_zero_point" in reader
-    spec = _spec_of(kind, shape, scales)
+    spec = _spec_of(kind, shape, scales, blocks)
     if spec is None:
         form = f"{name}: weight {kind} {list(shape)} with weight_scale {list(scales)}"
         (found.problems if kind in ("I8", "F8_E4M3") else found.unsupported).append(form)
@@ -160,15 +174,18 @@ def _unpacked(reader: Reader, name: str, found: Recognised) -> None:
     found.add(reader, name, shape, Unpacked(spec, has_zeros=asymmetric))
 
 
-def _spec_of(kind: str, shape: tuple[int, ...], scales: tuple[int, ...]) -> CodeSpec | None:
-    """The codes of an unpacked matrix with scales of a shape; None if they are in no known form."""
+def _spec_of(kind: str, shape: tuple[int, ...], scales: tuple[int, ...], blocks: list[CodeSpec]) -> CodeSpec | None:
+    """The codes of an unpacked matrix with scales of a shape; `blocks`: those in blocks that there may be. None if
+    they are in no known form.
+    """
     num_out, num_in = shape
     if kind not in ("I8", "F8_E4M3"):
         return None
     if math.prod(scales) == 1:
         return FP8_TENSOR if kind == "F8_E4M3" else replace(full_range(8), whole=True)
-    if kind == "F8_E4M3" and scales == FP8_BLOCK.scale_shape((num_out, num_in)) and num_out > scales[0]:
-        return FP8_BLOCK
+    for spec in blocks:
+        if kind == "F8_E4M3" and scales == spec.scale_shape((num_out, num_in)) and num_out > scales[0]:
+            return spec
     if len(scales) != 2 or scales[0] != num_out or not scales[1] or num_in % scales[1]:
         return None
     group = None if scales[1] == 1 else num_in // scales[1]
@@ -178,7 +195,7 @@ def _spec_of(kind: str, shape: tuple[int, ...], scales: tuple[int, ...]) -> Code
 def _block_fp8(reader: Reader, settings: Mapping[str, Any]) -> Recognised:
     found = Recognised()
     block = settings.get("weight_block_size")
-    if not (isinstance(block, list) and len(block) == 2 and all(type(size) is int and size > 0 for size in block)):
+    if not _is_block(block):
         found.unsupported.append(f"weight_block_size {block!r:.40}: FP8 of this method has to have blocks of two sizes")
         return found
     codec = Unpacked(replace(FP8_BLOCK, block=(block[0], block[1])), scale_name="weight_scale_inv")

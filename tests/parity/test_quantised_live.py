@@ -25,7 +25,7 @@ transformers = pytest.importorskip("transformers")
 from compressed_tensors.compressors import BaseCompressor  # noqa: E402
 from compressed_tensors.compressors.format import infer_module_format  # noqa: E402
 from compressed_tensors.compressors.model_compressors.model_compressor import ModelCompressor  # noqa: E402
-from compressed_tensors.quantization import QuantizationConfig, apply_quantization_config  # noqa: E402
+from compressed_tensors.quantization import QuantizationArgs, QuantizationConfig, apply_quantization_config  # noqa: E402
 from compressed_tensors.quantization.quant_scheme import preset_name_to_scheme  # noqa: E402
 from compressed_tensors.quantization.utils.helpers import calculate_qparams  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402
@@ -130,6 +130,14 @@ def test_compressed_tensors_reads_our_files(tmp_path: Path, kind: str, scheme: s
 
 
 PRESETS = ("W4A16", "W4A16_ASYM", "W8A16", "W8A8", "FP8", "FP8_DYNAMIC", "FP8_BLOCK")
+BY_TENSOR = {"strategy": "tensor", "group_size": None}
+FORMS: list[tuple[str, dict[str, Any]]] = [
+    *((preset, {}) for preset in PRESETS),
+    ("W4A16", BY_TENSOR),
+    ("W4A16_ASYM", BY_TENSOR),
+    ("W8A16", BY_TENSOR),
+    ("FP8_BLOCK", {"block_structure": [64, 32]}),
+]
 
 
 def scales_and_zeros(weight: Any, args: Any) -> tuple[Any, Any]:
@@ -146,13 +154,14 @@ def scales_and_zeros(weight: Any, args: Any) -> tuple[Any, Any]:
     return (scales.flatten(), zeros.flatten()) if args.strategy == "tensor" else (scales, zeros)
 
 
-@pytest.mark.parametrize("preset", PRESETS)
-def test_files_of_compressed_tensors_are_read(tmp_path: Path, preset: str):
+@pytest.mark.parametrize(("preset", "changes"), FORMS)
+def test_files_of_compressed_tensors_are_read(tmp_path: Path, preset: str, changes: dict[str, Any]):
     """Every matrix of a sparse model is compressed by compressed-tensors itself, as llm-compressor does; ours equals
-    what it decompresses, which is rounded to bf16.
+    what it decompresses, which is rounded to bf16. `changes`: of the preset's weights.
     """
     source = saved_model(tmp_path / "model")
     scheme = preset_name_to_scheme(preset, ["Linear"])
+    scheme.weights = QuantizationArgs(**scheme.weights.model_dump() | changes)
     form = infer_module_format(torch.nn.Linear, scheme)
     compressor = BaseCompressor.get_value_from_registry(form.value)
     tensors, expected = load_file(source / "model.safetensors"), {}

@@ -15,6 +15,7 @@ from erniekit.checkpoint.model_reader import ModelReader
 from erniekit.checkpoint.safetensors_read import Reader
 from erniekit.checkpoint.safetensors_write import Writer
 from erniekit.export.convert import convert
+from erniekit.precision.codes import e4m3_to_fp32
 from erniekit.utils.errors import CheckpointError
 
 UP = "model.layers.0.mlp.up_proj"
@@ -143,6 +144,46 @@ def test_damaged(sources: Path, tmp_path: Path, case: str):
 def test_config_json_of_another_kind(sources: Path, tmp_path: Path, source: str, settings: Any, message: str):
     with pytest.raises(CheckpointError, match=message):
         read_all(changed(sources / source, tmp_path / "m", lambda tensors: None, **settings))
+
+
+def up_proj(path: Path) -> np.ndarray:
+    """The first dense layer's up_proj [out, in], as it is read."""
+    reader = ModelReader(path)
+    name = "model.layers.0.mlp.up_gate_proj.weight"
+    weight = reader.read(next(logical for logical in reader.logicals if logical.param == name), as_fp32=True)
+    return weight[:, weight.shape[1] // 2 :].T
+
+
+@pytest.mark.parametrize("zero", [None, 3])
+def test_one_scale_of_a_whole_packed_matrix(sources: Path, tmp_path: Path, zero: int | None):
+    """As compressed-tensors writes the strategy "tensor": one scale, and one zero that is not packed."""
+
+    def change(tensors: Tensors) -> None:
+        with_tensor(f"{UP}.weight_scale", "BF16", (1,), 0x3F00)(tensors)  # 0.5
+        if zero is not None:
+            with_tensor(f"{UP}.weight_zero_point", "I8", (1,), zero)(tensors)
+
+    path = changed(sources / "wint4", tmp_path / "m", change)
+    words = Reader(path).read(f"{UP}.weight_packed").view(np.uint32)
+    codes = np.stack([words >> 4 * place & 15 for place in range(8)], axis=-1).reshape(len(words), -1).astype(int) - 8
+    np.testing.assert_array_equal(up_proj(path), 0.5 * (codes - (zero or 0)))
+
+
+def test_blocks_of_the_size_that_config_json_names(sources: Path, tmp_path: Path):
+    """compressed-tensors' E4M3 in blocks of 64 x 32."""
+    scales = 2.0 ** np.random.default_rng(0).integers(-3, 3, (4, 4)).astype(np.float32)
+
+    def change(tensors: Tensors) -> None:
+        for name in [name for name in tensors if name.endswith("_inv")]:  # an E4M3 scale for a matrix elsewhere
+            del tensors[name]
+            with_tensor(name.removesuffix("_inv"), "F32", (1,), 1)(tensors)
+        tensors[f"{UP}.weight_scale"] = ("F32", scales)
+
+    groups = {"group_0": {"weights": {"type": "float", "strategy": "block", "block_structure": [64, 32]}}}
+    method = {"quant_method": "compressed-tensors", "config_groups": groups}
+    path = changed(sources / "fp8", tmp_path / "m", change, **method)
+    codes = e4m3_to_fp32(Reader(path).read(f"{UP}.weight"))
+    np.testing.assert_array_equal(up_proj(path), codes * scales.repeat(64, axis=0).repeat(32, axis=1))
 
 
 def test_tensors_that_only_an_engine_uses_are_named(sources: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture):
