@@ -19,6 +19,8 @@ def ignored_modules(config: ModelConfig) -> list[str]:
     regular expression behind `re:`, which has to match from the beginning. `mlp.gate` ends there: it is not gate_proj.
     """
     names = ["lm_head"]
+    if config.has_score_head:
+        names.append("score")
     if config.moe_num_experts:
         names.append(r"re:.*\.mlp\.gate$")
     if config.vision is not None:

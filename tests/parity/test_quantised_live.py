@@ -100,6 +100,7 @@ def module_tree(tensors: dict[str, Any]) -> Any:
 ROUTER = ".mlp.gate.weight"
 COMPRESSED = [
     *(("dense", scheme, {"use_bias": True, "tie_word_embeddings": True}) for scheme in ("wint4", "wint8", "w8a8")),
+    ("dense", "w8a8", {"architectures": ["Ernie4_5ForSequenceClassification"], "num_labels": 1}),  # a reward model
     *(("moe", scheme, {"num_nextn_predict_layers": 1}) for scheme in ("wint4", "wint8", "wint4/8", "w8a8")),
 ]
 

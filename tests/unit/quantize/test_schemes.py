@@ -43,10 +43,11 @@ def matches(module: str, patterns: list[str]) -> bool:
     return any(re.match(each[3:], module) if each.startswith("re:") else module == each for each in patterns)
 
 
+@pytest.mark.parametrize("changes", [{"num_nextn_predict_layers": 1}, {"has_score_head": True}])
 @pytest.mark.parametrize("model", MODELS)
-def test_every_linear_module_is_quantised_or_ignored_and_never_both(model: str):
-    """With multi-token prediction. Targets of config groups reach every quantised module, once."""
-    config = published(model, num_nextn_predict_layers=1)
+def test_every_linear_module_is_quantised_or_ignored_and_never_both(model: str, changes: dict[str, object]):
+    """With multi-token prediction, or as a reward model. Targets of config groups reach every quantised module once."""
+    config = published(model, **changes)
     every = [
         piece.name.rpartition(".")[0]
         for logical in logical_tensors(config)
