@@ -139,12 +139,12 @@ def _group_of(config: ModelConfig, options: Options, name: str, experts_only: bo
 
 def _readers(config: ModelConfig, group: int | None = None) -> str:
     """Who loads -PT files, with codes of 4 bits in groups of `group` inputs. transformers stacks experts, and cannot do
-    so with those of two widths.
+    so with those of two widths; it has no class for a reward model.
     """
     vllm = _VLLM
     if group is not None and group not in GROUPS:
         vllm = f"vLLM (not run here; its Marlin kernels have groups of {', '.join(map(str, GROUPS))} only)"
-    return vllm if config.vision is not None else f"transformers, {vllm}"
+    return vllm if config.vision is not None or config.has_score_head else f"transformers, {vllm}"
 
 
 def _require_experts(config: ModelConfig, name: str, instead: str) -> None:

@@ -80,6 +80,12 @@ def test_a_row_is_good_for_some_published_model(name: str, format: str):
     assert needs_ranges == (format == "paddle" and name in ("w4a8", "fp8"))
 
 
+def test_transformers_has_no_class_for_a_reward_model():
+    for name in ("wint4", "wint8", "w8a8", "fp8"):
+        assert "transformers" in scheme_for(name, "pt", published("0.3B")).readers
+        assert "transformers" not in scheme_for(name, "pt", published("0.3B", has_score_head=True)).readers
+
+
 def test_every_scheme_of_the_key_is_in_the_table():
     assert {name for name, _ in SCHEMES} == set(NAMES)
 
