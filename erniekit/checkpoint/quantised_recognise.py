@@ -147,17 +147,26 @@ def _packed(reader: Reader, name: str, found: Recognised) -> None:
         return
     num_out, num_in = (int(size) for size in reader.read(sizes))
     words, groups = reader.info(f"{name}.weight_packed").shape, reader.info(scales).shape
-    bits = next((bits for bits in (4, 8) if words == (num_out, -(-num_in * bits // 32))), None)
-    is_whole = math.prod(groups) == 1 and len(groups) < 2
-    if bits is None or not (is_whole or (len(groups) == 2 and groups[1] and num_in % groups[1] == 0)):
+    spec = _packed_spec(words, groups, num_out, num_in)
+    if spec is None:
         found.problems.append(
             f"{name}: weight_packed {list(words)} and weight_scale {list(groups)} do not fit weight_shape "
             f"[{num_out}, {num_in}] in 4 or 8 bits"
         )
         return
-    spec = full_range(bits, None if is_whole or groups[1] == 1 else num_in // groups[1])
-    spec = replace(spec, whole=is_whole)
     found.add(reader, name, (num_out, num_in), PackQuantized(spec, has_zeros=f"{name}.weight_zero_point" in reader))
+
+
+def _packed_spec(words: tuple[int, ...], scales: tuple[int, ...], num_out: int, num_in: int) -> CodeSpec | None:
+    """The codes of a matrix [out, in] that is packed into words, with scales of a shape; None if they do not fit."""
+    bits = next((bits for bits in (4, 8) if words == (num_out, -(-num_in * bits // 32))), None)
+    if bits is None:
+        return None
+    if scales in ((), (1,)):
+        return replace(full_range(bits), whole=True)
+    if len(scales) != 2 or not scales[1] or num_in % scales[1]:
+        return None
+    return full_range(bits, None if scales[1] == 1 else num_in // scales[1])
 
 
 def _unpacked(reader: Reader, name: str, blocks: list[CodeSpec], found: Recognised) -> None:
