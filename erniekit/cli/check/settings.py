@@ -1,5 +1,7 @@
 """Checks the keys: which take effect, which do not, which are refused, and which defaults differ from ERNIEKit's."""
 
+from importlib.util import find_spec
+
 from erniekit import config
 from erniekit.cli.check.report import Section
 from erniekit.config import Config
@@ -21,3 +23,16 @@ def inspect(section: Section, cfg: Config, command: str) -> None:
     )
     for note in cfg.notes:
         section.add("note", note)
+    if command == "train":
+        _find_boards(section, cfg)
+
+
+def _find_boards(section: Section, cfg: Config) -> None:
+    """Warn of boards of report_to whose package is not on this machine, which may not be the one that trains."""
+    for name in cfg.report_to:
+        if name != "none" and find_spec("tensorboardX" if name == "tensorboard" else name) is None:
+            section.add(
+                "warning",
+                f"report_to: the package of {name} is not installed here, without which `train` refuses to start. "
+                f'Install it with `pip install "erniekit[{name}]"`, or remove {name} from report_to',
+            )
