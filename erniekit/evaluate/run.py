@@ -108,11 +108,13 @@ def evaluate(cfg: Config) -> dict[str, Any]:
     else:
         results, predictions = measure_benchmark(cfg, mesh)
     results["seconds"] = round(time.monotonic() - started, 2)
-    with all_or_none(mesh.world_group):
-        if target is not None:
-            _write(target, results, predictions if cfg.predict_with_generate or cfg.eval_benchmark else None)
-    if reports:
-        (print_table if cfg.eval_benchmark is None else print_benchmark)(results)
+    try:
+        with all_or_none(mesh.world_group):
+            if target is not None:
+                _write(target, results, predictions if cfg.predict_with_generate or cfg.eval_benchmark else None)
+    finally:  # on a full disk, the table is all that is left of the evaluation
+        if reports:
+            (print_table if cfg.eval_benchmark is None else print_benchmark)(results)
     return results
 
 

@@ -152,8 +152,9 @@ class Source:
                 f"{count_of(len(self), 'record')} left"
             )
         if not len(self):
+            skipped = f" (skipped {count_of(self.bad_lines, 'bad line')})" if self.bad_lines else ""
             raise DataError(
-                f"{spec.path}: no record to read (skipped {count_of(self.bad_lines, 'bad line')}). "
+                f"{spec.path}: no record to read{skipped}. "
                 f"Hint: is this the right file, and of type {spec.type}?"
                 + (f"\n  the first bad line: {self.faults[0]}" if self.faults else "")
             )

@@ -16,6 +16,8 @@ _DESCRIPTIONS = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json")
 _NAMES = "read[-_ ]?me|licen[cs]e|notice|copying|change[-_ ]?log|citation|authors|contributing|requirements"
 _FOR_PEOPLE = re.compile(rf"({_NAMES})([-_. ].*)?\.txt", re.IGNORECASE)
 _PACKED = (".gz", ".bz2", ".xz", ".zst", ".zip")  # how compressed files end
+_TABLES = (".xlsx", ".xls", ".ods", ".tsv")  # how spreadsheets, and their tables in other forms, end
+_TABLE_HINT = "save the table as .csv in UTF-8, with commas between the cells"
 FORM_BYTES = 64  # that tell a file of another form
 _LOOKED_AT = 65536  # bytes of a .txt file that are read to see whether its lines begin like JSON
 # first bytes of a compressed file, or one of another form -> (what it is, what to do)
@@ -79,6 +81,8 @@ def _no_data(
 ) -> DataError:
     """The error of a directory without data files, of what it has instead."""
     hint = "`erniekit tokenize` makes token files of plain text" if has_prose else "look for a typing mistake"
+    if any(_is_table(p, extensions) for p in everything):
+        hint = _TABLE_HINT
     if has_arrow:
         hint = "what save_to_disk of `datasets` wrote is not read: write it with to_parquet or to_json instead"
     listing = f" (it has {', '.join(p.name for p in everything[:3])})" if everything else ""
@@ -88,10 +92,19 @@ def _no_data(
     )
 
 
+def _is_table(path: Path, extensions: Sequence[str]) -> bool:
+    """Whether a file is a table that could be read if it were saved as .csv."""
+    return path.suffix.lower() in _TABLES and ".csv" in extensions
+
+
 def _check_file(path: Path, extensions: Sequence[str], with_prose: bool) -> None:
     check_regular(path)
     if path.suffix.lower() not in extensions:
-        hint = "unpack it first" if path.suffix.lower() in _PACKED else "rename it after what it holds"
+        hint = "rename it after what it holds"
+        if path.suffix.lower() in _PACKED:
+            hint = "unpack it first"
+        elif _is_table(path, extensions):
+            hint = _TABLE_HINT
         raise DataError(f"{path}: a data file ends in {', '.join(extensions)}. Hint: {hint}.")
     if not with_prose and is_prose(path):
         with open(path, "rb") as file:

@@ -154,6 +154,11 @@ class _JsonFile(_TextFile):
         data = self.path.read_bytes()
         at = len(_BOM) if data.startswith(_BOM) else 0
         if data[at:].lstrip()[:1] != b"[":
+            if data[at:].lstrip().partition(b"\n")[0].strip() == b"{":
+                raise DataError(
+                    f"{self.path}: begins with a JSON object that spans several lines. "
+                    "Hint: write the records as one list, [...], or each on a line of its own."
+                )
             yield from super()._spans()
             return
         # numbers are not converted here: one that is too long is an error of its record, not of the list
@@ -231,7 +236,7 @@ class _CsvFile(_TextFile):
                     self._header = self._check_header(row)
                     self._is_spaced = any(name[:1] == " " for name in row)
                     reader = csv.reader(records, strict=True, skipinitialspace=self._is_spaced)
-                elif row:
+                elif any(row):  # a spreadsheet exports empty rows as rows of empty cells
                     yield start, line, raw
                 start, line = start + len(raw), line + len(taken)
                 taken.clear()
@@ -241,10 +246,16 @@ class _CsvFile(_TextFile):
 
     def _check_header(self, row: list[str]) -> list[str]:
         header = [name.strip() for name in row]
+        separator = next((mark for mark in ";\t|" if mark in header[0]), None)
+        if len(header) == 1 and separator:
+            raise DataError(
+                f"{self.path}:1: the header is a single column, {header[0]!r}. "
+                f"Hint: separate the cells with commas, not with {separator!r}."
+            )
         if not all(header) or len(set(header)) != len(header):
             raise DataError(
                 f"{self.path}:1: the header has an empty or repeated column name: {header}. "
-                "Hint: the first row names the fields."
+                "Hint: the first row names the fields; delete empty columns."
             )
         return header
 

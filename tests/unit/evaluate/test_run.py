@@ -1,6 +1,7 @@
 """`evaluate` measures the model that the configuration names, and writes what it found."""
 
 import contextlib
+import errno
 import json
 import logging
 import os
@@ -211,6 +212,18 @@ def test_weights_that_are_not_finite_are_named(tmp_path: Path):
     save_model(model, broken)
     with pytest.raises(EvaluationError, match=r"broken: the loss on the evaluation data is nan.*earlier checkpoint"):
         evaluate(settings(broken, tmp_path, samples(list("abcde"))))
+
+
+def test_a_full_disk_does_not_lose_the_scores(
+    model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    def full(path: Path, text: str) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("erniekit.utils.atomic.write_text", full)
+    with pytest.raises(UserError, match=r"eval_results.json: cannot be written: No space left on device"):
+        evaluate(settings(model_dir, tmp_path, samples(["4"] * len(QUESTIONS))))
+    assert "perplexity" in capsys.readouterr().out
 
 
 def test_a_table_that_nobody_reads_is_a_broken_pipe(monkeypatch: pytest.MonkeyPatch):

@@ -69,8 +69,10 @@ def test_json_file_that_is_really_json_lines(tmp_path):
         ('[{"src": "a", "tgt": "b"},\n {"src": "a" "tgt": "b"}]', r"a.json:2: the list cannot be read as JSON"),
         ('[{"src": "a", "tgt": "b"}\n', r"expected ',' or '\]' after a record, found 'the end of the file'"),
         ('[{"src": "a", "tgt": "b"}] x', "text after the end"),
-        ("[]", "no record to read"),
-        ("", "no record to read"),
+        ('{\n  "data": [{"src": "a", "tgt": "b"}]\n}', r"a.json: begins with a JSON object that spans .*as one list"),
+        ("[]", "no record to read. Hint"),
+        ("", "no record to read. Hint"),
+        ('{"src": "a"}', r"no record to read \(1 bad line was skipped\)"),
     ],
 )
 def test_broken_json_list(tmp_path, text, reason):
@@ -95,6 +97,14 @@ def test_csv_with_quotes_line_breaks_and_json_cells(tmp_path):
     assert lines(source) == ["2", "4"]
 
 
+def test_empty_rows_of_a_spreadsheet_are_skipped(tmp_path):
+    path = tmp_path / "a.csv"
+    path.write_text('src,tgt\na,b\n,\nc,d\n,\n"",\n')
+    source = open_source(path)
+    assert contents(source) == [{"src": "a", "tgt": "b"}, {"src": "c", "tgt": "d"}]
+    assert lines(source) == ["2", "4"]
+
+
 @pytest.mark.parametrize(
     ("text", "reason"),
     [
@@ -103,6 +113,9 @@ def test_csv_with_quotes_line_breaks_and_json_cells(tmp_path):
         ("src,tgt\na,b\nc,'d\n" + 'e,"f\n', "a.csv:4: not CSV"),
         ("messages\n[1\n", "a.csv:2: the cell of column 'messages' must hold JSON"),
         ("src,tgt\n", "no record"),
+        ("src;tgt\na;b\n", "a.csv:1: the header is a single column, 'src;tgt'.*commas, not with ';'"),
+        ("src\ttgt\na\tb\n", "a.csv:1: the header is a single column.*commas"),
+        ("src,tgt,\na,b,\n", "a.csv:1: the header has an empty .*delete empty columns"),
     ],
 )
 def test_broken_csv(tmp_path, text, reason):
@@ -236,6 +249,8 @@ def test_a_file_that_grows_while_it_is_scanned(tmp_path, monkeypatch):
         ("a.parquet", POINTER, "a pointer of Git LFS in place of the file.*git lfs pull"),
         ("a.csv", "src,tgt\na,b".encode("utf-16"), "UTF-16 text"),
         ("a.txt", b"PAR1....", "a parquet file. whatever its name says. Hint: name it .parquet"),
+        ("a.xlsx", b"PK\x03\x04...", "a data file ends in .*Hint: save the table as .csv"),
+        ("a.tsv", b"src\ttgt\na\tb", "a data file ends in .*Hint: save the table as .csv"),
         ("a.jsonl.gz", gzip.compress(b"", mtime=0), "a data file ends in .*Hint: unpack it first"),
         ("a.jsonl", b"\x00" * 100, "a.jsonl:1: not JSON"),
         ("a.jsonl", '{"src": "问", "tgt": "b"}'.encode("gbk"), "a.jsonl:1: not UTF-8 text"),
@@ -246,6 +261,12 @@ def test_files_of_another_form_are_told_by_their_content(tmp_path, name, content
     (tmp_path / name).write_bytes(content)
     with pytest.raises(DataError, match=says):
         open_source(tmp_path / name)
+
+
+def test_a_directory_of_spreadsheets(tmp_path):
+    (tmp_path / "a.xlsx").write_bytes(b"PK\x03\x04...")
+    with pytest.raises(DataError, match=r"it has a.xlsx.*save the table as .csv"):
+        open_source(tmp_path)
 
 
 @pytest.mark.parametrize("name", ["b.jsonl.gz", "sub/b.JSON.zst"])
