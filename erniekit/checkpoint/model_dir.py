@@ -136,7 +136,7 @@ def require_adapter(lora_path: str) -> Path:
 
 
 _NEEDS_WEIGHTS = (
-    "Name a model with weights, or set continue_training: false (with fine_tuning: Full) for a random start."
+    "Copy the model's weight files there, or set continue_training: false (with fine_tuning: Full) for a random start."
 )
 
 

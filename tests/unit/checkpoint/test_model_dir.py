@@ -28,7 +28,7 @@ def make_model(directory, single=True):
         ("pytorch_model.bin", "It has pytorch_model.bin, which this toolkit does not read as a model. Convert them"),
         ("pytorch_model.safetensors", "It has pytorch_model.safetensors, .* Rename the file of a whole model to model"),
         ("adapter_model.safetensors", "holds a LoRA adapter and no model: name its base model there, and the adapter"),
-        ("notes.txt", "holds no weights. Name a model with weights, or set"),
+        ("notes.txt", "holds no weights. Copy the model's weight files there, or set continue_training: false"),
     ],
 )
 def test_a_random_start_is_proposed_only_where_no_weights_are(tmp_path, name, expected):

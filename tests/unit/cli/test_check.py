@@ -169,7 +169,7 @@ def test_defaults_that_are_not_erniekits_are_named_for_a_file_of_its(given):
     [
         (
             {"continue_training": True},
-            r"Name a model with weights, or set continue_training: false \(with",
+            r"Copy the model's weight files there, or set continue_training: false \(with",
         ),
         (
             {"stage": "GKD", "teacher_model_name_or_path": DENSE},

@@ -72,7 +72,7 @@ def test_json_file_that_is_really_json_lines(tmp_path):
         ('{\n  "data": [{"src": "a", "tgt": "b"}]\n}', r"a.json: begins with a JSON object that spans .*as one list"),
         ("[]", "no record to read. Hint"),
         ("", "no record to read. Hint"),
-        ('{"src": "a"}', r"no record to read \(1 bad line was skipped\)"),
+        ('{"src": "a"}', r"no record to read \(skipped 1 bad line\)"),
     ],
 )
 def test_broken_json_list(tmp_path, text, reason):
