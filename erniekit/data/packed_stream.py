@@ -247,8 +247,7 @@ class PackedStream:
         if counts.rows == 0:
             raise DataError(
                 f"nothing is left to read: every sample was dropped ({counts.dropped}). "
-                "Hint: the lines above say why; raise the limit that they name; truncation decides what becomes of "
-                "longer samples."
+                "Hint: the lines above say why; raise the limit that they name."
             )
 
     def row_sizes(self, number: int, lengths: Lengths, limit: int | None = None) -> Iterator[tuple[int, int]]:

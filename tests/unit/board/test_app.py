@@ -258,7 +258,7 @@ def test_the_form_follows_the_text_and_changes_it(page: TestClient):
     said = page.post("/api/form", json=asked | {"key": "max_steps", "value": "many"}).json()
     assert "expected an integer" in said["problems"]["max_steps"][0] and "max_steps: many" in said["yaml"]
     said = page.post("/api/form", json=asked | {"yaml": "a: ["}).json()
-    assert said["values"] is None and "no YAML" in said["problems"][""][0]
+    assert said["values"] is None and "not YAML" in said["problems"][""][0]
     assert "expected letters" in error(page.post("/api/form", json=asked | {"name": "../x"}))
     assert "command" in error(page.post("/api/form", json=asked | {"command": "chat; rm"}))
     assert "yaml: expected text" in error(page.post("/api/form", json={"yaml": 1}))

@@ -195,7 +195,7 @@ def test_experts_with_few_tokens_are_named(directory, tmp_path, monkeypatch):
     report = quantised(directory, tmp_path / "a", rows(1, 9)).reports[1]
     few = {int(matrix.name.split(".")[5]) for matrix in report.matrices if "blended" in matrix.note}
     assert few == {expert for expert, count in enumerate(report.expert_tokens[0]) if count < 8}
-    assert any(f"{len(few)} of 4 experts have fewer than 8 calibration tokens" in line for line in lines)
+    assert any(f"{len(few)} of 4 experts with fewer than 8 calibration tokens" in line for line in lines)
     report = quantised(directory, tmp_path / "b", rows(1, 9), all_experts=True).reports[1]
     assert not any(matrix.note for matrix in report.matrices)
 

@@ -270,7 +270,7 @@ def test_wrong_calls_are_refused(llm: LLM, model_dir: Path):
         (lambda: llm.generate(""), "no tokens"),
         (lambda: llm.generate({"prompt": "a", "multi_modal_data": {}}), "`chat` takes pictures"),
         (lambda: llm.generate("a", [GREEDY] * 2), "got 2 for 1 prompt"),
-        (lambda: llm.generate("a", SamplingParams(logit_bias={10**8: 1})), "no token id"),
+        (lambda: llm.generate("a", SamplingParams(logit_bias={10**8: 1})), "is not a token id"),
         (lambda: llm.chat([{"role": "robot", "content": "a"}]), "expected system"),
         (lambda: llm.chat(QUESTION, tool_choice="auto"), "no tools"),
         (lambda: llm.chat(QUESTION, chat_template_kwargs={"tokenise": 1}), "unknown field"),
@@ -320,7 +320,7 @@ def test_a_grammar_that_goes_no_further_fails_alone(llm: LLM, caplog: pytest.Log
     assert stuck.outputs[0].finish_reason == "error" and stuck.outputs[0].stop_reason is None
     assert stuck.outputs[0].error == "the answer cannot follow its grammar further: too many states"
     assert good.outputs == llm.generate("25加16", GREEDY)[0].outputs
-    assert 'warning: 1 of 2 answers have failed (finish_reason "error"): the answer cannot' in caplog.text
+    assert 'warning: 1 of 2 answers failed (finish_reason "error"): the answer cannot' in caplog.text
     with pytest.raises(UserError, match="every answer has failed: the answer cannot follow its grammar"):
         llm.generate("a", guided)
 

@@ -406,7 +406,7 @@ def tokenizer_with(tmp_path, main="tokenizer.model", **files):
             "special_tokens_map.json: pad_token: must be a token's text",
         ),
         ({"tokenizer_config": {"added_tokens_decoder": []}}, "added_tokens_decoder: must be an object, found"),
-        ({"tokenizer_config": {"added_tokens_decoder": {"x": {"content": "a"}}}}, "'x' is no id"),
+        ({"tokenizer_config": {"added_tokens_decoder": {"x": {"content": "a"}}}}, "'x' is not an id"),
         ({"tokenizer_config": {"added_tokens_decoder": {"576": {"content": 1}}}}, "576: content: must be text"),
         ({"tokenizer_config": {"added_tokens_decoder": {"576": {}}}}, "576: it names no content"),
         ({"tokenizer_config": {"added_tokens_decoder": {"9": {"content": ""}}}}, "the token with id 9 is empty"),

@@ -155,10 +155,10 @@ def test_a_tiff_file_is_turned_and_its_header_says_the_turned_size(reader, optio
 def test_broken_files_are_bad_rows(reader):
     whole = encoded(blocks(300, 200))
     for source, message in [
-        (b"not a picture at all", "no picture of a known format"),
+        (b"not a picture at all", "is not a picture of a known format"),
         (whole[: len(whole) // 2], "cannot be decoded"),
-        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n", "no picture of a known format"),
-        (whole[:20], "cannot be decoded|no picture"),
+        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n", "is not a picture of a known format"),
+        (whole[:20], "cannot be decoded|is not a picture"),
     ]:
         with pytest.raises(BadRecord, match=message):
             load_image(source, reader)

@@ -126,7 +126,7 @@ def test_damaged_archives(reader, tmp_path):
         ("", "empty"),
         ("a\0b", "empty"),
         ("x" * 5000, "File name too long"),
-        ("~nobody-of-this-name/a.png", "is no path"),
+        ("~nobody-of-this-name/a.png", "is not a path"),
         ("http://localhost/a.png", "downloading is off"),
         ("ftp://localhost/a.png", "cannot be read from ftp"),
         ("s3://bucket/a.png", "cannot be read from s3"),

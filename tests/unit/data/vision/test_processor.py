@@ -108,7 +108,7 @@ def test_limits_of_one_picture_and_of_all(directory, processor):
     ("part", "message"),
     [
         (image("none.png"), "there is no file .*none.png"),
-        (image(b"no picture"), "no picture of a known format"),
+        (image(b"no picture"), "is not a picture of a known format"),
         (image("https://localhost/a.png"), "downloading is off"),
         (image(None), "names no source"),
         (image(blocks(64, 48), max_pixels="big"), "max_pixels of a picture"),
@@ -256,7 +256,7 @@ def test_a_text_model_has_no_processor(tmp_path, directory):
     for name in ("tokenizer.json", "tokenizer_config.json"):
         text = (directory / name).read_text("utf-8").replace("<|IMAGE_END|>", "<|OTHER|>")
         (tmp_path / name).write_text(text, "utf-8")
-    with pytest.raises(ConfigError, match="no vision-language model"):
+    with pytest.raises(ConfigError, match="this is not a vision-language model"):
         load_processor(tmp_path)
 
 
