@@ -61,8 +61,11 @@ signal.signal(signal.SIGUSR1, endless)
 )
 def test_a_rank_that_hangs_ends_the_job_within_the_default_limit(workspace, number, why):
     (workspace / "sitecustomize.py").write_text(LOOPS_AT_SIGUSR1)
-    process = launched.start(workspace, TWO, LONG, PYTHONPATH=f"{workspace}:{ROOT}")
-    launched.wait_for(workspace / "out" / "checkpoint-2", process)
+    # No saves: a rank that hangs in one is given watch.PATIENCE times as long.
+    process = launched.start(workspace, TWO, LONG, "save_strategy=no", PYTHONPATH=f"{workspace}:{ROOT}")
+    launched.wait_for(workspace / "out" / "metrics.jsonl", process)
+    while len(launched.steps_of(workspace / "out")) < 2:
+        time.sleep(0.05)
     pids = launched.workers(process)
     began = time.monotonic()
     os.kill(pids[1], number)
