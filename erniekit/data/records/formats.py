@@ -22,6 +22,7 @@ from erniekit.data.records.sample import (
     label_of,
     sharegpt_keys,
     system_messages,
+    turn_of,
     turns_of,
 )
 from erniekit.data.records.values import kind_of, one_of, text_of, texts_of
@@ -188,7 +189,7 @@ def _pretraining(record: dict[str, Any], notes: Notes) -> Sample:
     writes it as a message of the assistant.
     """
     if has_content(record.get("messages")):
-        return Sample(kind="text", text=_only_message(record))
+        return Sample(kind="text", text=_only_message(record, notes))
     name = one_of(record, "text", "tgt")
     if name is None:
         given = "text" in record or "tgt" in record
@@ -199,15 +200,19 @@ def _pretraining(record: dict[str, Any], notes: Notes) -> Sample:
     )
 
 
-def _only_message(record: dict[str, Any]) -> str:
+def _only_message(record: dict[str, Any], notes: Notes) -> str:
     messages = record["messages"]
-    item = messages[0] if isinstance(messages, list) and len(messages) == 1 else None
-    if not isinstance(item, dict) or item.get("role") != "assistant":
+    turn = messages[0] if isinstance(messages, list) and len(messages) == 1 else None
+    if not isinstance(turn, dict) or turn.get("role") != "assistant":
         hint = 'write {"text": "the document"}; conversations are trained on with stage: SFT'
-        raise BadRecord("'messages' is no document, which is one message of the assistant", hint)
+        raise BadRecord("'messages' is not a document, which is one message of the assistant", hint)
     if has_content(record.get("text")) or has_content(record.get("tgt")):
         raise BadRecord("exactly one of 'text', 'tgt' and 'messages' must be there", 'write {"text": "the document"}')
-    return text_of(item.get("content"), "messages[0].content")
+    message = turn_of(turn, "messages[0]", ("role", "content"), notes)
+    if len(message) > 2:
+        names = " and ".join(sorted(message.keys() - {"role", "content"}))
+        raise BadRecord(f"a document has no {names}", "remove it, or train on conversations with stage: SFT")
+    return message["content"]
 
 
 FORMATS = {

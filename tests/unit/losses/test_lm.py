@@ -9,6 +9,7 @@ from support.numeric import numeric_gradient
 
 from erniekit.losses import lm
 from erniekit.losses.lm import Head, linear_cross_entropy
+from erniekit.plan import job
 
 TOKENS, SIZE, VOCAB = 7, 5, 11
 
@@ -17,6 +18,12 @@ TOKENS, SIZE, VOCAB = 7, 5, 11
 def chunk(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
     monkeypatch.setattr(lm, "_CHUNK_ELEMENTS", request.param * VOCAB)
     return request.param
+
+
+def test_a_small_vocabulary_makes_no_long_chunk_and_the_plan_counts_the_same():
+    assert [part.stop - part.start for part in lm.chunks_of(paddle.zeros([5000, 1]), VOCAB, 10**9)] == [2048, 2048, 904]
+    for name in ("_CHUNK_ELEMENTS", "_CHUNK_TOKENS", "_GPU_CHUNK_ELEMENTS"):
+        assert vars(job)[name] == vars(lm)[name]
 
 
 def example(by_vocab: bool) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
