@@ -389,9 +389,7 @@ def test_a_document_may_be_one_message_of_the_assistant():
     [spec] = read_specs(["a.jsonl"], ["messages"], [], "train", METHODS["PT"])
     assert parse_record({"messages": [assistant("a\nb")]}, spec.type) == parse_record({"text": "a\nb"}, "text")
     for messages in ([user("q"), assistant("a")], [user("q")], "a", [assistant("a"), assistant("b")]):
-        with pytest.raises(
-            DataError, match=r"'messages' is not a document.*conversations are .*stage: SFT"
-        ):
+        with pytest.raises(DataError, match=r"'messages' is not a document.*conversations are .*stage: SFT"):
             parse_record({"messages": messages}, "text")
     with pytest.raises(DataError, match="exactly one of 'text', 'tgt' and 'messages'"):
         parse_record({"messages": [assistant("a")], "text": "b"}, "text")
